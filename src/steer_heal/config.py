@@ -1,0 +1,210 @@
+"""Every knob of a run, and the presets. No heavy imports: `--help` must be quick."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+
+class UserError(Exception):
+    """Something a user can mend. Its text is the one line they see: the value, what is allowed, the mend."""
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Which model, and how its weights are held."""
+
+    path: str = "google/gemma-3-1b-it"
+    """hub id, folder, .gguf file, `smollm2-135m` (packaged weights) or `random:ARCHITECTURE`"""
+    quant: Literal["none", "nf4"] = "nf4"
+    """nf4: 4-bit base weights with double quantisation and bf16 compute (QLoRA)"""
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """type of the weights that are not quantised"""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: CUDA when there is one"""
+
+
+@dataclass(frozen=True)
+class SteerConfig:
+    """The teacher vector."""
+
+    band: tuple[float, float] = (0.45, 0.55)
+    """blocks that are steered, as shares of depth; a wide band destroys text sooner"""
+    n_contexts: int = 256
+    """user messages over which the persona difference is averaged"""
+    batch_size: int = 32
+    """prompts a forward pass"""
+
+
+@dataclass(frozen=True)
+class DoseConfig:
+    """The dose curve: how much of the vector the text survives."""
+
+    lowest: float = 0.25
+    """smallest dose tried, in multiples of the raw vector"""
+    highest: float = 4.0
+    """largest dose tried"""
+    steps: int = 6
+    """doses tried, log-spaced, all in one mixed batch"""
+    prompts: int = 12
+    """generation prompts answered at every dose"""
+    survival: float = 0.75
+    """the dose chosen is the largest at which this share of completions passes the filter"""
+
+
+@dataclass(frozen=True)
+class DistilConfig:
+    """Sampling from the steered teacher."""
+
+    completions: int = 128
+    """completions sampled a round, spread evenly over the generation prompts"""
+    min_train: int = 16
+    """fewer survivors than this stop the run"""
+    max_new_tokens: int = 256
+    """length limit of a completion, tokens"""
+    temperature: float = 1.0
+    """softmax temperature"""
+    top_k: int = 64
+    """tokens kept by rank"""
+    top_p: float = 0.95
+    """tokens kept by probability mass, after top_k"""
+    batch_size: int = 64
+    """rows decoded together; results do not depend on it"""
+
+
+@dataclass(frozen=True)
+class FilterConfig:
+    """What counts as coherent text. Every threshold is on a score stored with the completion."""
+
+    tail_ppl: float = 40.0
+    """largest perplexity of the last quarter of the completion under the pristine base"""
+    word_repeat: float = 0.25
+    """largest share of repeated word n-grams (worst of n = 2, 3, 4)"""
+    char_repeat: float = 0.35
+    """largest share of the text inside immediately repeated stretches of characters"""
+    compress: float = 0.35
+    """smallest ratio of compressed to plain size, for texts of 200 bytes or more"""
+    min_words: int = 3
+    """fewest words"""
+
+
+@dataclass(frozen=True)
+class HealConfig:
+    """One round's training: an objective and a barrier."""
+
+    target: Literal["sampled", "soft"] = "sampled"
+    """sampled: NLL of the sampled token; soft: forward KL from the steered teacher's whole distribution"""
+    reg: Literal["nll", "kl_fwd", "kl_rev"] = "kl_rev"
+    """divergence under the barrier; nll: no barrier"""
+    agg: Literal["mean", "rmse", "p95", "max"] = "rmse"
+    """how the divergence is aggregated over token positions"""
+    reference: Literal["prev", "base"] = "prev"
+    """model the divergence is measured to; prev lets the trait accumulate"""
+    anchor: Literal["none", "neutral"] = "none"
+    """neutral: the barrier also reads base completions of mundane prompts, with the pristine base as reference"""
+    anchor_tau: float = 0.02
+    """barrier threshold on the anchor's divergence, nats"""
+    anchor_prompts: int = 32
+    """mundane prompts whose base completions make the anchor"""
+    anchor_bs: int = 2
+    """anchor completions joined to each optimiser step"""
+    tau: float = 2.0
+    """divergence below which the barrier is silent, nats; must lie below the operating KL of the model"""
+    lam: float = 0.3
+    """barrier weight in round 0"""
+    lam_round_pow: float = -0.5
+    """lam_r = lam * (1 + round) ** lam_round_pow"""
+    lr: float = 2e-4
+    """peak learning rate"""
+    epochs: int = 2
+    """passes over the training completions"""
+    train_bs: int = 3
+    """completions a forward pass"""
+    grad_accum: int = 2
+    """forward passes an optimiser step; trades time for memory, the gradient is the same"""
+    weight_decay: float = 0.0
+    """AdamW weight decay"""
+    warmup: float = 0.1
+    """share of steps with rising learning rate; cosine afterwards"""
+    val_share: float = 0.125
+    """completions held out for the validation NLL"""
+    r: int = 32
+    """LoRA rank"""
+    alpha: int = 64
+    """LoRA alpha; the update is scaled by alpha / r"""
+    band: tuple[float, float] = (0.2, 0.8)
+    """blocks that get LoRA, as shares of depth"""
+    checkpointing: bool = False
+    """recompute activations in the backward pass: less memory, more time"""
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """The instruments."""
+
+    contrast: int = 64
+    """contrast probes, at most as many as the trait has"""
+    yes_no: int = 24
+    """yes/no probes"""
+    demos: int = 32
+    """free-text prompts answered greedily"""
+    demo_tokens: int = 64
+    """length limit of a demo answer, tokens"""
+    neutral: int = 40
+    """neutral texts for perplexity"""
+    batch_size: int = 32
+    """sequences a forward pass; results do not depend on it"""
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """A run: steer, distil, heal and bake one trait into one model, round after round."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    trait: str = "authority"
+    """built-in trait (love, authority) or a path to a .toml file"""
+    rounds: int = 8
+    """rounds of the loop"""
+    seed: int = 0
+    """seed; every stage draws from (seed, round, stage)"""
+    out: str = "outputs"
+    """folder that holds run folders"""
+    resume: str | None = None
+    """run folder to go on with: what is done is loaded, the rest computed"""
+    steer: SteerConfig = field(default_factory=SteerConfig)
+    dose: DoseConfig = field(default_factory=DoseConfig)
+    distil: DistilConfig = field(default_factory=DistilConfig)
+    filter: FilterConfig = field(default_factory=FilterConfig)
+    heal: HealConfig = field(default_factory=HealConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+
+
+GEMMA_1B = RunConfig()
+
+PRESETS: dict[str, RunConfig] = {
+    "gemma-3-1b": GEMMA_1B,
+    "gemma-3-4b": replace(GEMMA_1B, model=replace(GEMMA_1B.model, path="google/gemma-3-4b-it")),
+    "smollm2-135m": RunConfig(
+        model=ModelConfig(path="smollm2-135m", quant="none", dtype="float32", device="cpu"),
+        trait="love",
+        rounds=3,
+        steer=SteerConfig(n_contexts=64),
+        dose=DoseConfig(),
+        distil=DistilConfig(completions=64, max_new_tokens=48),
+        heal=HealConfig(tau=0.05, lam=1.0, r=16, alpha=32, train_bs=8, grad_accum=1),
+        eval=EvalConfig(demo_tokens=48),
+    ),
+    "tiny-random": RunConfig(
+        model=ModelConfig(path="random:tiny", quant="none", dtype="float32", device="cpu"),
+        trait="love",
+        rounds=2,
+        steer=SteerConfig(n_contexts=32, band=(0.3, 0.7)),
+        dose=DoseConfig(steps=4, prompts=4),
+        distil=DistilConfig(completions=24, max_new_tokens=12, min_train=8),
+        # A random model writes rubbish at any dose: the thresholds only ask that it be no worse than random.
+        filter=FilterConfig(tail_ppl=5000.0, word_repeat=0.9, char_repeat=0.9, compress=0.05, min_words=1),
+        heal=HealConfig(tau=0.001, lam=1.0, r=4, alpha=8, train_bs=4, grad_accum=2, epochs=2, lr=1e-3),
+        eval=EvalConfig(contrast=8, yes_no=8, demos=4, demo_tokens=8, neutral=4),
+    ),
+}
+DEFAULT_PRESET = "gemma-3-1b"

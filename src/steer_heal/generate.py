@@ -1,0 +1,173 @@
+"""Batched decoding: left-padded prompts, one dose a row, sampling noise that belongs to the row.
+
+Decoding is where a run's time goes, so this is a bare loop over the decoder with a preallocated key/value cache:
+the head sees one position a row, a top-k partial sort replaces a full one, and rows that have ended leave the batch.
+
+The noise is counter-based: the token of (seed, row, step) depends on a hash of those three numbers and on the logits,
+never on the other rows. A completion is the same whatever batch it was decoded in.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from transformers.cache_utils import Cache, DynamicLayer
+
+from steer_heal.lm import LM, Steering, steering
+
+COMPACT_SHARE = 0.8  # rows are dropped from the batch when fewer than this share still write
+
+
+class Completion(NamedTuple):
+    """Token ids, with the end token when the model ended by itself within the limit."""
+
+    ids: list[int]
+    ended: bool
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a token is drawn. `key` names the stream, e.g. (seed, round, stage); None in its place means greedy."""
+
+    key: tuple
+    temperature: float = 1.0
+    top_k: int = 64
+    top_p: float = 0.95
+
+
+class _Buffer(DynamicLayer):
+    """A cache layer that writes into room made in advance; concatenating at every step would copy the whole cache."""
+
+    def __init__(self, capacity: int) -> None:
+        super().__init__()
+        self.capacity, self.filled = capacity, 0
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.dtype, self.device = key_states.dtype, key_states.device
+        b, heads, _, width = key_states.shape
+        self.key_room = key_states.new_empty(b, heads, self.capacity, width)
+        self.value_room = value_states.new_empty(b, heads, self.capacity, value_states.shape[-1])
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        end = self.filled + key_states.shape[-2]
+        self.key_room[:, :, self.filled : end] = key_states
+        self.value_room[:, :, self.filled : end] = value_states
+        self.filled = end
+        self.keys, self.values = self.key_room[:, :, :end], self.value_room[:, :, :end]
+        return self.keys, self.values
+
+    def get_seq_length(self) -> int:
+        return self.filled
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self.key_room, self.value_room = self.key_room[indices], self.value_room[indices]
+
+
+def decode(
+    lm: LM,
+    prompts: list[list[int]],
+    max_new_tokens: int,
+    batch_size: int,
+    steering_: Steering | None = None,
+    sampling: Sampling | None = None,
+    on_batch: Callable[[int], None] = lambda rows: None,
+) -> list[Completion]:
+    """Complete every prompt; greedy without `sampling`.
+
+    Args:
+        prompts: token ids, of any lengths; batches are made of prompts of similar length.
+        steering_: vector and one dose per prompt.
+        on_batch: told how many rows were finished, for progress.
+    """
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    out: list[Completion | None] = [None] * len(prompts)
+    with torch.no_grad(), steering(lm, steering_) as dial:
+        for start in range(0, len(order), batch_size):
+            rows = torch.tensor(order[start : start + batch_size])
+            dose = None if steering_ is None else steering_.dose[rows].to(lm.device)
+            written = _decode_batch(lm, [prompts[i] for i in rows], rows, dose, dial.turn, max_new_tokens, sampling)
+            for i, completion in zip(rows.tolist(), written, strict=True):
+                out[i] = completion
+            on_batch(len(rows))
+    return out
+
+
+def _decode_batch(lm, prompts, rows, dose, turn, max_new_tokens, sampling) -> list[Completion]:
+    device = lm.device
+    longest = max(map(len, prompts))
+    ids = torch.tensor([[0] * (longest - len(p)) + p for p in prompts], device=device)
+    mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=device)
+    position = mask.cumsum(1).sub(1).clamp(min=0)
+    cache = Cache(layers=[_Buffer(longest + max_new_tokens) for _ in lm.blocks])
+    written: list[list[int]] = [[] for _ in prompts]
+    ended = [False] * len(prompts)
+    slots = torch.arange(len(prompts))  # which prompt each row of the shrinking batch belongs to
+
+    for step in range(max_new_tokens):
+        if dose is not None:
+            turn(dose, mask.bool() if step == 0 else None)
+        hidden = lm.decoder(
+            input_ids=ids, attention_mask=mask, position_ids=position, past_key_values=cache, use_cache=True
+        ).last_hidden_state
+        token = choose(lm.head(hidden[:, -1]), rows[slots], step, sampling)
+        for slot, t in zip(slots.tolist(), token.tolist(), strict=True):
+            if not ended[slot]:
+                written[slot].append(t)
+                ended[slot] = t in lm.end_tokens
+        writing = torch.tensor([not ended[slot] for slot in slots.tolist()])
+        if not writing.any():
+            break
+        ids, position = token[:, None], position[:, -1:] + 1
+        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
+        if writing.float().mean() < COMPACT_SHARE:
+            stay = writing.nonzero()[:, 0]
+            slots = slots[stay]
+            stay = stay.to(device)
+            ids, mask, position = ids[stay], mask[stay], position[stay]
+            dose = None if dose is None else dose[stay]
+            cache.batch_select_indices(stay)
+    return [Completion(w, e) for w, e in zip(written, ended, strict=True)]
+
+
+def choose(
+    logits: Float[Tensor, "b v"], rows: Int[Tensor, "b"], step: int, sampling: Sampling | None
+) -> Int[Tensor, "b"]:
+    """Next token of each row: the largest logit, or one draw from the top-k, top-p truncated softmax.
+
+    The draw inverts the cumulative distribution at one uniform number per (key, row, step).
+    """
+    if sampling is None:
+        return logits.argmax(-1)
+    top, index = logits.topk(min(sampling.top_k, logits.shape[-1]), dim=-1)
+    probability = torch.softmax(top.double() / sampling.temperature, dim=-1)
+    before = probability.cumsum(-1) - probability
+    probability = torch.where(before < sampling.top_p, probability, 0.0)
+    cumulative = probability.cumsum(-1)
+    uniform = torch.from_numpy(uniforms(sampling.key, rows.numpy(), step)).to(logits.device)
+    drawn = torch.searchsorted(cumulative, (uniform * cumulative[:, -1])[:, None], right=True)
+    return index.gather(1, drawn.clamp(max=index.shape[1] - 1))[:, 0]
+
+
+def uniforms(key: tuple, rows: np.ndarray, step: int) -> np.ndarray:
+    """One number in [0, 1) per row: splitmix64 over a hash of the key, the row and the step."""
+    base = int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), "little")
+    with np.errstate(over="ignore"):
+        x = np.uint64(base) ^ _mix(rows.astype(np.uint64) + (np.uint64(step) << np.uint64(32)))
+        return (_mix(x) >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
+def _mix(x: np.ndarray) -> np.ndarray:
+    x = x + np.uint64(0x9E3779B97F4A7C15)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))

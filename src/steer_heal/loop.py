@@ -1,0 +1,198 @@
+"""The loop: steer, distil, heal, bake, and again from the student.
+
+The only module that knows the order of the stages. Each stage is a function from the model and earlier artefacts to
+one artefact; `RunDir` computes it or, in a resumed run, loads it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from loguru import logger
+from safetensors import safe_open
+from safetensors.torch import save_file
+from tqdm import tqdm
+
+from steer_heal import data
+from steer_heal.bake import Student
+from steer_heal.config import RunConfig
+from steer_heal.distil import anchor_completions, distil, dose_curve, kept_rows
+from steer_heal.eval import Arm, evaluate
+from steer_heal.heal import heal, prepare
+from steer_heal.lm import Steering, Vector, load
+from steer_heal.rundir import RunDir
+from steer_heal.steer import extract
+from steer_heal.summary import arm_table, barrier_warning, demo_rows, model_card, peak_memory, summarise
+
+
+def run(config: RunConfig, preset: str, folder: RunDir, trait: data.Trait) -> dict:
+    """All rounds of a run; returns the summary that is also in summary.json."""
+    began = time.perf_counter()
+    student = Student(load(config.model))
+    logger.info(f"model {config.model.path}, trait {trait.name!r}, {config.rounds} rounds, folder {folder.path}")
+
+    base = measure(folder, "base.json", student, Arm("base", history=0.0, now=0.0), trait, config)
+    prompted_arm = Arm("prompted", history=0.0, now=0.0, system=trait.positive)
+    prompted = measure(folder, "prompted.json", student, prompted_arm, trait, config)
+    folder.write_jsonl("demos.jsonl", demo_rows(base=base, prompted=prompted))
+    anchors = anchor_stage(folder, student, config)
+
+    rounds = []
+    for round_ in range(config.rounds):
+        where = f"r{round_:02d}"
+        vector = extract_stage(folder, where, student, trait, config)
+        dose = dose_stage(folder, where, student, vector, trait, config, round_)
+        completions = distil_stage(folder, where, student, vector, dose, trait, config, round_)
+        steered_arm = Arm("steered", now=0.0, vector=vector, dose=dose["dose"])
+        steered = measure(folder, f"{where}/steered.json", student, steered_arm, trait, config)
+        records = heal_stage(folder, where, student, vector, completions, anchors, config, round_)
+        student.fold()
+        healed = measure(folder, f"{where}/healed.json", student, Arm("healed"), trait, config)
+        folder.write_jsonl(f"{where}/demos.jsonl", demo_rows(base=base, steered=steered, healed=healed))
+
+        rounds.append({"dose": dose, "completions": completions, "heal": records, "steered": steered, "healed": healed})
+        print(f"\nround {round_}\n{arm_table(base, prompted, steered, healed)}\n")
+        barrier_warning(records, config.heal)
+
+    folder.stage("adapter", lambda: student, lambda path, s: s.save(path, s.history), lambda path: None)
+    summary = summarise(config, preset, trait, base, prompted, rounds, folder.stage_seconds())
+    summary |= {"seconds": summary["seconds"], "peak_memory_bytes": peak_memory()}
+    folder.replace_json("summary.json", summary)
+    folder.replace_text("adapter/README.md", model_card(summary, config))
+    folder.event("done", wall_seconds=time.perf_counter() - began)
+    return summary
+
+
+def measure(folder: RunDir, name: str, student: Student, arm: Arm, trait: data.Trait, config: RunConfig) -> dict:
+    probes = min(config.eval.contrast, len(trait.contrast)) + min(config.eval.yes_no, len(trait.yes_no))
+    texts = min(config.eval.neutral, len(data.neutral())) + min(config.eval.demos, len(trait.demo_prompts))
+
+    def compute() -> dict:
+        with progress(f"eval {name.removesuffix('.json')}", probes + texts, "item") as done:
+            return evaluate(student, arm, trait, config.eval, config.filter, done)
+
+    return folder.json(name, compute)
+
+
+def anchor_stage(folder: RunDir, student: Student, config: RunConfig) -> list[dict]:
+    if config.heal.anchor == "none":
+        return []
+
+    def compute() -> list[dict]:
+        with progress("anchor", config.heal.anchor_prompts, "row") as done:
+            prompts = list(data.mundane()[: config.heal.anchor_prompts])
+            return anchor_completions(student, prompts, config.distil, stage_key(config, -1, "anchor"), done)
+
+    return folder.jsonl("anchor.jsonl", compute)
+
+
+def extract_stage(folder: RunDir, where: str, student: Student, trait: data.Trait, config: RunConfig) -> Vector:
+    contexts = list(data.contexts()[: config.steer.n_contexts])
+
+    def compute() -> Vector:
+        with progress(f"{where} extract", 2 * len(contexts), "prompt") as done:
+            steer = config.steer
+            return extract(student.lm, trait.positive, trait.negative, contexts, steer.band, steer.batch_size, done)
+
+    return folder.stage(f"{where}/vector.safetensors", compute, _write_vector, _read_vector)
+
+
+def dose_stage(
+    folder: RunDir, where: str, student: Student, vector: Vector, trait: data.Trait, config: RunConfig, round_: int
+) -> dict:
+    def compute() -> dict:
+        with progress(f"{where} dose curve", config.dose.steps * config.dose.prompts, "row") as done:
+            prompts = list(trait.generation_prompts)
+            key = stage_key(config, round_, "dose")
+            return dose_curve(student, vector, prompts, config.dose, config.distil, config.filter, key, done)
+
+    dose = folder.json(f"{where}/dose.json", compute)
+    shares = "  ".join(f"{point['dose']:.2f}:{point['survival']:.0%}" for point in dose["curve"])
+    logger.info(f"{where} dose {dose['dose']:.2f}, the largest that {dose['target']:.0%} survive  ({shares})")
+    return dose
+
+
+def distil_stage(
+    folder: RunDir,
+    where: str,
+    student: Student,
+    vector: Vector,
+    dose: dict,
+    trait: data.Trait,
+    config: RunConfig,
+    round_: int,
+) -> list[dict]:
+    def compute() -> list[dict]:
+        with progress(f"{where} distil", config.distil.completions, "row") as done:
+            prompts, key = list(trait.generation_prompts), stage_key(config, round_, "distil")
+            return distil(student, vector, dose["dose"], prompts, config.distil, config.filter, key, done)
+
+    completions = folder.jsonl(f"{where}/completions.jsonl", compute)
+    kept = sum(not c["dropped"] for c in completions)
+    logger.info(f"{where} distil kept {kept} of {len(completions)} completions")
+    return completions
+
+
+def heal_stage(
+    folder: RunDir,
+    where: str,
+    student: Student,
+    vector: Vector,
+    completions: list[dict],
+    anchors: list[dict],
+    config: RunConfig,
+    round_: int,
+) -> list[dict]:
+    """Train the round's adapter, or load it; either way it is the student's current one afterwards."""
+    rows, doses = kept_rows(student, completions)
+    anchor_rows, _ = kept_rows(student, anchors)
+
+    def compute() -> list[dict]:
+        seed = stage_seed(config, round_, "heal")
+        student.begin_round(config.heal, seed)
+        steering = Steering(vector, torch.tensor(doses))
+        examples, anchor_examples = prepare(student, rows, anchor_rows, steering, config.heal, config.eval.batch_size)
+        with progress(f"{where} heal", config.heal.epochs * len(rows), "row") as done:
+            return heal(student, examples, anchor_examples, config.heal, round_, seed, done)
+
+    def write(path: Path, records: list[dict]) -> None:
+        folder.write_jsonl(f"{where}/heal.jsonl", records)  # before the adapter, whose existence says that all is done
+        student.save(path)
+
+    def read(path: Path) -> list[dict]:
+        student.load_round(path)
+        return folder.read_jsonl(f"{where}/heal.jsonl")
+
+    return folder.stage(f"{where}/adapter", compute, write, read)
+
+
+def stage_key(config: RunConfig, round_: int, stage: str) -> tuple:
+    """Name of a stage's stream of random numbers."""
+    return (config.seed, round_, stage)
+
+
+def stage_seed(config: RunConfig, round_: int, stage: str) -> int:
+    digest = hashlib.blake2b(repr(stage_key(config, round_, stage)).encode(), digest_size=4).digest()
+    return int.from_bytes(digest, "little")
+
+
+@contextmanager
+def progress(label: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
+    """One bar for a stage; call the result with the units just finished."""
+    with tqdm(total=total, desc=f"{label:<20}", unit=unit, dynamic_ncols=True, mininterval=0.5) as bar:
+        yield bar.update
+
+
+def _write_vector(path: Path, vector: Vector) -> None:
+    save_file({"direction": vector.direction.contiguous()}, path, {"layers": ",".join(map(str, vector.layers))})
+
+
+def _read_vector(path: Path) -> Vector:
+    with safe_open(path, "pt") as stored:
+        layers = tuple(int(layer) for layer in stored.metadata()["layers"].split(","))
+        return Vector(layers, stored.get_tensor("direction"))

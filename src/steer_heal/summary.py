@@ -1,0 +1,155 @@
+"""What a run comes to: the table after each round, summary.json, the warnings, the model card."""
+
+from __future__ import annotations
+
+import resource
+import statistics
+
+import polars as pl
+import torch
+from loguru import logger
+
+from steer_heal.config import HealConfig, RunConfig
+from steer_heal.data import Trait
+from steer_heal.eval import delta
+
+ARM_KEYS = ("trait_nats", "trait_ci", "answer_mass", "demo_kept_share", "demo_ppl", "neutral_ppl")
+MORE_ARM_KEYS = ("yes_no_nats", "yes_no_ci", "answer_mass_ci")
+FIRED_FLOOR = 0.05  # a barrier that fires on fewer steps than this holds nothing back
+
+
+def arm_table(*arms: dict) -> str:
+    """One row an arm, for the terminal."""
+    base = arms[0]
+    frame = pl.DataFrame(
+        {
+            "arm": [arm["arm"] + (f" @{arm['dose']:.2f}" if arm["dose"] else "") for arm in arms],
+            "trait nats/token": [f"{arm['trait_nats']:+.3f}" for arm in arms],
+            "95% interval": ["[{:+.3f}, {:+.3f}]".format(*arm["trait_ci"]) for arm in arms],
+            "over base": [_over(arm, base) for arm in arms],
+            "answer mass": [f"{arm['answer_mass']:.3f}" for arm in arms],
+            "coherent": [f"{arm['demo_kept_share']:.0%}" for arm in arms],
+            "neutral ppl": [f"{arm['neutral_ppl']:.2f}" for arm in arms],
+        }
+    )
+    with pl.Config(tbl_hide_dataframe_shape=True, tbl_hide_column_data_types=True, tbl_width_chars=120):
+        return str(frame)
+
+
+def _over(arm: dict, base: dict) -> str:
+    if arm is base:
+        return ""
+    change = delta(arm, base)
+    return "{:+.3f} ±{:.3f}".format(change["mean"], (change["ci"][1] - change["ci"][0]) / 2)
+
+
+def demo_rows(**arms: dict) -> list[dict]:
+    """The free-text answers of several arms, one row a prompt."""
+    first = next(iter(arms.values()))
+    return [
+        {"prompt": demo["prompt"], **{name: arm["demos"][i]["text"] for name, arm in arms.items()}}
+        for i, demo in enumerate(first["demos"])
+    ]
+
+
+def fired_share(records: list[dict]) -> float:
+    return sum(r["fired"] for r in records) / len(records)
+
+
+def barrier_warning(records: list[dict], config: HealConfig) -> None:
+    """Say loudly that the barrier was off, with the tau to try: nobody notices a constraint that never binds."""
+    if config.reg == "nll":
+        return
+    operating = statistics.median(r["divergence"] for r in records)
+    share = fired_share(records)
+    if share < FIRED_FLOOR:
+        logger.warning(
+            f"the barrier fired on {share:.0%} of the steps: the operating {config.agg} of {config.reg} is "
+            f"{operating:.3g} nats, below tau = {config.tau:.3g}. This round was plain fine-tuning. "
+            f"Try --heal.tau {operating / 2:.2g}"
+        )
+    else:
+        logger.info(f"barrier fired on {share:.0%} of the steps, operating {config.agg} {operating:.3g} nats")
+
+
+def arm_summary(arm: dict, base: dict) -> dict:
+    change = delta(arm, base)
+    over = {"trait_over_base": change["mean"], "trait_over_base_ci": change["ci"]}
+    return {key: arm[key] for key in ARM_KEYS + MORE_ARM_KEYS} | over
+
+
+def summarise(
+    config: RunConfig,
+    preset: str,
+    trait: Trait,
+    base: dict,
+    prompted: dict,
+    rounds: list[dict],
+    seconds: dict[str, float],
+) -> dict:
+    """The run's record: every arm of every round with its intervals, and what each stage cost."""
+    return {
+        "model": config.model.path,
+        "trait": trait.name,
+        "seed": config.seed,
+        "preset": preset,
+        "base": arm_summary(base, base),
+        "prompted": arm_summary(prompted, base),
+        "rounds": [_round_summary(i, r, base, seconds) for i, r in enumerate(rounds)],
+        "seconds": sum(seconds.values()),
+    }
+
+
+def _round_summary(index: int, parts: dict, base: dict, seconds: dict[str, float]) -> dict:
+    where = f"r{index:02d}"
+    records = parts["heal"]
+    return {
+        "round": index,
+        "dose": parts["dose"]["dose"],
+        "generated": len(parts["completions"]),
+        "kept": sum(not c["dropped"] for c in parts["completions"]),
+        "steered": arm_summary(parts["steered"], base),
+        "healed": arm_summary(parts["healed"], base),
+        "barrier_fired_share": fired_share(records),
+        "operating_kl_nats": statistics.median(r["divergence"] for r in records),
+        "val_nll": records[-1].get("val_nll"),
+        "stage_seconds": {
+            "extract": seconds[f"{where}/vector.safetensors"],
+            "dose": seconds[f"{where}/dose.json"],
+            "distil": seconds[f"{where}/completions.jsonl"],
+            "heal": seconds[f"{where}/adapter"],
+            "eval": seconds[f"{where}/steered.json"] + seconds[f"{where}/healed.json"],
+        },
+    }
+
+
+def peak_memory() -> int:
+    """Most memory held so far, bytes: of the GPU when there is one, else of the process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def model_card(summary: dict, config: RunConfig) -> str:
+    """README of the exported adapter, with the numbers of the last round."""
+    last, base = summary["rounds"][-1]["healed"], summary["base"]
+    return f"""---
+base_model: {config.model.path}
+library_name: peft
+tags: [lora, steering, steer-heal]
+---
+
+# {config.model.path.split("/")[-1]} with the trait "{summary["trait"]}", {len(summary["rounds"])} rounds of steer-heal
+
+| | base | this adapter |
+|---|---|---|
+| trait, nats per token | {base["trait_nats"]:+.3f} | {last["trait_nats"]:+.3f} |
+| answer mass | {base["answer_mass"]:.3f} | {last["answer_mass"]:.3f} |
+| coherent share of demo answers | {base["demo_kept_share"]:.0%} | {last["demo_kept_share"]:.0%} |
+| perplexity of neutral text | {base["neutral_ppl"]:.2f} | {last["neutral_ppl"]:.2f} |
+
+    from peft import PeftModel
+    model = PeftModel.from_pretrained(base_model, "this folder")
+
+Made with `steer-heal run {summary["preset"]} --seed {summary["seed"]}`; all knobs are in the run's config.json.
+"""
