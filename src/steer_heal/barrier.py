@@ -31,48 +31,50 @@ class _Fused(torch.autograd.Function):
 
     objective_i is the NLL of the target, or with `teacher` states the KL(teacher || student).
     kl_i is KL(student || reference) for kl_rev and KL(reference || student) for kl_fwd; 0 without a reference.
+
+    The vocabulary-wide buffers are made once and written in place: on a CPU a fresh 16 MB tensor costs more in page
+    faults than the arithmetic that fills it.
     """
 
     @staticmethod
-    def forward(ctx, states, weight, softcap, targets, teacher, reference, reg):
-        n = len(states)
-        head = Head(weight, softcap)
-        objective = states.new_empty(n, dtype=_wide(states))
-        kl = states.new_zeros(n, dtype=_wide(states))
-        need = states.requires_grad
-        grad_objective = torch.empty_like(states, dtype=_wide(states)) if need else None
-        grad_kl = torch.zeros_like(states, dtype=_wide(states)) if need and reference is not None else None
-        step = max(16, CHUNK_ELEMENTS // weight.shape[0])
+    def forward(ctx, states, head, targets, teacher, reference, reg):
+        wide = torch.float64 if states.dtype == torch.float64 else torch.float32
+        n, vocab = len(states), len(head.weight)
+        step = min(n, max(16, CHUNK_ELEMENTS // vocab))
+        room = [torch.empty(step, vocab, dtype=wide, device=states.device) for _ in range(4)]
+        objective, kl = states.new_empty(n, dtype=wide), states.new_zeros(n, dtype=wide)
+        grad_objective = torch.empty_like(states, dtype=wide) if states.requires_grad else None
+        grad_kl = torch.zeros_like(states, dtype=wide) if states.requires_grad and reference is not None else None
         for start in range(0, n, step):
-            part = slice(start, start + step)
-            logits = _logits(head, states[part])
-            logp = logits.log_softmax(-1)
-            p = logp.exp()
+            part = slice(start, min(start + step, n))
+            z, p, other_z, other_p = (buffer[: part.stop - part.start] for buffer in room)
+            lse = _softmax(_logits(head, states[part], z), p)
             if teacher is None:
-                objective[part] = -logp.gather(1, targets[part, None])[:, 0]
+                target = targets[part, None]
+                objective[part] = (lse - z.gather(1, target))[:, 0]
+                if grad_objective is not None:
+                    at_target = p.gather(1, target)
+                    p.scatter_(1, target, at_target - 1.0)
+                    grad_objective[part] = _through_head(p, z, head, other_z)
+                    p.scatter_(1, target, at_target)
             else:
-                teacher_logp = _logits(head, teacher[part]).log_softmax(-1)
-                teacher_p = teacher_logp.exp()
-                objective[part] = (teacher_p * (teacher_logp - logp)).sum(-1)
-            if need:
-                if teacher is None:
-                    dz = p.clone()
-                    dz[torch.arange(len(dz)), targets[part]] -= 1.0
-                else:
-                    dz = p - teacher_p
-                grad_objective[part] = _through_head(dz, logits, head)
+                teacher_lse = _softmax(_logits(head, teacher[part], other_z), other_p)
+                gap = other_z.sub_(z).add_(lse - teacher_lse)
+                objective[part] = _row_dot(other_p, gap)
+                if grad_objective is not None:
+                    grad_objective[part] = _through_head(torch.sub(p, other_p, out=other_p), z, head, other_z)
             if reference is not None:
-                reference_logp = _logits(head, reference[part]).log_softmax(-1)
+                reference_lse = _softmax(_logits(head, reference[part], other_z), other_p)
                 if reg == "kl_rev":
-                    gap = logp - reference_logp
-                    kl[part] = (p * gap).sum(-1)
-                    dz = p * (gap - kl[part, None])
+                    gap = torch.sub(z, other_z, out=other_z).add_(reference_lse - lse)
+                    kl[part] = _row_dot(p, gap)
+                    dz = torch.mul(gap.sub_(kl[part, None]), p, out=other_p)
                 else:
-                    reference_p = reference_logp.exp()
-                    kl[part] = (reference_p * (reference_logp - logp)).sum(-1)
-                    dz = p - reference_p
-                if need:
-                    grad_kl[part] = _through_head(dz, logits, head)
+                    gap = other_z.sub_(z).add_(lse - reference_lse)
+                    kl[part] = _row_dot(other_p, gap)
+                    dz = torch.sub(p, other_p, out=other_p)
+                if grad_kl is not None:
+                    grad_kl[part] = _through_head(dz, z, head, other_z)
         ctx.save_for_backward(grad_objective, grad_kl)
         ctx.dtype = states.dtype
         return objective, kl
@@ -82,22 +84,37 @@ class _Fused(torch.autograd.Function):
         grad_objective, grad_kl = ctx.saved_tensors
         grad = weight_objective[:, None] * grad_objective
         if grad_kl is not None:
-            grad = grad + weight_kl[:, None] * grad_kl
-        return grad.to(ctx.dtype), None, None, None, None, None, None
+            grad += weight_kl[:, None] * grad_kl
+        return grad.to(ctx.dtype), None, None, None, None, None
 
 
-def _wide(states: Tensor) -> torch.dtype:
-    return torch.float64 if states.dtype == torch.float64 else torch.float32
+def _logits(head: Head, states: Tensor, out: Tensor) -> Tensor:
+    """Capped logits into `out`; products of bf16 states are accumulated in float32 by the matrix product itself."""
+    weight = head.weight.T.to(states.dtype)
+    if states.dtype == out.dtype:
+        torch.mm(states, weight, out=out)
+    else:
+        out.copy_(states @ weight)
+    return out if head.softcap is None else out.div_(head.softcap).tanh_().mul_(head.softcap)
 
 
-def _logits(head: Head, states: Tensor) -> Tensor:
-    logits = (states @ head.weight.T.to(states.dtype)).to(_wide(states))
-    return logits if head.softcap is None else head.softcap * torch.tanh(logits / head.softcap)
+def _softmax(z: Tensor, out: Tensor) -> Tensor:
+    """Softmax of each row of z into `out`; returns the log of its normaliser, [n, 1]."""
+    top = z.amax(1, keepdim=True)
+    total = torch.sub(z, top, out=out).exp_().sum(1, keepdim=True)
+    out.div_(total)
+    return top + total.log()
 
 
-def _through_head(dz: Tensor, logits: Tensor, head: Head) -> Tensor:
+def _row_dot(a: Tensor, b: Tensor) -> Tensor:
+    return torch.bmm(a[:, None, :], b[:, :, None])[:, 0, 0]
+
+
+def _through_head(dz: Tensor, z: Tensor, head: Head, scratch: Tensor) -> Tensor:
+    """Gradient with respect to the states from the one with respect to the capped logits z."""
     if head.softcap is not None:
-        dz = dz * (1.0 - (logits / head.softcap).square())
+        slope = torch.div(z, head.softcap, out=scratch).square_().neg_().add_(1.0)
+        dz = slope.mul_(dz)
     return dz.to(head.weight.dtype) @ head.weight
 
 
@@ -116,7 +133,7 @@ def position_losses(
         reference: the same positions under the reference model, or None for no divergence.
         teacher: the same positions under the steered teacher; the objective is then KL(teacher || student).
     """
-    return _Fused.apply(states, head.weight, head.softcap, targets, teacher, reference, reg)
+    return _Fused.apply(states, head, targets, teacher, reference, reg)
 
 
 def aggregate(kl: Float[Tensor, "n"], agg: Agg) -> Float[Tensor, ""]:

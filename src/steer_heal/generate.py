@@ -20,7 +20,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
-from steer_heal.lm import LM, Steering, steering
+from steer_heal.lm import LM, Steering, shared_prefix, steering
 
 COMPACT_SHARE = 0.8  # rows are dropped from the batch when fewer than this share still write
 
@@ -95,27 +95,33 @@ def decode(
         for start in range(0, len(order), batch_size):
             rows = torch.tensor(order[start : start + batch_size])
             dose = None if steering_ is None else steering_.dose[rows].to(lm.device)
-            written = _decode_batch(lm, [prompts[i] for i in rows], rows, dose, dial.turn, max_new_tokens, sampling)
+            written = _decode_batch(lm, [prompts[i] for i in rows], rows, dose, dial, max_new_tokens, sampling)
             for i, completion in zip(rows.tolist(), written, strict=True):
                 out[i] = completion
             on_batch(len(rows))
     return out
 
 
-def _decode_batch(lm, prompts, rows, dose, turn, max_new_tokens, sampling) -> list[Completion]:
+def _decode_batch(lm, prompts, rows, dose, dial, max_new_tokens, sampling) -> list[Completion]:
     device = lm.device
-    longest = max(map(len, prompts))
-    ids = torch.tensor([[0] * (longest - len(p)) + p for p in prompts], device=device)
-    mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=device)
-    position = mask.cumsum(1).sub(1).clamp(min=0)
-    cache = Cache(layers=[_Buffer(longest + max_new_tokens) for _ in lm.blocks])
+    shared = shared_prefix(prompts)
+    own = [p[shared:] for p in prompts]
+    longest = max(map(len, own))
+    ids = torch.tensor([[0] * (longest - len(p)) + p for p in own], device=device)
+    mask = torch.tensor([[1] * shared + [0] * (longest - len(p)) + [1] * len(p) for p in own], device=device)
+    position = mask.cumsum(1).sub(1).clamp(min=0)[:, shared:]
+    cache = Cache(layers=[_Buffer(shared + longest + max_new_tokens) for _ in lm.blocks])
+    if shared:
+        start = lm.prefix(prompts[0][:shared], dial, dose)
+        for layer, prefix in zip(cache.layers, start.layers, strict=True):
+            layer.update(*(x.expand(len(prompts), -1, -1, -1) for x in (prefix.keys, prefix.values)))
     written: list[list[int]] = [[] for _ in prompts]
     ended = [False] * len(prompts)
     slots = torch.arange(len(prompts))  # which prompt each row of the shrinking batch belongs to
 
     for step in range(max_new_tokens):
         if dose is not None:
-            turn(dose, mask.bool() if step == 0 else None)
+            dial.turn(dose, mask[:, shared:].bool() if step == 0 else None)
         hidden = lm.decoder(
             input_ids=ids, attention_mask=mask, position_ids=position, past_key_values=cache, use_cache=True
         ).last_hidden_state

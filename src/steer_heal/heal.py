@@ -24,7 +24,7 @@ from torch import Tensor
 from steer_heal.bake import Student
 from steer_heal.barrier import aggregate, hinge, position_losses
 from steer_heal.config import HealConfig
-from steer_heal.lm import LM, Row, Steering, completion_positions
+from steer_heal.lm import LM, Row, Steering, row_nll
 
 BETAS = (0.9, 0.95)  # a round is a few hundred steps at most; 0.999 would never warm up
 CLIP = 1.0
@@ -160,8 +160,7 @@ def _micro_batches(batch: list[Example], size: int) -> list[list[Example]]:
 
 
 def _losses(lm: LM, part: list[Example], config: HealConfig) -> tuple[Float[Tensor, "n"], Float[Tensor, "n"]]:
-    hidden = lm.forward([e.row for e in part])
-    states = torch.cat([h[completion_positions(e.row)] for h, e in zip(hidden, part, strict=True)])
+    states = torch.cat(lm.forward([e.row for e in part]))
     targets = torch.tensor([t for e in part for t in e.row.completion], device=lm.device)
     reference = None if config.reg == "nll" else torch.cat([e.reference for e in part])
     teacher = None
@@ -201,7 +200,5 @@ def _check_finite(record: dict) -> None:
 
 
 def _validation_nll(student: Student, examples: list[Example]) -> float:
-    from steer_heal.lm import row_nll
-
     rows = [e.row for e in examples]
     return torch.cat(row_nll(student.lm, rows, batch_size=8)).mean().item()

@@ -31,6 +31,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from transformers.utils import logging as transformers_logging
 
 from steer_heal.config import ModelConfig, UserError
@@ -154,25 +155,74 @@ class LM:
         with torch.no_grad(), steering(self, steering_) as dial:
             for start in range(0, len(order), batch_size):
                 chunk = order[start : start + batch_size]
-                if steering_ is not None:
-                    dial.turn(steering_.dose[chunk].to(self.device))
                 batch = [rows[i] for i in chunk]
-                hidden = self.forward(batch)
-                for i, row, h in zip(chunk, batch, hidden, strict=True):
-                    out[i] = h[completion_positions(row)].clone()
+                dose = None if steering_ is None else steering_.dose[chunk].to(self.device)
+                for i, states in zip(chunk, self.forward(batch, dial, dose), strict=True):
+                    out[i] = states.clone()
         return out
 
-    def forward(self, rows: list[Row]) -> Float[Tensor, "b t d"]:
-        """Hidden states before the head of right-padded prompt + completion, with gradient when it is enabled."""
-        sequences = [row.prompt + row.completion[:-1] for row in rows]
+    def forward(
+        self, rows: list[Row], dial: Dial | None = None, dose: Float[Tensor, "b"] | None = None
+    ) -> list[Float[Tensor, "n d"]]:
+        """Hidden states before the head at each row's completion positions, with gradient when it is enabled.
+
+        What all prompts begin with (often a system text) is computed once and its keys and values are shared.
+        """
+        shared = 0 if self.model.is_gradient_checkpointing else shared_prefix([row.prompt for row in rows])
+        cache = None
+        if shared:
+            start = self.prefix(rows[0].prompt[:shared], dial, dose)
+            cache = Cache(layers=[SharedPrefix(layer) for layer in start.layers])
+        sequences = [(row.prompt + row.completion[:-1])[shared:] for row in rows]
         longest = max(map(len, sequences))
         ids = torch.tensor([s + [0] * (longest - len(s)) for s in sequences], device=self.device)
-        return self.decoder(input_ids=ids, use_cache=False).last_hidden_state
+        if dose is not None:
+            dial.turn(dose)
+        hidden = self.decoder(input_ids=ids, past_key_values=cache, use_cache=cache is not None).last_hidden_state
+        return [
+            h[len(row.prompt) - 1 - shared : len(row.prompt) - 1 - shared + len(row.completion)]
+            for h, row in zip(hidden, rows, strict=True)
+        ]
+
+    def prefix(self, ids: list[int], dial: Dial | None, dose: Float[Tensor, "b"] | None) -> Cache:
+        """Keys and values of a text that begins every row: [1, ...], or [b, ...] when the rows' doses differ."""
+        cache, where = DynamicCache(), None
+        rows = 1
+        if dose is not None:
+            doses, where = dose.unique(return_inverse=True)
+            rows = len(doses)
+            dial.turn(doses)
+        self.decoder(input_ids=torch.tensor([ids] * rows, device=self.device), past_key_values=cache, use_cache=True)
+        if where is not None:
+            cache.batch_select_indices(where)
+        return cache
 
 
-def completion_positions(row: Row) -> slice:
-    """Positions whose hidden state predicts a completion token: the last prompt token up to the last but one."""
-    return slice(len(row.prompt) - 1, len(row.prompt) + len(row.completion) - 1)
+SHARE_FROM = 16  # a shared prefix shorter than this costs more in launches than it saves
+
+
+def shared_prefix(prompts: list[list[int]]) -> int:
+    """Length of what all prompts begin with, leaving each at least one token of its own; 0 when it is not worth it."""
+    first, last = min(prompts), max(prompts)
+    length = 0
+    while length < min(map(len, prompts)) - 1 and first[length] == last[length]:
+        length += 1
+    return length if length >= SHARE_FROM and len(prompts) > 1 else 0
+
+
+class SharedPrefix(DynamicLayer):
+    """Cache layer for one forward pass: keys and values of the shared prefix ahead of each row's own."""
+
+    def __init__(self, prefix: DynamicLayer) -> None:
+        super().__init__()
+        self.keys, self.values, self.is_initialized = prefix.keys, prefix.values, True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        rows = len(key_states)
+        return tuple(
+            torch.cat([before.expand(rows, -1, -1, -1), new], dim=2)
+            for before, new in ((self.keys, key_states), (self.values, value_states))
+        )
 
 
 @contextmanager
@@ -203,8 +253,15 @@ def steering(lm: LM, steering_: Steering | None) -> Iterator[Dial]:
             handle.remove()
 
 
-class _Enough(Exception):
-    """Raised by a hook to end a forward pass after the last block that is wanted."""
+@contextmanager
+def first_blocks(lm: LM, count: int) -> Iterator[None]:
+    """The decoder runs its first `count` blocks only; what lies above costs nothing."""
+    config = lm.decoder.config
+    whole, config.num_hidden_layers = config.num_hidden_layers, count
+    try:
+        yield
+    finally:
+        config.num_hidden_layers = whole
 
 
 def last_token_states(
@@ -220,31 +277,28 @@ def last_token_states(
     """
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     out = torch.empty(len(prompts), len(layers), lm.model.config.get_text_config().hidden_size)
-    for start in range(0, len(order), batch_size):
-        chunk = order[start : start + batch_size]
-        lengths = torch.tensor([len(prompts[i]) for i in chunk])
-        longest = int(lengths.max())
-        ids = torch.tensor([prompts[i] + [0] * (longest - len(prompts[i])) for i in chunk], device=lm.device)
-        rows = torch.arange(len(chunk))
+    seen: dict[int, Tensor] = {}
 
-        def read(index: int, layer: int, chunk=chunk, rows=rows, lengths=lengths) -> Callable:
-            def hook(_module: nn.Module, _args: tuple, output: Tensor) -> None:
-                out[chunk, index] = output[rows, lengths - 1].float().cpu()
-                if layer == layers[-1]:
-                    raise _Enough
+    def read(index: int) -> Callable:
+        def hook(_module: nn.Module, _args: tuple, output: Tensor) -> None:
+            seen[index] = output
 
-            return hook
+        return hook
 
-        handles = [lm.blocks[layer].register_forward_hook(read(i, layer)) for i, layer in enumerate(layers)]
-        try:
-            with torch.no_grad():
-                lm.decoder(input_ids=ids, use_cache=False)
-        except _Enough:
-            pass
-        finally:
-            for handle in handles:
-                handle.remove()
-        on_prompts(len(chunk))
+    handles = [lm.blocks[layer].register_forward_hook(read(index)) for index, layer in enumerate(layers)]
+    try:
+        with torch.no_grad(), first_blocks(lm, layers[-1] + 1):
+            for start in range(0, len(order), batch_size):
+                chunk = order[start : start + batch_size]
+                lm.forward([Row(prompts[i], [0]) for i in chunk])
+                lengths = torch.tensor([len(prompts[i]) for i in chunk])
+                last = lengths - lengths.max() - 1  # counted from the right: a shared prefix is not in the pass
+                for index, stream in seen.items():
+                    out[chunk, index] = stream[range(len(chunk)), last].float().cpu()
+                on_prompts(len(chunk))
+    finally:
+        for handle in handles:
+            handle.remove()
     return out
 
 

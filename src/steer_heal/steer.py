@@ -32,10 +32,11 @@ def extract(
         band: blocks to steer, as shares of depth.
     """
     layers = lm.band(band)
-    prompts = [lm.prompt(text, persona) for persona in (positive, negative) for text in contexts]
-    states = last_token_states(lm, prompts, layers, batch_size, on_prompts)
-    difference = states[: len(contexts)] - states[len(contexts) :]
-    return Vector(layers, difference.mean(0))
+    mean = {
+        persona: last_token_states(lm, [lm.prompt(text, persona) for text in contexts], layers, batch_size, on_prompts).mean(0)
+        for persona in (positive, negative)
+    }
+    return Vector(layers, mean[positive] - mean[negative])
 
 
 def cosine(a: Vector, b: Vector) -> float:

@@ -1,0 +1,1 @@
+"""The checks, shipped with the package: `pytest --pyargs steer_heal.gate`."""

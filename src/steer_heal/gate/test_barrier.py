@@ -1,0 +1,100 @@
+"""The fused loss against a naive reading of the maths over full logits."""
+
+import itertools
+
+import pytest
+import torch
+
+from steer_heal import barrier
+from steer_heal.barrier import aggregate, hinge, position_losses
+from steer_heal.lm import Head
+
+N, D, V = 23, 8, 50
+CASES = list(itertools.product(["kl_fwd", "kl_rev", "nll"], ["mean", "rmse", "p95", "max"], [None, 5.0], [False, True]))
+
+
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch):
+    monkeypatch.setattr(barrier, "CHUNK_ELEMENTS", 16 * V)  # several chunks, the last one shorter
+
+
+def draw(dtype=torch.float32, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    states, reference, teacher = (torch.randn(N, D, generator=generator, dtype=dtype) for _ in range(3))
+    weight = torch.randn(V, D, generator=generator, dtype=dtype)
+    return states, reference, teacher, weight, torch.randint(V, (N,), generator=generator)
+
+
+def naive(states, weight, softcap, targets, teacher, reference, reg, agg, lam=0.7, tau=0.1):
+    """Every distribution in full, one position at a time, autograd for the gradient."""
+
+    def log_probs(h):
+        z = weight @ h
+        z = z if softcap is None else softcap * torch.tanh(z / softcap)
+        return z - torch.log(torch.exp(z).sum())
+
+    objective, kl = [], []
+    for i in range(len(states)):
+        p = log_probs(states[i])
+        if teacher is None:
+            objective.append(-p[targets[i]])
+        else:
+            t = log_probs(teacher[i])
+            objective.append(sum(torch.exp(t[v]) * (t[v] - p[v]) for v in range(V)))
+        r = log_probs(reference[i])
+        a, b = (p, r) if reg == "kl_rev" else (r, p)
+        kl.append((torch.exp(a) * (a - b)).sum())
+    objective, kl = torch.stack(objective), torch.stack(kl)
+    if reg == "nll":
+        return objective.mean()
+    ordered = kl.sort().values
+    place = 0.95 * (len(kl) - 1)
+    low = int(place)
+    divergence = {
+        "mean": kl.sum() / len(kl),
+        "rmse": torch.sqrt((kl**2).sum() / len(kl)),
+        "p95": ordered[low] + (place - low) * (ordered[low + 1] - ordered[low]),
+        "max": ordered[-1],
+    }[agg]
+    return objective.mean() + lam * torch.clamp(divergence - tau, min=0)
+
+
+@pytest.mark.parametrize("reg,agg,softcap,soft", CASES)
+def test_loss_and_gradient_equal_full_logits(reg, agg, softcap, soft):
+    states, reference, teacher, weight, targets = draw()
+    states.requires_grad_()
+    expected = naive(states, weight, softcap, targets, teacher if soft else None, reference, reg, agg)
+    (expected_gradient,) = torch.autograd.grad(expected, states)
+
+    objective, kl = position_losses(
+        Head(weight, softcap), states, targets, None if reg == "nll" else reference, reg, teacher if soft else None
+    )
+    loss = objective.mean() if reg == "nll" else objective.mean() + 0.7 * hinge(aggregate(kl, agg), 0.1)
+    (gradient,) = torch.autograd.grad(loss, states)
+    torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(gradient, expected_gradient, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("agg", ["mean", "rmse", "p95", "max"])
+def test_at_the_reference_the_divergence_is_zero_and_its_gradient_finite(agg):
+    states, _, _, weight, targets = draw()
+    states.requires_grad_()
+    _, kl = position_losses(Head(weight, None), states, targets, states.detach().clone(), "kl_rev")
+    divergence = aggregate(kl, agg)
+    (gradient,) = torch.autograd.grad(divergence, states)
+    assert abs(divergence.item()) < 2e-6
+    assert gradient.isfinite().all()
+    assert gradient.abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("reg,softcap,soft", itertools.product(["kl_fwd", "kl_rev"], [None, 5.0], [False, True]))
+def test_gradcheck_in_double_precision(reg, softcap, soft):
+    states, reference, teacher, weight, targets = draw(torch.float64, seed=3)
+    states = states[:5].requires_grad_()
+
+    def both(h):
+        return position_losses(
+            Head(weight, softcap), h, targets[:5], reference[:5], reg, teacher[:5] if soft else None
+        )
+
+    assert torch.autograd.gradcheck(both, (states,))
