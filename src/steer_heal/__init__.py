@@ -1,1 +1,14 @@
 """steer-heal: steer a chat model towards a trait, distil it into the weights, heal the incoherence, and repeat."""
+
+import os
+
+
+def check_types() -> None:
+    """From here on every steer_heal module that is imported checks its types and tensor shapes at run time."""
+    from jaxtyping import install_import_hook
+
+    install_import_hook("steer_heal", "beartype.beartype")
+
+
+if os.environ.get("STEER_HEAL_CHECK_TYPES") == "1":
+    check_types()

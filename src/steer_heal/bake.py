@@ -66,10 +66,11 @@ class Student:
         parts = [name for name in (self.history, NOW) if name is not None]
         name = f"history{self.folded}"
         self.peft.base_model.add_weighted_adapter(parts, [1.0] * len(parts), name, combination_type="cat")
-        for part in parts:
-            self.peft.delete_adapter(part)
         self.history = name
         self.folded += 1
+        self._apply((1.0, 0.0, False))  # peft warns when an adapter is deleted that is still active
+        for part in parts:
+            self.peft.delete_adapter(part)
         self._rest()
 
     @contextmanager

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import difflib
 import sys
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Literal
 
 import tyro
 from loguru import logger
 from tyro.conf import Positional
 
-from steer_heal.config import DEFAULT_PRESET, PRESETS, RunConfig, UserError
+from steer_heal.config import DEFAULT_PRESET, PRESETS, RunConfig, UserError, check
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -29,10 +30,14 @@ def _chosen_preset(argv: list[str]) -> str:
     if len(argv) < 2 or argv[0] != "run" or argv[1].startswith("-"):
         return DEFAULT_PRESET
     if argv[1] not in PRESETS:
-        close = difflib.get_close_matches(argv[1], PRESETS, 1)
-        hint = f" (did you mean {close[0]!r}?)" if close else ""
-        raise UserError(f"preset {argv[1]!r} is not known{hint}: choose {', '.join(PRESETS)}")
+        raise UserError(_unknown_preset(argv[1]))
     return argv[1]
+
+
+def _unknown_preset(name: str) -> str:
+    close = difflib.get_close_matches(name, PRESETS, 1)
+    hint = f" (did you mean {close[0]!r}?)" if close else ""
+    return f"preset {name!r} is not known{hint}: choose {', '.join(PRESETS)}"
 
 
 def _log_above_bars() -> None:
@@ -57,10 +62,66 @@ def app(preset: str) -> tyro.extras.SubcommandApp:
     ) -> None:
         """Steer, distil, heal and bake a trait into a model, round after round."""
         from steer_heal import data, loop, rundir
+        from steer_heal import report as reporting
+        from steer_heal.lm import load
 
+        check(config)
         trait = data.load_trait(config.trait)
-        folder = rundir.reopen(config) if config.resume else rundir.create(config, preset)
-        loop.run(config, preset, folder, trait)
+        folder = rundir.reopen(config, trait) if config.resume else None
+        lm = load(config.model)  # before a folder is made: a model that cannot be loaded leaves nothing behind
+        folder = folder or rundir.create(config, preset, trait)
+        summary = loop.run(config, preset, folder, trait, lm)
+        page = reporting.build(folder.path)
+        print(
+            f"done in {summary['seconds'] / 60:.1f} minutes of stages. The report: {page}\n\n"
+            "What to do next:\n"
+            f"  1. talk to it, base and student side by side:  steer-heal chat {folder.path}\n"
+            f"  2. load it without steer-heal:  PeftModel.from_pretrained(base_model, '{folder.path}/adapter')\n"
+            f"  3. steer another trait, in a .toml file of yours (see README):  steer-heal run {preset} --trait mine.toml"
+        )
+
+    @verbs.command
+    def results(out: str = "outputs") -> None:
+        """All runs under a folder as a table, newest first."""
+        from steer_heal import results as listing
+
+        listing.show(Path(out))
+
+    @verbs.command
+    def report(run: Positional[str]) -> None:
+        """Rebuild report.html and diary.md of a run folder, finished or not."""
+        from steer_heal import report as reporting
+
+        if not (Path(run) / "config.json").is_file():
+            raise UserError(f"{run!r} is no run folder: it has no config.json")
+        print(reporting.build(Path(run)))
+
+    @verbs.command
+    def chat(run: Positional[str], gate: float = 1.0, max_new_tokens: int = 128) -> None:
+        """Talk to a run's result: base and student answer side by side."""
+        from steer_heal.chat import chat as talk
+
+        talk(Path(run), gate, max_new_tokens)
+
+    @verbs.command
+    def bench(
+        what: Positional[Literal["generate"]],
+        preset: str = "smollm2-135m",
+        rows: int = 64,
+        tokens: int = 64,
+        json: str | None = None,
+    ) -> None:
+        """Side-by-side measurements. generate: steered sampling one row at a time against one batch."""
+        from json import dumps
+
+        from steer_heal import bench as measuring
+
+        if preset not in PRESETS:
+            raise UserError(_unknown_preset(preset))
+        measured = dumps(measuring.generate(preset, rows, tokens), indent=1)
+        print(measured)
+        if json is not None:
+            Path(json).write_text(measured, "utf-8")
 
     return verbs
 

@@ -51,7 +51,7 @@ class Scores:
     boilerplate: bool
 
 
-def score(text: str, nll: Float[Tensor, "n"]) -> Scores:
+def score(text: str, nll: Float[Tensor, n]) -> Scores:
     """Scores of a completion from its text and the base's NLL of each of its tokens (nats)."""
     tail = nll[-max(1, len(nll) // 4) :]
     size = len(text.encode())

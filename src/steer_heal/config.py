@@ -179,6 +179,24 @@ class RunConfig:
     eval: EvalConfig = field(default_factory=EvalConfig)
 
 
+def check(config: RunConfig) -> None:
+    """Raise UserError for a value that no run could work with."""
+    low, high = config.steer.band
+    demands = [
+        (config.rounds >= 1, f"rounds is {config.rounds}: it must be 1 or more"),
+        (0 <= low <= high <= 1, f"steer.band is {low} {high}: give two shares of depth, 0 <= low <= high <= 1"),
+        (
+            0 < config.dose.lowest < config.dose.highest,
+            f"dose.lowest is {config.dose.lowest} and dose.highest {config.dose.highest}: 0 < lowest < highest",
+        ),
+        (0 < config.dose.survival <= 1, f"dose.survival is {config.dose.survival}: it must be above 0, at most 1"),
+        (0 <= config.heal.val_share < 1, f"heal.val_share is {config.heal.val_share}: it must be at least 0, below 1"),
+    ]
+    for fine, complaint in demands:
+        if not fine:
+            raise UserError(complaint)
+
+
 GEMMA_1B = RunConfig()
 
 PRESETS: dict[str, RunConfig] = {

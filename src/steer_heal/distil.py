@@ -46,7 +46,9 @@ def dose_curve(
         of_dose = [c for c in completions if c["dose"] == dose]
         kept = [c for c in of_dose if not c["dropped"]]
         tail = sorted(c["tail_ppl"] for c in of_dose)[len(of_dose) // 2]
-        curve.append({"dose": dose, "survival": len(kept) / len(of_dose), "tail_ppl": tail, "example": of_dose[0]["text"]})
+        curve.append(
+            {"dose": dose, "survival": len(kept) / len(of_dose), "tail_ppl": tail, "example": of_dose[0]["text"]}
+        )
     for point, fitted in zip(curve, decreasing_fit([p["survival"] for p in curve]), strict=True):
         point["fitted"] = fitted
     chosen = largest_dose(doses, [p["fitted"] for p in curve], config.survival)

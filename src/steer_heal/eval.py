@@ -137,7 +137,7 @@ def neutral_scores(lm: LM, arm: Arm, config: EvalConfig) -> np.ndarray:
     return np.array([row.double().mean().item() for row in nll])
 
 
-def interval(values: np.ndarray | Float[Tensor, "n"]) -> list[float]:
+def interval(values: np.ndarray | Float[Tensor, n]) -> list[float]:
     """95% percentile bootstrap interval of the mean over items."""
     values = np.asarray(values, dtype=np.float64)
     draw = np.random.default_rng(BOOTSTRAP_SEED).integers(0, len(values), (BOOTSTRAP, len(values)))

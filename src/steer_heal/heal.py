@@ -14,7 +14,8 @@ from __future__ import annotations
 import math
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -45,16 +46,11 @@ class NonFinite(Exception):
 
 
 def prepare(
-    student: Student,
-    rows: list[Row],
-    anchor_rows: list[Row],
-    steering_: Steering,
-    config: HealConfig,
-    batch_size: int,
-) -> tuple[list[Example], list[Example]]:
-    """Cache reference and teacher states. Returns (training examples, anchor examples).
+    student: Student, rows: list[Row], steering_: Steering, config: HealConfig, batch_size: int
+) -> list[Example]:
+    """Training examples with the reference's and, for soft targets, the teacher's states.
 
-    `steering_` has one dose per row of `rows`; it makes the teacher of soft targets.
+    `steering_` has one dose per row; the teacher is the previous student steered with it.
     """
     lm = student.lm
     history = 1.0 if config.reference == "prev" else 0.0
@@ -62,11 +58,15 @@ def prepare(
         reference = lm.states(rows, batch_size) if config.reg != "nll" else [None] * len(rows)
     with student.view(now=0.0):
         teacher = lm.states(rows, batch_size, steering_) if config.target == "soft" else [None] * len(rows)
+    return [Example(*parts) for parts in zip(rows, reference, teacher, strict=True)]
+
+
+def prepare_anchors(student: Student, rows: list[Row], batch_size: int) -> list[Example]:
+    """Anchor examples: mundane completions with the pristine base's states. The same in every round."""
     with student.view(history=0.0, now=0.0):
-        base = lm.states(anchor_rows, batch_size) if config.anchor == "neutral" else []
-    examples = [Example(*parts) for parts in zip(rows, reference, teacher, strict=True)]
-    anchors = [Example(row, h, None, anchor=True) for row, h in zip(anchor_rows, base, strict=False)]
-    return examples, anchors
+        return [
+            Example(row, h, None, anchor=True) for row, h in zip(rows, student.lm.states(rows, batch_size), strict=True)
+        ]
 
 
 def heal(
@@ -94,7 +94,7 @@ def heal(
     optimiser = torch.optim.AdamW(parameters, lr=config.lr, betas=BETAS, weight_decay=config.weight_decay)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: _cosine(step, total, config.warmup))
     history = []
-    with student.view(train=True):
+    with student.view(train=True), recomputation(student.lm, config.checkpointing):
         for step in range(total):
             if step % steps_an_epoch == 0:
                 epoch = _epoch_batches(training, per_step, shuffle)
@@ -113,6 +113,21 @@ def heal(
     if validation:
         history[-1]["val_nll"] = _validation_nll(student, validation)
     return history
+
+
+@contextmanager
+def recomputation(lm: LM, on: bool) -> Iterator[None]:
+    """Activations are recomputed in the backward pass. transformers does so in training mode only; no layer of a
+    supported model behaves otherwise in it, since dropout is 0."""
+    if on:
+        lm.model.gradient_checkpointing_enable({"use_reentrant": False})
+        lm.model.train()
+    try:
+        yield
+    finally:
+        if on:
+            lm.model.gradient_checkpointing_disable()
+            lm.model.eval()
 
 
 def _cosine(step: int, total: int, warmup: float) -> float:
@@ -159,7 +174,7 @@ def _micro_batches(batch: list[Example], size: int) -> list[list[Example]]:
     return [ordered[i : i + size] for i in range(0, len(ordered), size)]
 
 
-def _losses(lm: LM, part: list[Example], config: HealConfig) -> tuple[Float[Tensor, "n"], Float[Tensor, "n"]]:
+def _losses(lm: LM, part: list[Example], config: HealConfig) -> tuple[Float[Tensor, n], Float[Tensor, n]]:
     states = torch.cat(lm.forward([e.row for e in part]))
     targets = torch.tensor([t for e in part for t in e.row.completion], device=lm.device)
     reference = None if config.reg == "nll" else torch.cat([e.reference for e in part])
@@ -174,7 +189,7 @@ def _is_anchor(part: list[Example]) -> Tensor:
 
 
 def loss_terms(
-    objective: Float[Tensor, "n"], kl: Float[Tensor, "n"], anchor: Tensor, config: HealConfig, lam: float
+    objective: Float[Tensor, n], kl: Float[Tensor, n], anchor: Tensor, config: HealConfig, lam: float
 ) -> dict[str, Tensor]:
     """The step's loss and its parts: objective, D, anchor D, barrier.
 

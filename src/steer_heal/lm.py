@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
+import logging
 import os
 import shutil
 import tempfile
@@ -37,6 +38,7 @@ from transformers.utils import logging as transformers_logging
 from steer_heal.config import ModelConfig, UserError
 from steer_heal.tiny import RANDOM_ARCHITECTURES, build_random
 
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # on a CPU it advises a package that it does not need
 transformers_logging.set_verbosity_error()
 transformers_logging.disable_progress_bar()
 
@@ -63,16 +65,16 @@ class Steering:
     """A vector with one dose per row of the call it is given to."""
 
     vector: Vector
-    dose: Float[Tensor, "rows"]
+    dose: Float[Tensor, rows]
 
 
 class Dial:
     """What the steering hooks read: the doses and the padding mask of the batch that is in the model now."""
 
-    dose: Float[Tensor, "b"]
+    dose: Float[Tensor, b]
     real: Bool[Tensor, "b t"] | None
 
-    def turn(self, dose: Float[Tensor, "b"], real: Bool[Tensor, "b t"] | None = None) -> None:
+    def turn(self, dose: Float[Tensor, b], real: Bool[Tensor, "b t"] | None = None) -> None:
         self.dose, self.real = dose, real
 
 
@@ -162,13 +164,13 @@ class LM:
         return out
 
     def forward(
-        self, rows: list[Row], dial: Dial | None = None, dose: Float[Tensor, "b"] | None = None
+        self, rows: list[Row], dial: Dial | None = None, dose: Float[Tensor, b] | None = None
     ) -> list[Float[Tensor, "n d"]]:
         """Hidden states before the head at each row's completion positions, with gradient when it is enabled.
 
         What all prompts begin with (often a system text) is computed once and its keys and values are shared.
         """
-        shared = 0 if self.model.is_gradient_checkpointing else shared_prefix([row.prompt for row in rows])
+        shared = 0 if self.model.is_activation_checkpointing else shared_prefix([row.prompt for row in rows])
         cache = None
         if shared:
             start = self.prefix(rows[0].prompt[:shared], dial, dose)
@@ -184,7 +186,7 @@ class LM:
             for h, row in zip(hidden, rows, strict=True)
         ]
 
-    def prefix(self, ids: list[int], dial: Dial | None, dose: Float[Tensor, "b"] | None) -> Cache:
+    def prefix(self, ids: list[int], dial: Dial | None, dose: Float[Tensor, b] | None) -> Cache:
         """Keys and values of a text that begins every row: [1, ...], or [b, ...] when the rows' doses differ."""
         cache, where = DynamicCache(), None
         rows = 1
@@ -302,7 +304,7 @@ def last_token_states(
     return out
 
 
-def token_nll(head: Head, states: Float[Tensor, "n d"], targets: Int[Tensor, "n"], chunk: int = 256) -> Float[Tensor, "n"]:
+def token_nll(head: Head, states: Float[Tensor, "n d"], targets: Int[Tensor, n], chunk: int = 256) -> Float[Tensor, n]:
     """Negative log-likelihood of each target in nats, through the head a chunk of positions at a time."""
     with torch.no_grad():
         parts = [
@@ -312,7 +314,7 @@ def token_nll(head: Head, states: Float[Tensor, "n d"], targets: Int[Tensor, "n"
     return torch.cat(parts)
 
 
-def row_nll(lm: LM, rows: list[Row], batch_size: int, steering_: Steering | None = None) -> list[Float[Tensor, "n"]]:
+def row_nll(lm: LM, rows: list[Row], batch_size: int, steering_: Steering | None = None) -> list[Float[Tensor, n]]:
     """NLL in nats of every completion token of every row under the model as it stands (view, steering)."""
     states = lm.states(rows, batch_size, steering_)
     targets = torch.tensor([t for row in rows for t in row.completion], device=lm.device)
@@ -402,7 +404,9 @@ def _gguf_file(source: str) -> Path:
     if source not in PACKAGED_GGUF:
         file = Path(source).expanduser()
         if not file.is_file():
-            raise UserError(f"model path {source!r} does not exist: give a hub id (owner/name), a folder or a .gguf file")
+            raise UserError(
+                f"model path {source!r} does not exist: give a hub id (owner/name), a folder or a .gguf file"
+            )
         return file
     package, name, requirement = PACKAGED_GGUF[source]
     spec = importlib.util.find_spec(package)  # located, not imported: its own code wants llama.cpp

@@ -10,6 +10,7 @@ import hashlib
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -23,17 +24,17 @@ from steer_heal.bake import Student
 from steer_heal.config import RunConfig
 from steer_heal.distil import anchor_completions, distil, dose_curve, kept_rows
 from steer_heal.eval import Arm, evaluate
-from steer_heal.heal import heal, prepare
-from steer_heal.lm import Steering, Vector, load
+from steer_heal.heal import Example, heal, prepare, prepare_anchors
+from steer_heal.lm import LM, Steering, Vector
 from steer_heal.rundir import RunDir
 from steer_heal.steer import extract
 from steer_heal.summary import arm_table, barrier_warning, demo_rows, model_card, peak_memory, summarise
 
 
-def run(config: RunConfig, preset: str, folder: RunDir, trait: data.Trait) -> dict:
+def run(config: RunConfig, preset: str, folder: RunDir, trait: data.Trait, lm: LM) -> dict:
     """All rounds of a run; returns the summary that is also in summary.json."""
     began = time.perf_counter()
-    student = Student(load(config.model))
+    student = Student(lm)
     logger.info(f"model {config.model.path}, trait {trait.name!r}, {config.rounds} rounds, folder {folder.path}")
 
     base = measure(folder, "base.json", student, Arm("base", history=0.0, now=0.0), trait, config)
@@ -79,16 +80,18 @@ def measure(folder: RunDir, name: str, student: Student, arm: Arm, trait: data.T
     return folder.json(name, compute)
 
 
-def anchor_stage(folder: RunDir, student: Student, config: RunConfig) -> list[dict]:
+def anchor_stage(folder: RunDir, student: Student, config: RunConfig) -> Callable[[], list[Example]]:
+    """Base completions of mundane prompts; what is returned gives the anchor examples, their states read once."""
     if config.heal.anchor == "none":
-        return []
+        return list
 
     def compute() -> list[dict]:
         with progress("anchor", config.heal.anchor_prompts, "row") as done:
             prompts = list(data.mundane()[: config.heal.anchor_prompts])
             return anchor_completions(student, prompts, config.distil, stage_key(config, -1, "anchor"), done)
 
-    return folder.jsonl("anchor.jsonl", compute)
+    rows, _ = kept_rows(student, folder.jsonl("anchor.jsonl", compute))
+    return cache(lambda: prepare_anchors(student, rows, config.eval.batch_size))
 
 
 def extract_stage(folder: RunDir, where: str, student: Student, trait: data.Trait, config: RunConfig) -> Vector:
@@ -144,21 +147,20 @@ def heal_stage(
     student: Student,
     vector: Vector,
     completions: list[dict],
-    anchors: list[dict],
+    anchors: Callable[[], list[Example]],
     config: RunConfig,
     round_: int,
 ) -> list[dict]:
     """Train the round's adapter, or load it; either way it is the student's current one afterwards."""
     rows, doses = kept_rows(student, completions)
-    anchor_rows, _ = kept_rows(student, anchors)
 
     def compute() -> list[dict]:
         seed = stage_seed(config, round_, "heal")
         student.begin_round(config.heal, seed)
         steering = Steering(vector, torch.tensor(doses))
-        examples, anchor_examples = prepare(student, rows, anchor_rows, steering, config.heal, config.eval.batch_size)
+        examples = prepare(student, rows, steering, config.heal, config.eval.batch_size)
         with progress(f"{where} heal", config.heal.epochs * len(rows), "row") as done:
-            return heal(student, examples, anchor_examples, config.heal, round_, seed, done)
+            return heal(student, examples, anchors(), config.heal, round_, seed, done)
 
     def write(path: Path, records: list[dict]) -> None:
         folder.write_jsonl(f"{where}/heal.jsonl", records)  # before the adapter, whose existence says that all is done

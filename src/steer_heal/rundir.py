@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from steer_heal.config import RunConfig, UserError
+from steer_heal.data import Trait
 
 T = TypeVar("T")
 PLACE_FIELDS = ("out", "resume")  # where a run lies is not what it is
@@ -33,7 +34,9 @@ class RunDir:
     def __init__(self, path: Path) -> None:
         self.path = path
 
-    def stage(self, name: str, compute: Callable[[], T], write: Callable[[Path, T], None], read: Callable[[Path], T]) -> T:
+    def stage(
+        self, name: str, compute: Callable[[], T], write: Callable[[Path, T], None], read: Callable[[Path], T]
+    ) -> T:
         """The artefact `name`: read when it is there, computed and written when it is not."""
         target = self.path / name
         if target.exists():
@@ -87,11 +90,11 @@ class RunDir:
         return {e["artefact"]: e["seconds"] for e in events if e["event"] == "stage"}
 
 
-def create(config: RunConfig, preset: str) -> RunDir:
-    """A new run folder, outputs/<time>_<model>_<trait>_s<seed>, with config.json and env.json."""
+def create(config: RunConfig, preset: str, trait: Trait) -> RunDir:
+    """A new run folder, outputs/<time>_<model>_<trait>_s<seed>, with config.json, trait.json and env.json."""
     model = re.sub(r"[^A-Za-z0-9.]+", "-", config.model.path.rstrip("/").split("/")[-1]).strip("-.")
-    trait = re.sub(r"[^A-Za-z0-9]+", "-", Path(config.trait).stem).strip("-")
-    name = f"{time.strftime('%Y%m%d-%H%M%S')}_{model}_{trait}_s{config.seed}"
+    word = re.sub(r"[^A-Za-z0-9]+", "-", trait.name).strip("-")
+    name = f"{time.strftime('%Y%m%d-%H%M%S')}_{model}_{word}_s{config.seed}"
     path = Path(config.out) / name
     for attempt in range(1, 100):
         try:
@@ -101,12 +104,13 @@ def create(config: RunConfig, preset: str) -> RunDir:
             path = Path(config.out) / f"{name}_{attempt + 1}"
     run = RunDir(path)
     run.replace_json("config.json", {"preset": preset, **_described(config)})
+    run.replace_json("trait.json", asdict(trait))
     run.replace_json("env.json", environment())
     run.event("start", argv=sys.argv[1:])
     return run
 
 
-def reopen(config: RunConfig) -> RunDir:
+def reopen(config: RunConfig, trait: Trait) -> RunDir:
     """The folder given by --resume. Raises UserError when it is no run, or a run of another config."""
     path = Path(config.resume)
     if not (path / "config.json").is_file():
@@ -121,6 +125,10 @@ def reopen(config: RunConfig) -> RunDir:
         raise UserError(
             f"--resume {config.resume}: the run was started with another config ({'; '.join(differing)}). "
             "Give the same preset and flags, or start a new run"
+        )
+    if json.loads((path / "trait.json").read_text("utf-8")) != json.loads(json.dumps(asdict(trait))):
+        raise UserError(
+            f"--resume {config.resume}: the trait file has changed since the run was started; see trait.json there"
         )
     run = RunDir(path)
     run.event("resume", argv=sys.argv[1:])

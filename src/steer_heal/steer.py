@@ -33,7 +33,9 @@ def extract(
     """
     layers = lm.band(band)
     mean = {
-        persona: last_token_states(lm, [lm.prompt(text, persona) for text in contexts], layers, batch_size, on_prompts).mean(0)
+        persona: last_token_states(
+            lm, [lm.prompt(text, persona) for text in contexts], layers, batch_size, on_prompts
+        ).mean(0)
         for persona in (positive, negative)
     }
     return Vector(layers, mean[positive] - mean[negative])

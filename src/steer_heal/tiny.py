@@ -63,7 +63,7 @@ RANDOM_ARCHITECTURES: dict[str, dict] = {
 
 
 def build_random(name: str, folder: Path) -> None:
-    """Write a random model and its tokenizer into `folder`, in the form `from_pretrained` reads. Always the same bits."""
+    """Write a random model and its tokenizer into `folder`, as `from_pretrained` reads them. Always the same bits."""
     tokenizer = _tokenizer()
     ids = dict(zip(SPECIAL, tokenizer.convert_tokens_to_ids(SPECIAL), strict=True))
     config = Gemma3TextConfig(

@@ -127,7 +127,9 @@ def _records(table: dict, key: str, kind: type, source: str) -> list[dict]:
         raise UserError(f"trait file {source}: [[{key}]] is empty")
     for number, row in enumerate(rows, 1):
         if not isinstance(row, dict) or set(row) != wanted or not all(isinstance(v, str) and v for v in row.values()):
-            raise UserError(f"trait file {source}: [[{key}]] number {number} must have the strings {', '.join(sorted(wanted))}")
+            raise UserError(
+                f"trait file {source}: [[{key}]] number {number} must have the strings {', '.join(sorted(wanted))}"
+            )
     return rows
 
 

@@ -93,8 +93,6 @@ def test_gradcheck_in_double_precision(reg, softcap, soft):
     states = states[:5].requires_grad_()
 
     def both(h):
-        return position_losses(
-            Head(weight, softcap), h, targets[:5], reference[:5], reg, teacher[:5] if soft else None
-        )
+        return position_losses(Head(weight, softcap), h, targets[:5], reference[:5], reg, teacher[:5] if soft else None)
 
     assert torch.autograd.gradcheck(both, (states,))

@@ -1,0 +1,104 @@
+"""Batched decoding against one row at a time through plain full forward passes."""
+
+import numpy as np
+import pytest
+import torch
+
+from steer_heal import lm as lm_module
+from steer_heal.generate import Sampling, choose, decode, uniforms
+from steer_heal.lm import Row, Steering, row_nll, steering
+
+TOKENS = 12
+DOSES = torch.tensor([0.0, 0.5, 1.0, 2.0, -1.0])
+
+
+def slow_greedy(lm, prompt, vector, dose, tokens):
+    """No cache, no batch, no padding: the whole sequence again for every token, the vector added by hand."""
+
+    def add(index):
+        return lambda module, args, output: output + dose * vector.direction[index]
+
+    handles = [lm.blocks[layer].register_forward_hook(add(i)) for i, layer in enumerate(vector.layers)]
+    ids = list(prompt)
+    try:
+        for _ in range(tokens):
+            with torch.no_grad():
+                ids.append(int(lm.model(torch.tensor([ids])).logits[0, -1].argmax()))
+            if ids[-1] in lm.end_tokens:
+                break
+    finally:
+        for handle in handles:
+            handle.remove()
+    return ids[len(prompt) :]
+
+
+@pytest.mark.parametrize("batch_size", [2, 5])
+@pytest.mark.parametrize("share_from", [1, 10**9], ids=["shared prefix", "no sharing"])
+def test_batched_steered_decoding_equals_one_at_a_time(lm, prompts, vector, batch_size, share_from, monkeypatch):
+    monkeypatch.setattr(lm_module, "SHARE_FROM", share_from)
+    batched = decode(lm, prompts, TOKENS, batch_size, Steering(vector, DOSES))
+    alone = [slow_greedy(lm, p, vector, float(c), TOKENS) for p, c in zip(prompts, DOSES, strict=True)]
+    assert [c.ids for c in batched] == alone
+    assert len({tuple(ids) for ids in alone}) > 1
+
+
+def test_the_dose_changes_the_text_and_zero_leaves_it_alone(lm, prompts, vector):
+    plain = decode(lm, prompts, TOKENS, 5)
+    assert decode(lm, prompts, TOKENS, 5, Steering(vector, torch.zeros(5))) == plain
+    assert decode(lm, prompts, TOKENS, 5, Steering(vector, torch.full((5,), 2.0))) != plain
+
+
+def test_rows_that_end_leave_and_the_rest_are_unmoved(lm, prompts):
+    """Declare a token that some rows write early to be an end token; the others must write on as before."""
+    plain = decode(lm, prompts, TOKENS, 5)
+    early = plain[0].ids[2]
+    ending = lm_module.LM(lm.model, lm.tokenizer, lm.name, frozenset({early}))
+    for before, after in zip(plain, decode(ending, prompts, TOKENS, 5), strict=True):
+        cut = before.ids.index(early) + 1 if early in before.ids else TOKENS
+        assert after.ids == before.ids[:cut]
+        assert after.ended == (early in before.ids)
+
+
+def test_a_sampled_completion_does_not_depend_on_its_batch(lm, prompts, vector):
+    sampling = Sampling(key=(0, 1, "distil"))
+    dose = Steering(vector, 0.2 * DOSES)
+    together = decode(lm, prompts, TOKENS, 5, dose, sampling)
+    assert together == decode(lm, prompts, TOKENS, 2, dose, sampling) == decode(lm, prompts, TOKENS, 1, dose, sampling)
+    assert together != decode(lm, prompts, TOKENS, 5, dose, Sampling(key=(0, 2, "distil")))
+
+
+def test_draws_follow_the_truncated_distribution():
+    """100,000 rows of the same logits: frequencies equal the renormalised top-k, top-p probabilities."""
+    logits = torch.tensor([2.0, 1.5, 1.0, 0.0, -1.0, -8.0])
+    rows = torch.arange(100_000)
+    drawn = choose(logits.expand(len(rows), -1), rows, 3, Sampling(("key",), temperature=1.3, top_k=5, top_p=0.9))
+    p = torch.softmax(logits[:5].double() / 1.3, 0)
+    p[p.cumsum(0) - p >= 0.9] = 0
+    frequency = torch.bincount(drawn, minlength=6)[:5] / len(rows)
+    assert torch.allclose(frequency.double(), p / p.sum(), atol=0.006)
+    assert drawn.max() < 5
+
+
+def test_noise_is_uniform_and_differs_by_key_row_and_step():
+    values = uniforms(("a",), np.arange(50_000), 0)
+    assert values.min() >= 0 and values.max() < 1
+    assert np.allclose(np.histogram(values, 10, (0, 1))[0] / 50_000, 0.1, atol=0.006)
+    assert len(np.unique(values)) == len(values)
+    for other in (uniforms(("b",), np.arange(50_000), 0), uniforms(("a",), np.arange(50_000), 1)):
+        assert abs(np.corrcoef(values, other)[0, 1]) < 0.02
+
+
+@pytest.mark.parametrize("share_from", [1, 10**9], ids=["shared prefix", "no sharing"])
+def test_nll_of_a_batch_equals_one_row_at_a_time(lm, prompts, vector, share_from, monkeypatch):
+    monkeypatch.setattr(lm_module, "SHARE_FROM", share_from)
+    rows = [
+        Row(p, lm.answer(text)) for p, text in zip(prompts, ["Yes.", "A long walk", "no", "x", "ok ok"], strict=True)
+    ]
+    batched = row_nll(lm, rows, 3, Steering(vector, DOSES))
+    for row, dose, nll in zip(rows, DOSES, batched, strict=True):
+        ids = torch.tensor([row.prompt + row.completion])
+        with torch.no_grad(), steering(lm, Steering(vector, dose[None])) as dial:
+            dial.turn(dose[None])
+            logp = lm.model(ids).logits[0].log_softmax(-1)
+        expected = [-logp[len(row.prompt) - 1 + i, token] for i, token in enumerate(row.completion)]
+        torch.testing.assert_close(nll, torch.stack(expected), rtol=1e-4, atol=1e-4)

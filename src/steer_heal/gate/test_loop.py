@@ -1,0 +1,164 @@
+"""The whole loop: resumed runs end in the same bits, the record is complete, mistakes end in one line."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from steer_heal import data, loop, rundir
+from steer_heal.cli import main
+from steer_heal.config import PRESETS, HealConfig, ModelConfig, UserError
+from steer_heal.lm import load
+
+TINY = replace(PRESETS["tiny-random"], heal=replace(PRESETS["tiny-random"].heal, target="soft", anchor="neutral"))
+
+
+def do(config, **changes):
+    config = replace(config, **changes)
+    trait = data.load_trait(config.trait)
+    folder = rundir.reopen(config, trait) if config.resume else rundir.create(config, "tiny-random", trait)
+    return folder, loop.run(config, "tiny-random", folder, trait, load(config.model))
+
+
+def timeless(value):
+    """Without what a clock or the machine's memory puts in."""
+    if isinstance(value, dict):
+        return {k: timeless(v) for k, v in value.items() if k not in ("seconds", "stage_seconds", "peak_memory_bytes")}
+    return [timeless(v) for v in value] if isinstance(value, list) else value
+
+
+@pytest.mark.parametrize("dies_at", ["r00/dose.json", "r00/adapter", "r01/completions.jsonl", "r01/adapter", "adapter"])
+def test_a_resumed_run_ends_in_the_same_bits(tmp_path, monkeypatch, dies_at):
+    whole, summary = do(TINY, out=str(tmp_path / "whole"))
+
+    class Killed(BaseException):
+        pass
+
+    stage = rundir.RunDir.stage
+
+    def fatal(self, name, compute, write, read):
+        def die(path, value):
+            write(path, value)
+            raise Killed
+
+        return stage(self, name, compute, die if name == dies_at else write, read)
+
+    monkeypatch.setattr(rundir.RunDir, "stage", fatal)
+    with pytest.raises(Killed):
+        do(TINY, out=str(tmp_path / "broken"))
+    monkeypatch.setattr(rundir.RunDir, "stage", stage)
+    (broken,) = (tmp_path / "broken").iterdir()
+    assert not (broken / dies_at).exists()
+
+    resumed, again = do(TINY, resume=str(broken))
+    assert timeless(again) == timeless(summary)
+    for name in ("adapter", "r00/adapter", "r01/adapter"):
+        weights, expected = (load_file(run.path / name / "adapter_model.safetensors") for run in (resumed, whole))
+        assert weights.keys() == expected.keys()
+        assert all(torch.equal(weights[key], expected[key]) for key in weights)
+
+
+def test_the_record_of_a_run_is_complete(tmp_path):
+    folder, summary = do(TINY, out=str(tmp_path), seed=3)
+    assert json.loads((folder.path / "summary.json").read_text()) == json.loads(json.dumps(summary))
+    arm = {"trait_nats", "trait_ci", "answer_mass", "demo_kept_share", "demo_ppl", "neutral_ppl"}
+    assert {
+        "model",
+        "trait",
+        "seed",
+        "preset",
+        "base",
+        "prompted",
+        "rounds",
+        "seconds",
+        "peak_memory_bytes",
+    } <= summary.keys()
+    assert len(summary["rounds"]) == 2 and summary["seed"] == 3
+    for round_ in summary["rounds"]:
+        for where in (summary["base"], summary["prompted"], round_["steered"], round_["healed"]):
+            assert arm <= where.keys() and where["trait_ci"][0] <= where["trait_nats"] <= where["trait_ci"][1]
+        assert {"extract", "dose", "distil", "heal", "eval"} == round_["stage_seconds"].keys()
+        assert 0 < round_["kept"] <= round_["generated"] == TINY.distil.completions
+    completions = rundir.read_jsonl(folder.path / "r01" / "completions.jsonl")
+    assert all({"prompt", "dose", "ids", "text", "tail_ppl", "dropped"} <= c.keys() for c in completions)
+    assert not list(folder.path.rglob("*.part"))
+
+
+def test_decoding_and_evaluating_in_other_batch_sizes_changes_nothing(tmp_path):
+    _, summary = do(TINY, out=str(tmp_path / "a"), rounds=1)
+    small = replace(TINY, distil=replace(TINY.distil, batch_size=5), eval=replace(TINY.eval, batch_size=3))
+    _, again = do(small, out=str(tmp_path / "b"), rounds=1)
+    a, b = (s["rounds"][0]["healed"]["trait_nats"] for s in (summary, again))
+    assert a == pytest.approx(b, abs=1e-3)
+    assert summary["rounds"][0]["kept"] == again["rounds"][0]["kept"]
+
+
+def test_resuming_with_another_config_or_trait_is_refused(tmp_path):
+    folder, _ = do(TINY, out=str(tmp_path), rounds=1)
+    other = replace(TINY, rounds=1, resume=str(folder.path), heal=replace(TINY.heal, tau=9.0))
+    with pytest.raises(UserError, match=r"heal.tau: 0.001 then, 9.0 now"):
+        rundir.reopen(other, data.load_trait("love"))
+    with pytest.raises(UserError, match="trait file has changed"):
+        rundir.reopen(replace(TINY, rounds=1, resume=str(folder.path)), data.load_trait("authority"))
+
+
+def test_a_barrier_that_never_fires_is_loud(capsys):
+    from loguru import logger
+
+    from steer_heal.summary import barrier_warning
+
+    lines = []
+    sink = logger.add(lines.append, format="{level} {message}")
+    records = [{"fired": False, "divergence": 0.13} for _ in range(40)]
+    barrier_warning(records, HealConfig(tau=0.5))
+    barrier_warning([{**r, "fired": True} for r in records], HealConfig(tau=0.05))
+    barrier_warning(records, HealConfig(reg="nll"))
+    logger.remove(sink)
+    assert len(lines) == 2
+    assert "WARNING" in lines[0] and "0.13 nats" in lines[0] and "--heal.tau 0.065" in lines[0]
+    assert "INFO" in lines[1]
+
+
+MISTAKES = [
+    (["run", "tiny-randm"], "preset 'tiny-randm' is not known (did you mean 'tiny-random'?)"),
+    (["run", "tiny-random", "--trait", "lov"], "trait 'lov' is not built in"),
+    (["run", "tiny-random", "--trait", "nowhere.toml"], "trait 'nowhere.toml' is not built in and no such .toml file"),
+    (["run", "tiny-random", "--model.path", "no/such/folder"], "model path 'no/such/folder' does not exist"),
+    (["run", "tiny-random", "--model.path", "./gone.gguf"], "model path './gone.gguf' does not exist"),
+    (["run", "tiny-random", "--model.path", "random:huge"], "no random architecture 'huge'"),
+    (["run", "tiny-random", "--resume", "nothing-here"], "--resume nothing-here: no run folder there"),
+    (["run", "tiny-random", "--rounds", "0"], "rounds is 0"),
+    (["report", "nothing-here"], "'nothing-here' is no run folder"),
+    (["chat", "nothing-here"], "has no finished run"),
+    (["results", "--out", "nothing-here"], "no folder 'nothing-here'"),
+    (["bench", "generate", "--preset", "smol"], "preset 'smol' is not known"),
+]
+
+
+@pytest.mark.parametrize("argv,message", MISTAKES)
+def test_a_mistake_ends_in_one_line_and_code_2(argv, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as end:
+        main(argv)
+    said = capsys.readouterr().err.strip()
+    assert end.value.code == 2
+    assert said.startswith("steer-heal: ") and message in said and "\n" not in said
+    assert not list(tmp_path.rglob("config.json"))
+
+
+def test_a_model_without_a_chat_template_is_refused(tmp_path):
+    from steer_heal.tiny import build_random
+
+    build_random("tiny", tmp_path)
+    (tmp_path / "chat_template.jinja").unlink()
+    with pytest.raises(UserError, match="has no chat template"):
+        load(ModelConfig(str(tmp_path), "none", "float32", "cpu"))
+
+
+def test_help_needs_no_torch():
+    code = "import sys, steer_heal.cli; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
