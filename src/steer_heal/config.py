@@ -208,8 +208,8 @@ PRESETS: dict[str, RunConfig] = {
         rounds=3,
         steer=SteerConfig(n_contexts=64),
         dose=DoseConfig(lowest=0.5, steps=5, prompts=10),
-        distil=DistilConfig(completions=72, max_new_tokens=32, batch_size=96),
-        filter=FilterConfig(tail_ppl=16.0),  # the base's own samples stay below 17
+        distil=DistilConfig(completions=60, max_new_tokens=32, batch_size=96),
+        filter=FilterConfig(tail_ppl=24.0),  # the base's own samples stay below 17
         heal=HealConfig(
             target="soft",
             anchor="neutral",

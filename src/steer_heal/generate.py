@@ -104,7 +104,8 @@ def decode(
 
 def _decode_batch(lm, prompts, rows, dose, dial, max_new_tokens, sampling) -> list[Completion]:
     device = lm.device
-    shared = shared_prefix(prompts)
+    # A window is counted in cache columns: left padding between the prefix and the rest would push the prefix out.
+    shared = 0 if lm.windowed else shared_prefix(prompts)
     own = [p[shared:] for p in prompts]
     longest = max(map(len, own))
     ids = torch.tensor([[0] * (longest - len(p)) + p for p in own], device=device)

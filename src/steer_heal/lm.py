@@ -121,6 +121,14 @@ class LM:
         low, high = (round(edge * (len(self.blocks) - 1)) for edge in share)
         return tuple(range(low, high + 1))
 
+    @property
+    def windowed(self) -> bool:
+        """Whether some block attends to a sliding window only."""
+        config = self.model.config.get_text_config()
+        if getattr(config, "layer_types", None) is not None:
+            return "sliding_attention" in config.layer_types
+        return getattr(config, "sliding_window", None) is not None
+
     def prompt(self, user: str, system: str | None = None) -> list[int]:
         """Token ids of a one-turn chat up to and including the assistant tag.
 

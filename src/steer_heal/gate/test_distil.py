@@ -27,7 +27,9 @@ def brute_force_fit(values):
     return best
 
 
-@pytest.mark.parametrize("values", [[1, 0.9, 1, 0.4, 0.5, 0.1], [0.2, 0.4, 0.6], [1, 1, 1], [0.5], [0, 1, 0, 1, 0]])
+@pytest.mark.parametrize(
+    "values", [[1.0, 0.9, 1.0, 0.4, 0.5, 0.1], [0.2, 0.4, 0.6], [1.0] * 3, [0.5], [0.0, 1.0, 0.0, 1.0, 0.0]]
+)
 def test_the_fit_is_the_best_decreasing_one(values):
     assert decreasing_fit(values) == pytest.approx(brute_force_fit(values))
 

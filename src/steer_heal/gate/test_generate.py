@@ -34,8 +34,14 @@ def slow_greedy(lm, prompt, vector, dose, tokens):
 
 @pytest.mark.parametrize("batch_size", [2, 5])
 @pytest.mark.parametrize("share_from", [1, 10**9], ids=["shared prefix", "no sharing"])
-def test_batched_steered_decoding_equals_one_at_a_time(lm, prompts, vector, batch_size, share_from, monkeypatch):
+@pytest.mark.parametrize("windowed", [True, False])
+def test_batched_steered_decoding_equals_one_at_a_time(
+    lm, prompts, vector, batch_size, share_from, windowed, monkeypatch
+):
     monkeypatch.setattr(lm_module, "SHARE_FROM", share_from)
+    if not windowed:
+        lm.model.config.layer_types = ["full_attention"] * 4
+    assert max(map(len, prompts)) > 2 * lm.model.config.sliding_window
     batched = decode(lm, prompts, TOKENS, batch_size, Steering(vector, DOSES))
     alone = [slow_greedy(lm, p, vector, float(c), TOKENS) for p, c in zip(prompts, DOSES, strict=True)]
     assert [c.ids for c in batched] == alone
