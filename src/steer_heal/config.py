@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
+FIRED_FLOOR = 0.05  # a barrier that fires on a smaller share of the steps holds nothing back
+
 
 class UserError(Exception):
     """Something a user can mend. Its text is the one line they see: the value, what is allowed, the mend."""
@@ -207,13 +209,13 @@ PRESETS: dict[str, RunConfig] = {
         trait="love",
         rounds=3,
         steer=SteerConfig(n_contexts=64),
-        dose=DoseConfig(lowest=0.5, steps=5, prompts=10),
+        dose=DoseConfig(lowest=0.5, highest=3.0, steps=5, prompts=12, survival=0.85),
         distil=DistilConfig(completions=60, max_new_tokens=32, batch_size=96),
         filter=FilterConfig(tail_ppl=24.0),  # the base's own samples stay below 17
         heal=HealConfig(
             target="soft",
             anchor="neutral",
-            anchor_tau=0.1,
+            anchor_tau=0.08,
             anchor_prompts=24,
             anchor_bs=1,
             tau=0.15,  # this model operates at an rmse of 0.1 to 0.2 nats

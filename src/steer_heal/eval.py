@@ -19,10 +19,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Float
-from torch import Tensor
 
 from steer_heal.bake import Student
+from steer_heal.bootstrap import interval
 from steer_heal.coherence import judge
 from steer_heal.config import EvalConfig, FilterConfig
 from steer_heal.data import Trait, YesNo, neutral
@@ -32,8 +31,6 @@ from steer_heal.lm import LM, Row, Steering, Vector, row_nll
 YES = ("Yes", "yes", "YES", " Yes", " yes", " YES")
 NO = ("No", "no", "NO", " No", " no", " NO")
 YES_NO_FORM = "{question} Answer with one word, yes or no."
-BOOTSTRAP = 10_000
-BOOTSTRAP_SEED = 20260606  # the same resamples for every arm: intervals do not move between reports
 
 
 @dataclass(frozen=True)
@@ -81,6 +78,7 @@ def evaluate(
     primary = contrast if trait.instrument == "contrast" else log_odds
     return {
         "arm": arm.name,
+        "instrument": trait.instrument,
         "dose": arm.dose,
         "trait_nats": float(primary.mean()),
         "trait_ci": interval(primary),
@@ -135,16 +133,3 @@ def neutral_scores(lm: LM, arm: Arm, config: EvalConfig) -> np.ndarray:
     rows = [Row(ids[:1], ids[1:]) for ids in texts]
     nll = row_nll(lm, rows, config.batch_size, arm.steering(len(rows)))
     return np.array([row.double().mean().item() for row in nll])
-
-
-def interval(values: np.ndarray | Float[Tensor, n]) -> list[float]:
-    """95% percentile bootstrap interval of the mean over items."""
-    values = np.asarray(values, dtype=np.float64)
-    draw = np.random.default_rng(BOOTSTRAP_SEED).integers(0, len(values), (BOOTSTRAP, len(values)))
-    return [float(q) for q in np.quantile(values[draw].mean(1), (0.025, 0.975))]
-
-
-def delta(arm: dict, base: dict, item: str = "contrast") -> dict:
-    """Paired difference of two arms on equal items: mean and 95% interval."""
-    difference = np.array(arm["items"][item]) - np.array(base["items"][item])
-    return {"mean": float(difference.mean()), "ci": interval(difference)}

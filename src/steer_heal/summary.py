@@ -9,13 +9,12 @@ import polars as pl
 import torch
 from loguru import logger
 
-from steer_heal.config import HealConfig, RunConfig
+from steer_heal.bootstrap import trait_over
+from steer_heal.config import FIRED_FLOOR, HealConfig, RunConfig
 from steer_heal.data import Trait
-from steer_heal.eval import delta
 
 ARM_KEYS = ("trait_nats", "trait_ci", "answer_mass", "demo_kept_share", "demo_ppl", "neutral_ppl")
 MORE_ARM_KEYS = ("yes_no_nats", "yes_no_ci", "answer_mass_ci")
-FIRED_FLOOR = 0.05  # a barrier that fires on fewer steps than this holds nothing back
 
 
 def arm_table(*arms: dict) -> str:
@@ -39,8 +38,9 @@ def arm_table(*arms: dict) -> str:
 def _over(arm: dict, base: dict) -> str:
     if arm is base:
         return ""
-    change = delta(arm, base)
-    return "{:+.3f} ±{:.3f}".format(change["mean"], (change["ci"][1] - change["ci"][0]) / 2)
+    change = trait_over(arm, base)
+    low, high = change["trait_over_base_ci"]
+    return f"{change['trait_over_base']:+.3f} ±{(high - low) / 2:.3f}"
 
 
 def demo_rows(**arms: dict) -> list[dict]:
@@ -73,9 +73,7 @@ def barrier_warning(records: list[dict], config: HealConfig) -> None:
 
 
 def arm_summary(arm: dict, base: dict) -> dict:
-    change = delta(arm, base)
-    over = {"trait_over_base": change["mean"], "trait_over_base_ci": change["ci"]}
-    return {key: arm[key] for key in ARM_KEYS + MORE_ARM_KEYS} | over
+    return {key: arm[key] for key in ARM_KEYS + MORE_ARM_KEYS} | trait_over(arm, base)
 
 
 def summarise(

@@ -26,7 +26,7 @@ def prompts(lm):
         "Hi.",
         "How long should I boil an egg for a soft yolk?",
         "Name a tree.",
-        "Why do people cry? " * 6,
+        "Why do people cry? " * 9,
         "Go on",
     ]
     return [lm.prompt(text) for text in texts]

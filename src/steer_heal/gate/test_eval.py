@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from steer_heal.bake import Student
+from steer_heal.bootstrap import interval, trait_over
 from steer_heal.config import PRESETS
 from steer_heal.data import load_trait, neutral
-from steer_heal.eval import NO, YES, YES_NO_FORM, Arm, contrast_scores, delta, evaluate, first_tokens, interval
+from steer_heal.eval import NO, YES, YES_NO_FORM, Arm, contrast_scores, evaluate, first_tokens
 
 CONFIG = PRESETS["tiny-random"].eval
 LIMITS = PRESETS["tiny-random"].filter
@@ -81,7 +82,10 @@ def test_the_interval_covers_the_true_mean_about_95_times_in_100():
 def test_a_paired_difference_is_sharper_than_its_two_arms():
     draw = np.random.default_rng(1)
     items = draw.normal(0, 3, 64)
-    base, moved = {"items": {"contrast": items}}, {"items": {"contrast": items + 0.2 + draw.normal(0, 0.05, 64)}}
-    change = delta(moved, base)
-    assert change["mean"] == pytest.approx(0.2, abs=0.03)
-    assert change["ci"][1] - change["ci"][0] < 0.05 < np.diff(interval(items))[0]
+    base, moved = (
+        {"instrument": "yes_no", "items": {"yes_no": scores, "contrast": 0 * items}}
+        for scores in (items, items + 0.2 + draw.normal(0, 0.05, 64))
+    )
+    change = trait_over(moved, base)
+    assert change["trait_over_base"] == pytest.approx(0.2, abs=0.03)
+    assert np.diff(change["trait_over_base_ci"]) < 0.05 < np.diff(interval(items))

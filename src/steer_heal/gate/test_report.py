@@ -38,7 +38,7 @@ def write_arm(path: Path, name: str, mass: float = 0.8, kept_share: float = 1.0,
         {"prompt": f"{HOSTILE} {i}", "text": f"{name} {HOSTILE}", "dropped": "tail_ppl" * (i % 2)} for i in range(12)
     ]
     scores = {"answer_mass": mass, "demo_kept_share": kept_share, "demo_ppl": 8.0, "neutral_ppl": neutral_ppl}
-    arm = {"arm": name, "dose": 0.0, "trait_nats": trait, "trait_ci": [trait - 0.1, trait + 0.1], **scores}
+    arm = {"arm": name, "instrument": "contrast", "dose": 0.0, "trait_nats": trait, "trait_ci": [trait - 0.1, trait + 0.1], **scores}
     path.write_text(json.dumps(arm | {"items": {"contrast": ITEMS[name]}, "demos": demos}), "utf-8")
     return arm
 
@@ -52,6 +52,7 @@ def write_run(folder: Path, rounds: int = 2, **healed_scores: float) -> Path:
     heal = {"reg": "kl_rev", "agg": "rmse", "tau": 0.05, "anchor_tau": 0.02}
     config = {"trait": TRAIT + ".toml", "rounds": rounds, "seed": 7, "model": {"path": "org/model"}, "heal": heal}
     (folder / "config.json").write_text(json.dumps(config), "utf-8")
+    (folder / "trait.json").write_text(json.dumps({"title": TRAIT}), "utf-8")
     env = {"python": "3.11", "platform": "Linux", "packages": {"torch": "2"}, "cpus": 2, "threads": 2, "gpu": None}
     (folder / "env.json").write_text(json.dumps(env), "utf-8")
     base, prompted = (write_arm(folder / f"{name}.json", name) for name in ("base", "prompted"))

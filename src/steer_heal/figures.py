@@ -1,0 +1,135 @@
+"""The report's figures, from a run's artefacts. Colours read on light and on dark paper; the page sets the ink."""
+
+from __future__ import annotations
+
+import textwrap
+from html import escape
+from typing import Any
+
+import numpy as np
+import plotly.graph_objects as go
+from plotly.subplots import make_subplots
+
+# Okabe-Ito hues: told apart by colour-blind readers, visible on white and on black.
+COLOURS = {"base": "#808890", "prompted": "#c88a04", "steered": "#d55e00", "healed": "#009e73"}
+DIVERGENCE_COLOUR, ANCHOR_COLOUR = "#4a8fd0", "#b06fae"
+HOVER_CHARS, HOVER_WIDTH = 300, 44
+
+
+def trajectory_figure(summary: dict) -> go.Figure:
+    """Trait over base per round; base and prompted as reference lines."""
+    fig = go.Figure()
+    ends = [-0.4, len(summary["rounds"]) - 0.6]
+    for name, dash in (("base", "solid"), ("prompted", "dot")):
+        y, (low, high) = summary[name]["trait_over_base"], summary[name]["trait_over_base_ci"]
+        label = f"{name} {y:+.3f} [{low:+.3f}, {high:+.3f}]<extra></extra>"
+        _line(fig, ends, [y, y], COLOURS[name], name, dash, hovertemplate=label)
+        fig.add_hrect(y0=low, y1=high, fillcolor=COLOURS[name], opacity=0.13, line_width=0, layer="below")
+    for name, shift in (("steered", -0.03), ("healed", 0.03)):  # side by side, or the error bars hide each other
+        arms = [r[name] for r in summary["rounds"]]
+        y = np.array([a["trait_over_base"] for a in arms])
+        low, high = np.array([a["trait_over_base_ci"] for a in arms]).T
+        bars = {"array": (high - y).tolist(), "arrayminus": (y - low).tolist(), "thickness": 1.3, "width": 4}
+        label = f"round %{{customdata[0]}} {name} %{{y:+.3f}} [%{{customdata[1]:+.3f}}, %{{customdata[2]:+.3f}}]"
+        hover = {"customdata": [[i, *a["trait_over_base_ci"]] for i, a in enumerate(arms)]}
+        hover["hovertemplate"] = f"{label}<extra></extra>"
+        _arm(fig, [i + shift for i in range(len(arms))], y.tolist(), name, error_y=bars, **hover)
+    fig.update_xaxes(title="round", tickvals=list(range(len(summary["rounds"]))), range=ends)
+    fig.update_yaxes(title="trait over base, nats/token")
+    return _styled(fig, 400)
+
+
+def coherence_figure(summary: dict, key: str, bound: float) -> go.Figure:
+    """One coherence measure relative to base, with the bound beyond which we call it damage."""
+    fig = go.Figure()
+    rounds = list(range(len(summary["rounds"])))
+    ends = [-0.4, len(rounds) - 0.6]
+    for arm in ("steered", "healed"):
+        shares = [relative(r[arm][key], summary["base"][key]) for r in summary["rounds"]]
+        _arm(fig, rounds, shares, arm, hovertemplate=f"round %{{x}} {arm} %{{y:.1%}} of base<extra></extra>")
+    for level, dash in ((1, "solid"), (bound, "dot")):
+        _line(fig, ends, [level] * 2, COLOURS["base"], "", dash, 1.5, showlegend=False, hoverinfo="skip")
+    fig.update_xaxes(title="round", tickvals=rounds, range=ends)
+    fig.update_yaxes(title="% of base", tickformat=".0%", rangemode="tozero")
+    return _styled(fig, 300)
+
+
+def dose_figure(dose: dict) -> go.Figure:
+    """Survival of the filter against the dose: raw shares, monotone fit, target, the dose chosen."""
+    curve, chosen, target = dose["curve"], dose["dose"], dose["target"]
+    doses, survival, fitted = ([p[key] for p in curve] for key in ("dose", "survival", "fitted"))
+    fig = go.Figure()
+    _line(fig, doses, fitted, COLOURS["steered"], "monotone fit", hoverinfo="skip")
+    _line(fig, [doses[0], doses[-1]], [target] * 2, COLOURS["base"], f"target {target:.0%}", "dot", hoverinfo="skip")
+    _line(fig, [chosen] * 2, [0, 1], COLOURS["base"], f"chosen {chosen:.2f}", "dash", hoverinfo="skip")
+    label = "dose %{x:.2f}: %{y:.0%} survive, tail ppl %{customdata[0]}<br><br>%{customdata[1]}<extra></extra>"
+    hover = {"customdata": [(f"{p['tail_ppl']:.1f}", _hover_text(p["example"])) for p in curve], "hovertemplate": label}
+    dots = {"color": COLOURS["steered"], "size": 9}
+    fig.add_scatter(x=doses, y=survival, mode="markers", marker=dots, name="survival", **hover)
+    fig.update_xaxes(title="dose, multiples of the raw vector", type="log")
+    fig.update_xaxes(tickvals=doses, ticktext=[f"{d:.2g}" for d in doses])
+    fig.update_yaxes(title="survival", tickformat=".0%", range=[-0.03, 1.07])
+    return _styled(fig, 340)
+
+
+def heal_figure(records: list[dict], heal: dict) -> go.Figure:
+    """Objective above, divergence below with its tau; a diamond where the barrier fired."""
+    fig = make_subplots(rows=2, shared_xaxes=True, vertical_spacing=0.08)
+    steps = [r["step"] for r in records]
+    below = {"row": 2, "col": 1}
+    _line(fig, steps, [r["objective"] for r in records], COLOURS["base"], "objective", row=1, col=1)
+    series = [("divergence", "tau", "D", DIVERGENCE_COLOUR)] * (heal["reg"] != "nll")
+    series += [("anchor_divergence", "anchor_tau", "D anchor", ANCHOR_COLOUR)] * ("anchor_divergence" in records[0])
+    for key, bound, name, colour in series:
+        _line(fig, steps, [r[key] for r in records], colour, name, **below)
+        _line(fig, [0, steps[-1]], [heal[bound]] * 2, colour, f"{bound} {heal[bound]:g}", "dot", 1.5, **below)
+    fired = [r for r in records if r["fired"]]
+    diamonds = {"color": DIVERGENCE_COLOUR, "size": 8, "symbol": "diamond"}
+    x, y = ([r[key] for r in fired] for key in ("step", "divergence"))
+    fig.add_scatter(x=x, y=y, mode="markers", marker=diamonds, name="barrier fired", hoverinfo="skip", **below)
+    fig.update_xaxes(title="step", **below)
+    fig.update_yaxes(title="objective", row=1, col=1)
+    fig.update_yaxes(title="D", rangemode="tozero", **below)
+    return _styled(fig, 440)
+
+
+def _line(
+    fig: go.Figure, x: list, y: list, colour: str, name: str, dash: str = "solid", width: float = 2, **more: Any
+) -> None:
+    line = {"color": colour, "dash": dash, "width": width}
+    fig.add_scatter(**{"x": x, "y": y, "name": name, "mode": "lines", "line": line, "cliponaxis": False, **more})
+
+
+def _arm(fig: go.Figure, x: list, y: list, name: str, **more: Any) -> None:
+    """An arm per round; dash and symbol differ too, for readers who do not see the hues."""
+    dash, symbol = {"steered": ("dash", "square"), "healed": ("solid", "circle")}[name]
+    _line(fig, x, y, COLOURS[name], name, dash, 2.5, mode="lines+markers", marker={"size": 8, "symbol": symbol}, **more)
+
+
+def _styled(fig: go.Figure, height: int) -> go.Figure:
+    """No background and neutral ink: the page's style sheet colours the text for light and dark."""
+    clear, grid = "rgba(0,0,0,0)", "rgba(128,136,144,0.22)"
+    font = {"family": "system-ui, sans-serif", "size": 13, "color": COLOURS["base"]}
+    legend = {"orientation": "h", "x": 0, "xanchor": "left", "y": 1.02, "yanchor": "bottom"}
+    fig.update_layout(template="none", paper_bgcolor=clear, plot_bgcolor=clear, font=font, legend=legend)
+    fig.update_layout(height=height, margin={"l": 62, "r": 12, "t": 40, "b": 48}, dragmode=False, hovermode="closest")
+    fig.update_layout(hoverlabel={"align": "left", "font": {"size": 12}, "namelength": -1})
+    fig.update_layout(modebar={"bgcolor": clear, "color": COLOURS["base"], "activecolor": COLOURS["base"]})
+    fig.update_xaxes(gridcolor=grid, zeroline=False, fixedrange=True)
+    return fig.update_yaxes(gridcolor=grid, zeroline=False, fixedrange=True, title_standoff=8, automargin=True)
+
+
+def _hover_text(text: str) -> str:
+    """Shortened, wrapped and escaped: plotly reads a subset of HTML in hover texts."""
+    return "<br>".join(escape(line, quote=False) for line in textwrap.wrap(shorten(text, HOVER_CHARS), HOVER_WIDTH))
+
+
+def relative(value: float, base: float) -> float:
+    """value / base; NaN where the base has none, as random models may."""
+    return value / base if base else float("nan")
+
+
+def shorten(text: str, limit: int) -> str:
+    """One line of at most `limit` characters."""
+    line = " ".join(text.split())
+    return line if len(line) <= limit else line[: limit - 1].rstrip() + "…"
