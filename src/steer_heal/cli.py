@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import sys
+import warnings
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -44,6 +45,7 @@ def _log_above_bars() -> None:
     """Log lines go through tqdm, so that a bar survives them."""
     from tqdm import tqdm
 
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # peft calls old names
     logger.remove()
     logger.add(
         lambda line: tqdm.write(line, end="", file=sys.stderr),
@@ -52,25 +54,31 @@ def _log_above_bars() -> None:
     )
 
 
-def app(preset: str) -> tyro.extras.SubcommandApp:
+def app(chosen: str) -> tyro.extras.SubcommandApp:
+    """The verbs; the flags of `run` default to the values of the chosen preset."""
     verbs = tyro.extras.SubcommandApp()
 
     @verbs.command
     def run(
-        preset: Positional[Annotated[str, tyro.conf.arg(help=f"one of {', '.join(PRESETS)}")]] = preset,
-        config: Annotated[RunConfig, tyro.conf.arg(name="")] = PRESETS[preset],
+        preset: Positional[Annotated[str, tyro.conf.arg(help=f"one of {', '.join(PRESETS)}")]] = chosen,
+        config: Annotated[RunConfig, tyro.conf.arg(name="")] = PRESETS[chosen],
     ) -> None:
         """Steer, distil, heal and bake a trait into a model, round after round."""
         from steer_heal import data, loop, rundir
         from steer_heal import report as reporting
         from steer_heal.lm import load
 
+        if preset != chosen:
+            raise UserError(f"the preset comes first: steer-heal run {preset} ...")
         check(config)
         trait = data.load_trait(config.trait)
         folder = rundir.reopen(config, trait) if config.resume else None
         lm = load(config.model)  # before a folder is made: a model that cannot be loaded leaves nothing behind
         folder = folder or rundir.create(config, preset, trait)
-        summary = loop.run(config, preset, folder, trait, lm)
+        try:
+            summary = loop.run(config, preset, folder, trait, lm)
+        except UserError as error:
+            raise UserError(f"{error}. What is done is kept in {folder.path}") from error
         page = reporting.build(folder.path)
         print(
             f"done in {summary['seconds'] / 60:.1f} minutes of stages. The report: {page}\n\n"

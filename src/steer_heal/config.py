@@ -209,9 +209,11 @@ PRESETS: dict[str, RunConfig] = {
         trait="love",
         rounds=3,
         steer=SteerConfig(n_contexts=64),
-        dose=DoseConfig(lowest=0.5, highest=3.0, steps=5, prompts=12, survival=0.85),
+        dose=DoseConfig(
+            lowest=0.4, highest=1.4, steps=5, prompts=12
+        ),  # above 1.5 answer mass falls faster than trait rises,
         distil=DistilConfig(completions=60, max_new_tokens=32, batch_size=96),
-        filter=FilterConfig(tail_ppl=24.0),  # the base's own samples stay below 17
+        filter=FilterConfig(tail_ppl=30.0),  # the base's own samples stay below 17, a student's below 30
         heal=HealConfig(
             target="soft",
             anchor="neutral",

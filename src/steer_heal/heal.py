@@ -24,7 +24,7 @@ from torch import Tensor
 
 from steer_heal.bake import Student
 from steer_heal.barrier import aggregate, hinge, position_losses
-from steer_heal.config import HealConfig
+from steer_heal.config import HealConfig, UserError
 from steer_heal.lm import LM, Row, Steering, row_nll
 
 BETAS = (0.9, 0.95)  # a round is a few hundred steps at most; 0.999 would never warm up
@@ -41,7 +41,7 @@ class Example:
     anchor: bool = False
 
 
-class NonFinite(Exception):
+class NonFinite(UserError):
     """The loss of a step is not a finite number."""
 
 
@@ -120,13 +120,13 @@ def recomputation(lm: LM, on: bool) -> Iterator[None]:
     """Activations are recomputed in the backward pass. transformers does so in training mode only; no layer of a
     supported model behaves otherwise in it, since dropout is 0."""
     if on:
-        lm.model.gradient_checkpointing_enable({"use_reentrant": False})
+        lm.model.activation_checkpointing_enable({"use_reentrant": False})
         lm.model.train()
     try:
         yield
     finally:
         if on:
-            lm.model.gradient_checkpointing_disable()
+            lm.model.activation_checkpointing_disable()
             lm.model.eval()
 
 
@@ -211,7 +211,9 @@ def loss_terms(
 def _check_finite(record: dict) -> None:
     for name in ("objective", "divergence", "anchor_divergence", "loss"):
         if not math.isfinite(record.get(name, 0.0)):
-            raise NonFinite(f"heal step {record['step']}: {name} is {record[name]} over {record['tokens']} tokens")
+            raise NonFinite(
+                f"heal step {record['step']}: {name} is {record[name]} over {record['tokens']} tokens: lower --heal.lr"
+            )
 
 
 def _validation_nll(student: Student, examples: list[Example]) -> float:

@@ -125,6 +125,7 @@ def test_a_barrier_that_never_fires_is_loud(capsys):
 
 MISTAKES = [
     (["run", "tiny-randm"], "preset 'tiny-randm' is not known (did you mean 'tiny-random'?)"),
+    (["run", "--seed", "1", "tiny-random"], "the preset comes first: steer-heal run tiny-random"),
     (["run", "tiny-random", "--trait", "lov"], "trait 'lov' is not built in"),
     (["run", "tiny-random", "--trait", "nowhere.toml"], "trait 'nowhere.toml' is not built in and no such .toml file"),
     (["run", "tiny-random", "--model.path", "no/such/folder"], "model path 'no/such/folder' does not exist"),

@@ -38,7 +38,8 @@ def write_arm(path: Path, name: str, mass: float = 0.8, kept_share: float = 1.0,
         {"prompt": f"{HOSTILE} {i}", "text": f"{name} {HOSTILE}", "dropped": "tail_ppl" * (i % 2)} for i in range(12)
     ]
     scores = {"answer_mass": mass, "demo_kept_share": kept_share, "demo_ppl": 8.0, "neutral_ppl": neutral_ppl}
-    arm = {"arm": name, "instrument": "contrast", "dose": 0.0, "trait_nats": trait, "trait_ci": [trait - 0.1, trait + 0.1], **scores}
+    arm = {"arm": name, "instrument": "contrast", "dose": 0.0, **scores}
+    arm |= {"trait_nats": trait, "trait_ci": [trait - 0.1, trait + 0.1]}
     path.write_text(json.dumps(arm | {"items": {"contrast": ITEMS[name]}, "demos": demos}), "utf-8")
     return arm
 
