@@ -36,13 +36,15 @@ class Student:
 
     def begin_round(self, config: HealConfig, seed: int) -> None:
         """Add a fresh adapter with B = 0: the student starts exactly at the previous one."""
-        layers = list(self.lm.band(config.band))
+        layers, modules = list(self.lm.band(config.band)), self.lm.model.named_modules()
         lora = LoraConfig(
             r=config.r,
             lora_alpha=config.alpha,
             target_modules=TARGET_MODULES,
             layers_to_transform=layers,
             layers_pattern="layers",
+            # Of a multimodal gemma the text tower only; peft warns about a pattern that matches nothing.
+            exclude_modules=r".*vision.*" if any("vision" in name for name, _ in modules) else None,
             task_type="CAUSAL_LM",
         )
         with torch.random.fork_rng(devices=[]):

@@ -209,9 +209,8 @@ PRESETS: dict[str, RunConfig] = {
         trait="love",
         rounds=3,
         steer=SteerConfig(n_contexts=64),
-        dose=DoseConfig(
-            lowest=0.4, highest=1.4, steps=5, prompts=12
-        ),  # above 1.5 answer mass falls faster than trait rises,
+        # Above 1.2 the answer mass falls faster than the trait rises.
+        dose=DoseConfig(lowest=0.4, highest=1.2, steps=5, prompts=12),
         distil=DistilConfig(completions=60, max_new_tokens=32, batch_size=96),
         filter=FilterConfig(tail_ppl=30.0),  # the base's own samples stay below 17, a student's below 30
         heal=HealConfig(
@@ -240,7 +239,7 @@ PRESETS: dict[str, RunConfig] = {
         distil=DistilConfig(completions=24, max_new_tokens=12, min_train=8),
         # A random model writes rubbish at any dose: the thresholds only ask that it be no worse than random.
         filter=FilterConfig(tail_ppl=5000.0, word_repeat=0.9, char_repeat=0.9, compress=0.05, min_words=1),
-        heal=HealConfig(tau=0.001, lam=1.0, r=4, alpha=8, train_bs=4, grad_accum=2, epochs=2, lr=1e-3),
+        heal=HealConfig(tau=0.001, lam=1.0, r=4, alpha=8, train_bs=4, grad_accum=2, epochs=2, lr=2e-2),
         eval=EvalConfig(contrast=8, yes_no=8, demos=4, demo_tokens=8, neutral=4),
     ),
 }

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from bitsandbytes.nn import Linear4bit
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers import (
@@ -351,6 +352,11 @@ def load(config: ModelConfig) -> LM:
         model, tokenizer = _from_pretrained(source, config, device)
     if tokenizer.chat_template is None:
         raise UserError(f"model {config.path!r} has no chat template: steer-heal needs an instruction-tuned chat model")
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            # On CPUs with bf16 instructions bitsandbytes repacks weights at the first evaluation, and what is repacked
+            # passes no gradient back: training would go on with most of its gradient missing.
+            module.support_avx512bf16_for_cpu = False
     model.requires_grad_(False)
     model.eval()
     return LM(model, tokenizer, config.path, frozenset(_end_tokens(model, tokenizer)))

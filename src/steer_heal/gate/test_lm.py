@@ -1,0 +1,121 @@
+"""Models of other shapes than the tiny gemma: packaged SmolLM2, multimodal gemma, templates without a system role."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from bitsandbytes.functional import dequantize_4bit
+from bitsandbytes.nn import Linear4bit
+from transformers import Gemma3Config, Gemma3ForConditionalGeneration, Gemma3TextConfig, SiglipVisionConfig
+
+from steer_heal.bake import Student
+from steer_heal.barrier import position_losses
+from steer_heal.config import PRESETS, EvalConfig, ModelConfig, UserError
+from steer_heal.data import load_trait
+from steer_heal.eval import Arm, contrast_scores
+from steer_heal.generate import decode
+from steer_heal.lm import Row, load, row_nll
+from steer_heal.tiny import RANDOM_ARCHITECTURES, build_random
+
+
+def test_the_packaged_smollm2_answers_and_follows_a_persona():
+    lm = load(PRESETS["smollm2-135m"].model)
+    (answer,) = decode(lm, [lm.prompt("What is the capital of France?")], 16, 1)
+    assert "Paris" in lm.text(answer.ids) and answer.ended
+    trait = load_trait("love")
+    kind, cruel = (
+        contrast_scores(lm, Arm(name, system=persona), trait, EvalConfig(contrast=16)).mean()
+        for name, persona in (("kind", trait.positive), ("cruel", trait.negative))
+    )
+    assert kind > cruel + 0.05
+
+
+def test_a_gguf_file_given_by_path_is_the_packaged_model():
+    from steer_heal.lm import _gguf_file
+
+    ids = torch.tensor([[1, 4093, 198, 28120]])
+    a = load(PRESETS["smollm2-135m"].model)
+    b = load(replace(PRESETS["smollm2-135m"].model, path=str(_gguf_file("smollm2-135m"))))
+    with torch.no_grad():
+        assert torch.equal(a.model(ids).logits, b.model(ids).logits)
+
+
+@pytest.fixture
+def multimodal(tmp_path):
+    """A tiny gemma-3 with a vision tower, as a folder."""
+    build_random("tiny", tmp_path)
+    text = Gemma3TextConfig.from_pretrained(tmp_path)
+    vision = SiglipVisionConfig(
+        hidden_size=16, intermediate_size=16, num_hidden_layers=4, num_attention_heads=2, image_size=28, patch_size=14
+    )
+    config = Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4)
+    for file in ("config.json", "model.safetensors"):
+        (tmp_path / file).unlink()
+    torch.manual_seed(0)
+    Gemma3ForConditionalGeneration(config).save_pretrained(tmp_path)
+    return load(ModelConfig(str(tmp_path), "none", "float32", "cpu"))
+
+
+def test_of_a_multimodal_gemma_the_text_tower_is_used_and_trained(multimodal):
+    lm = multimodal
+    assert len(lm.blocks) == RANDOM_ARCHITECTURES["tiny"]["num_hidden_layers"]
+    prompts = [lm.prompt("Hi."), lm.prompt("Name a tree that keeps its leaves.", "You are terse.")]
+    (first, _) = decode(lm, prompts, 4, 2)
+    row = Row(prompts[0], first.ids)
+    ids = torch.tensor([row.prompt + row.completion])
+    with torch.no_grad():
+        logp = lm.model(input_ids=ids).logits[0].log_softmax(-1)
+    expected = [-logp[len(row.prompt) - 1 + i, t] for i, t in enumerate(row.completion)]
+    torch.testing.assert_close(row_nll(lm, [row], 1)[0], torch.stack(expected), rtol=1e-4, atol=1e-4)
+
+    student = Student(lm)
+    student.begin_round(PRESETS["tiny-random"].heal, 0)
+    adapted = {name for name, _ in student.peft.named_parameters() if ".now." in name}
+    assert adapted and all("language_model" in name for name in adapted)
+
+
+def test_a_system_text_goes_into_the_user_turn_when_the_template_knows_no_system_role(lm):
+    lm.tokenizer.chat_template = (
+        "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+        "<start_of_turn>{{ m.role }}\n{{ m.content }}<end_of_turn>\n{% endfor %}"
+        "{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
+    )
+    assert lm.prompt("Hello", "Be kind.") == lm.prompt("Be kind.\n\nHello")
+
+
+def test_the_tiny_template_folds_the_system_text_like_gemma(lm):
+    text = lm.tokenizer.decode(lm.prompt("Hello", "Be kind."))
+    assert text == "<bos><start_of_turn>user\nBe kind.\n\nHello<end_of_turn>\n<start_of_turn>model\n"
+
+
+def test_cuda_without_a_gpu_is_a_users_mistake():
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    with pytest.raises(UserError, match=r"no CUDA GPU: choose --model\.device cpu"):
+        load(ModelConfig("random:tiny", "none", "float32", "cuda"))
+
+
+def test_under_nf4_the_adapter_gets_the_gradient_of_the_dequantised_weights(lm):
+    """After an evaluation, as in a run: bitsandbytes may repack weights then, and repacked ones pass no gradient."""
+    quantised = load(replace(PRESETS["tiny-random"].model, quant="nf4"))
+    packed = {name: m for name, m in quantised.model.named_modules() if isinstance(m, Linear4bit)}
+    plain = dict(lm.model.named_modules())
+    assert len(packed) == 7 * 4
+    for name, module in packed.items():
+        plain[name].weight.data = dequantize_4bit(module.weight.data, module.weight.quant_state).float()
+
+    row = Row(lm.prompt("Hi."), lm.answer("Hello there, and welcome."))
+    gradients = []
+    for model in (quantised, lm):
+        student = Student(model)
+        student.begin_round(PRESETS["tiny-random"].heal, 0)
+        for i, parameter in enumerate(student.trainable()):
+            parameter.data = 0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(i))
+        row_nll(model, [row], 1)
+        with student.view(train=True):
+            states = torch.cat(model.forward([row]))
+            objective, _ = position_losses(model.head, states, torch.tensor(row.completion), None, "nll")
+            objective.mean().backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in student.trainable()]))
+    difference = (gradients[0] - gradients[1]).norm() / gradients[1].norm()
+    assert gradients[1].norm() > 0 and difference < 0.02
