@@ -1,6 +1,10 @@
 """steer-heal: steer a chat model towards a trait, distil it into the weights, heal the incoherence, and repeat."""
 
+import logging
 import os
+
+# At its import on a CPU it advises a package that it does not need.
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 def check_types() -> None:

@@ -210,7 +210,7 @@ PRESETS: dict[str, RunConfig] = {
         rounds=3,
         steer=SteerConfig(n_contexts=64),
         # Above 1.2 the answer mass falls faster than the trait rises.
-        dose=DoseConfig(lowest=0.4, highest=1.2, steps=5, prompts=12),
+        dose=DoseConfig(lowest=0.4, highest=1.2, steps=5, prompts=10),
         distil=DistilConfig(completions=60, max_new_tokens=32, batch_size=96),
         filter=FilterConfig(tail_ppl=30.0),  # the base's own samples stay below 17, a student's below 30
         heal=HealConfig(
@@ -228,7 +228,7 @@ PRESETS: dict[str, RunConfig] = {
             r=16,
             alpha=32,
         ),
-        eval=EvalConfig(demo_tokens=40, neutral=20),
+        eval=EvalConfig(demo_tokens=32, neutral=20),
     ),
     "tiny-random": RunConfig(
         model=ModelConfig(path="random:tiny", quant="none", dtype="float32", device="cpu"),

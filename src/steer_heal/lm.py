@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
-import logging
 import os
 import shutil
 import tempfile
@@ -39,7 +38,6 @@ from transformers.utils import logging as transformers_logging
 from steer_heal.config import ModelConfig, UserError
 from steer_heal.tiny import RANDOM_ARCHITECTURES, build_random
 
-logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # on a CPU it advises a package that it does not need
 transformers_logging.set_verbosity_error()
 transformers_logging.disable_progress_bar()
 
