@@ -56,7 +56,16 @@ def run(config: RunConfig, preset: str, folder: RunDir, trait: data.Trait, lm: L
         healed = measure(folder, f"{where}/healed.json", student, Arm("healed"), trait, config)
         folder.write_jsonl(f"{where}/demos.jsonl", demo_rows(base=base, steered=steered, healed=healed))
 
-        rounds.append({"dose": dose, "completions": completions, "heal": records, "steered": steered, "healed": healed})
+        rounds.append(
+            {
+                "vector": vector,
+                "dose": dose,
+                "completions": completions,
+                "heal": records,
+                "steered": steered,
+                "healed": healed,
+            }
+        )
         print(f"\nround {round_}\n{arm_table(base, prompted, steered, healed)}\n")
         barrier_warning(records, config.heal)
 

@@ -49,9 +49,9 @@ class RunDir:
         _remove(scratch)
         write(scratch, value)
         _sync(scratch)
+        self.event("stage", artefact=name, seconds=seconds)  # first: an artefact that exists has its seconds on record
         os.rename(scratch, target)
         _sync(target.parent)
-        self.event("stage", artefact=name, seconds=seconds)
         return value
 
     def json(self, name: str, compute: Callable[[], Any]) -> Any:

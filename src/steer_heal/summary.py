@@ -12,6 +12,7 @@ from loguru import logger
 from steer_heal.bootstrap import trait_over
 from steer_heal.config import FIRED_FLOOR, HealConfig, RunConfig
 from steer_heal.data import Trait
+from steer_heal.steer import cosine
 
 ARM_KEYS = ("trait_nats", "trait_ci", "answer_mass", "demo_kept_share", "demo_ppl", "neutral_ppl")
 MORE_ARM_KEYS = ("yes_no_nats", "yes_no_ci", "answer_mass_ci")
@@ -93,7 +94,10 @@ def summarise(
         "preset": preset,
         "base": arm_summary(base, base),
         "prompted": arm_summary(prompted, base),
-        "rounds": [_round_summary(i, r, base, seconds) for i, r in enumerate(rounds)],
+        "rounds": [
+            {**_round_summary(i, r, base, seconds), "cos_first_vector": cosine(r["vector"], rounds[0]["vector"])}
+            for i, r in enumerate(rounds)
+        ],
         "seconds": sum(seconds.values()),
     }
 
