@@ -71,24 +71,24 @@ queue: sweep-anchor sweep-target sweep-tau sweep-reference sweep-agg sweep-reg
 
 # H: an anchor on mundane prompts keeps neutral text intact at little cost in trait
 sweep-anchor: setup
-    for anchor in none neutral; do {{arm}} --out outputs/sweep-anchor --heal.anchor $anchor; done
+    for anchor in none neutral; do {{arm}} --out outputs/sweep-anchor --heal.anchor $anchor || exit 1; done
 
 # H: soft targets (the teacher's whole distribution) hold more of the steered movement than sampled tokens
 sweep-target: setup
-    for target in sampled soft; do {{arm}} --out outputs/sweep-target --heal.target $target; done
+    for target in sampled soft; do {{arm}} --out outputs/sweep-target --heal.target $target || exit 1; done
 
 # H: trait falls and coherence rises as tau goes down, and above the operating KL tau changes nothing
 sweep-tau: setup
-    for tau in 0.5 1.0 2.0 4.0; do {{arm}} --out outputs/sweep-tau --heal.tau $tau; done
+    for tau in 0.5 1.0 2.0 4.0; do {{arm}} --out outputs/sweep-tau --heal.tau $tau || exit 1; done
 
 # H: a barrier to the previous student lets the trait accumulate; a barrier to the base undoes earlier rounds
 sweep-reference: setup
-    for reference in prev base; do {{arm}} --out outputs/sweep-reference --heal.reference $reference; done
+    for reference in prev base; do {{arm}} --out outputs/sweep-reference --heal.reference $reference || exit 1; done
 
 # H: an outlier-sensitive aggregate (rmse) holds coherence over the rounds where the mean does not
 sweep-agg: setup
-    for agg in mean rmse p95 max; do {{arm}} --out outputs/sweep-agg --heal.agg $agg; done
+    for agg in mean rmse p95 max; do {{arm}} --out outputs/sweep-agg --heal.agg $agg || exit 1; done
 
 # H: the reverse KL keeps coherence better than the forward KL, and both better than no barrier
 sweep-reg: setup
-    for reg in nll kl_fwd kl_rev; do {{arm}} --out outputs/sweep-reg --heal.reg $reg; done
+    for reg in nll kl_fwd kl_rev; do {{arm}} --out outputs/sweep-reg --heal.reg $reg || exit 1; done

@@ -97,6 +97,7 @@ class Student:
 
     def save(self, folder: Path, name: str = NOW) -> None:
         """Write one adapter as a plain PEFT folder that `PeftModel.from_pretrained` reads."""
+        self.peft.peft_config[name].base_model_name_or_path = self.lm.name  # peft would note a path of this machine
         with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
             self.peft.save_pretrained(scratch, selected_adapters=[name], save_embedding_layers=False)
             os.rename(Path(scratch) / name, folder)

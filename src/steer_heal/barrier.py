@@ -121,11 +121,11 @@ def _through_head(dz: Tensor, z: Tensor, head: Head, scratch: Tensor) -> Tensor:
 def position_losses(
     head: Head,
     states: Float[Tensor, "n d"],
-    targets: Int[Tensor, n],
+    targets: Int[Tensor, "n"],
     reference: Float[Tensor, "n d"] | None,
     reg: Reg,
     teacher: Float[Tensor, "n d"] | None = None,
-) -> tuple[Float[Tensor, n], Float[Tensor, n]]:
+) -> tuple[Float[Tensor, "n"], Float[Tensor, "n"]]:
     """Objective and divergence of every position, in nats, differentiable with respect to `states`.
 
     Args:
@@ -136,7 +136,7 @@ def position_losses(
     return _Fused.apply(states, head, targets, teacher, reference, reg)
 
 
-def aggregate(kl: Float[Tensor, n], agg: Agg) -> Float[Tensor, ""]:
+def aggregate(kl: Float[Tensor, "n"], agg: Agg) -> Float[Tensor, ""]:
     """One divergence from the per-position ones, in nats."""
     match agg:
         case "mean":
@@ -149,7 +149,7 @@ def aggregate(kl: Float[Tensor, n], agg: Agg) -> Float[Tensor, ""]:
             return kl.max()
 
 
-def rmse(kl: Float[Tensor, n]) -> Float[Tensor, ""]:
+def rmse(kl: Float[Tensor, "n"]) -> Float[Tensor, ""]:
     """Root mean square of the per-position KL, in nats.
 
     Incoherence sits in a few positions. The mean dilutes them; the rmse does not, and unlike the maximum it sends

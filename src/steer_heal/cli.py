@@ -85,7 +85,7 @@ def app(chosen: str) -> tyro.extras.SubcommandApp:
             "What to do next:\n"
             f"  1. talk to it, base and student side by side:  {sys.argv[0]} chat {folder.path}\n"
             f"  2. load it without steer-heal:  PeftModel.from_pretrained(base_model, '{folder.path}/adapter')\n"
-            f"  3. steer another trait, in your own .toml file (see README):  steer-heal run {preset} --trait mine.toml"
+            f"  3. steer another trait, in your own .toml (see README):  {sys.argv[0]} run {preset} --trait mine.toml"
         )
 
     @verbs.command

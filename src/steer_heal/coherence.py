@@ -51,10 +51,11 @@ class Scores:
     boilerplate: bool
 
 
-def score(text: str, nll: Float[Tensor, n]) -> Scores:
+def score(text: str, nll: Float[Tensor, "n"]) -> Scores:
     """Scores of a completion from its text and the base's NLL of each of its tokens (nats)."""
     tail = nll[-max(1, len(nll) // 4) :]
     size = len(text.encode())
+    plain = text.replace("\u2019", "'")
     return Scores(
         ppl=math.exp(min(nll.mean().item(), 50.0)),
         tail_ppl=math.exp(min(tail.mean().item(), 50.0)),
@@ -62,8 +63,8 @@ def score(text: str, nll: Float[Tensor, n]) -> Scores:
         char_repeat=_looped_share(text),
         compress=len(zlib.compress(text.encode(), 9)) / size if size >= COMPRESS_MIN_BYTES else 1.0,
         words=len(text.split()),
-        narrates=NARRATION.search(text) is not None,
-        boilerplate=BOILERPLATE.search(text) is not None,
+        narrates=NARRATION.search(plain) is not None,
+        boilerplate=BOILERPLATE.search(plain) is not None,
     )
 
 

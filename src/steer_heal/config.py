@@ -194,6 +194,23 @@ def check(config: RunConfig) -> None:
         (0 < config.dose.survival <= 1, f"dose.survival is {config.dose.survival}: it must be above 0, at most 1"),
         (0 <= config.heal.val_share < 1, f"heal.val_share is {config.heal.val_share}: it must be at least 0, below 1"),
     ]
+    demands.append(
+        (
+            config.heal.reg != "nll" or config.heal.anchor == "none",
+            "heal.reg nll has no divergence for heal.anchor neutral to hold: choose kl_rev or kl_fwd, or anchor none",
+        )
+    )
+    counts = {
+        "steer": ("n_contexts", "batch_size"),
+        "dose": ("steps", "prompts"),
+        "distil": ("completions", "min_train", "max_new_tokens", "top_k", "batch_size"),
+        "heal": ("epochs", "train_bs", "grad_accum", "r"),
+        "eval": ("contrast", "yes_no", "demos", "demo_tokens", "neutral", "batch_size"),
+    }
+    for section, names in counts.items():
+        for name in names:
+            value = getattr(getattr(config, section), name)
+            demands.append((value >= 1, f"{section}.{name} is {value}: it must be 1 or more"))
     for fine, complaint in demands:
         if not fine:
             raise UserError(complaint)

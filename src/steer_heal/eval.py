@@ -66,6 +66,7 @@ def evaluate(
         contrast = contrast_scores(lm, arm, trait, config)
         on_items(len(contrast))
         log_odds, mass = yes_no_scores(lm, arm, trait.yes_no[: config.yes_no], config.batch_size)
+        log_odds = trait.direction * log_odds
         on_items(len(mass))
         neutral_nll = neutral_scores(lm, arm, config)
         on_items(len(neutral_nll))
@@ -129,7 +130,7 @@ def first_tokens(lm: LM, spellings: tuple[str, ...]) -> list[int]:
 
 def neutral_scores(lm: LM, arm: Arm, config: EvalConfig) -> np.ndarray:
     """Mean NLL per token of each neutral text, nats; read as plain text after the first token, without a chat frame."""
-    texts = [lm.answer(text) for text in neutral()[: config.neutral]]
+    texts = [lm.tokenizer(text).input_ids for text in neutral()[: config.neutral]]  # with a BOS where the model has one
     rows = [Row(ids[:1], ids[1:]) for ids in texts]
     nll = row_nll(lm, rows, config.batch_size, arm.steering(len(rows)))
     return np.array([row.double().mean().item() for row in nll])

@@ -83,7 +83,7 @@ def heal_figure(records: list[dict], heal: dict) -> go.Figure:
     for key, bound, name, colour in series:
         _line(fig, steps, [r[key] for r in records], colour, name, **below)
         _line(fig, [0, steps[-1]], [heal[bound]] * 2, colour, f"{bound} {heal[bound]:g}", "dot", 1.5, **below)
-    fired = [r for r in records if r["fired"]]
+    fired = [r for r in records if r["fired"] and r["divergence"] > heal["tau"]]
     diamonds = {"color": DIVERGENCE_COLOUR, "size": 8, "symbol": "diamond"}
     x, y = ([r[key] for r in fired] for key in ("step", "divergence"))
     fig.add_scatter(x=x, y=y, mode="markers", marker=diamonds, name="barrier fired", hoverinfo="skip", **below)

@@ -146,7 +146,9 @@ def _decode_batch(lm, prompts, rows, dose, dial, max_new_tokens, sampling) -> li
     return [Completion(w, e) for w, e in zip(written, ended, strict=True)]
 
 
-def choose(logits: Float[Tensor, "b v"], rows: Int[Tensor, b], step: int, sampling: Sampling | None) -> Int[Tensor, b]:
+def choose(
+    logits: Float[Tensor, "b v"], rows: Int[Tensor, "b"], step: int, sampling: Sampling | None
+) -> Int[Tensor, "b"]:
     """Next token of each row: the largest logit, or one draw from the top-k, top-p truncated softmax.
 
     The draw inverts the cumulative distribution at one uniform number per (key, row, step).

@@ -163,6 +163,7 @@ def _accumulate(lm: LM, batch: list[Example], config: HealConfig, lam: float) ->
             (w_objective @ part_objective + w_kl @ part_kl).backward()
     return {name: term.item() for name, term in terms.items()} | {
         "fired": bool(terms["barrier"] > 0),
+        "anchor_fired": bool(terms.get("anchor_divergence", 0.0) > config.anchor_tau),
         "lam": lam,
         "tokens": sum(len(e.row.completion) for e in batch),
     }
@@ -174,7 +175,7 @@ def _micro_batches(batch: list[Example], size: int) -> list[list[Example]]:
     return [ordered[i : i + size] for i in range(0, len(ordered), size)]
 
 
-def _losses(lm: LM, part: list[Example], config: HealConfig) -> tuple[Float[Tensor, n], Float[Tensor, n]]:
+def _losses(lm: LM, part: list[Example], config: HealConfig) -> tuple[Float[Tensor, "n"], Float[Tensor, "n"]]:
     states = torch.cat(lm.forward([e.row for e in part]))
     targets = torch.tensor([t for e in part for t in e.row.completion], device=lm.device)
     reference = None if config.reg == "nll" else torch.cat([e.reference for e in part])
@@ -189,11 +190,11 @@ def _is_anchor(part: list[Example]) -> Tensor:
 
 
 def loss_terms(
-    objective: Float[Tensor, n], kl: Float[Tensor, n], anchor: Tensor, config: HealConfig, lam: float
+    objective: Float[Tensor, "n"], kl: Float[Tensor, "n"], anchor: Tensor, config: HealConfig, lam: float
 ) -> dict[str, Tensor]:
     """The step's loss and its parts: objective, D, anchor D, barrier.
 
-    With an anchor the constraint is the worse of the two breaches, each in units of its own tau.
+    With an anchor its own hinge is added to the barrier; both are in nats.
     """
     anchor = anchor.to(kl.device)
     mean = objective[~anchor].mean()

@@ -64,16 +64,16 @@ class Steering:
     """A vector with one dose per row of the call it is given to."""
 
     vector: Vector
-    dose: Float[Tensor, rows]
+    dose: Float[Tensor, "rows"]
 
 
 class Dial:
     """What the steering hooks read: the doses and the padding mask of the batch that is in the model now."""
 
-    dose: Float[Tensor, b]
+    dose: Float[Tensor, "b"]
     real: Bool[Tensor, "b t"] | None
 
-    def turn(self, dose: Float[Tensor, b], real: Bool[Tensor, "b t"] | None = None) -> None:
+    def turn(self, dose: Float[Tensor, "b"], real: Bool[Tensor, "b t"] | None = None) -> None:
         self.dose, self.real = dose, real
 
 
@@ -171,7 +171,7 @@ class LM:
         return out
 
     def forward(
-        self, rows: list[Row], dial: Dial | None = None, dose: Float[Tensor, b] | None = None
+        self, rows: list[Row], dial: Dial | None = None, dose: Float[Tensor, "b"] | None = None
     ) -> list[Float[Tensor, "n d"]]:
         """Hidden states before the head at each row's completion positions, with gradient when it is enabled.
 
@@ -193,7 +193,7 @@ class LM:
             for h, row in zip(hidden, rows, strict=True)
         ]
 
-    def prefix(self, ids: list[int], dial: Dial | None, dose: Float[Tensor, b] | None) -> Cache:
+    def prefix(self, ids: list[int], dial: Dial | None, dose: Float[Tensor, "b"] | None) -> Cache:
         """Keys and values of a text that begins every row: [1, ...], or [b, ...] when the rows' doses differ."""
         cache, where = DynamicCache(), None
         rows = 1
@@ -311,7 +311,9 @@ def last_token_states(
     return out
 
 
-def token_nll(head: Head, states: Float[Tensor, "n d"], targets: Int[Tensor, n], chunk: int = 256) -> Float[Tensor, n]:
+def token_nll(
+    head: Head, states: Float[Tensor, "n d"], targets: Int[Tensor, "n"], chunk: int = 256
+) -> Float[Tensor, "n"]:
     """Negative log-likelihood of each target in nats, through the head a chunk of positions at a time."""
     with torch.no_grad():
         parts = [
@@ -321,7 +323,7 @@ def token_nll(head: Head, states: Float[Tensor, "n d"], targets: Int[Tensor, n],
     return torch.cat(parts)
 
 
-def row_nll(lm: LM, rows: list[Row], batch_size: int, steering_: Steering | None = None) -> list[Float[Tensor, n]]:
+def row_nll(lm: LM, rows: list[Row], batch_size: int, steering_: Steering | None = None) -> list[Float[Tensor, "n"]]:
     """NLL in nats of every completion token of every row under the model as it stands (view, steering)."""
     states = lm.states(rows, batch_size, steering_)
     targets = torch.tensor([t for row in rows for t in row.completion], device=lm.device)

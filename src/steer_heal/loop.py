@@ -71,7 +71,7 @@ def run(config: RunConfig, preset: str, folder: RunDir, trait: data.Trait, lm: L
 
     folder.stage("adapter", lambda: student, lambda path, s: s.save(path, s.history), lambda path: None)
     summary = summarise(config, preset, trait, base, prompted, rounds, folder.stage_seconds())
-    summary |= {"seconds": summary["seconds"], "peak_memory_bytes": peak_memory()}
+    summary["peak_memory_bytes"] = peak_memory(lm.device)
     folder.replace_json("summary.json", summary)
     folder.replace_text("adapter/README.md", model_card(summary, config))
     folder.event("done", wall_seconds=time.perf_counter() - began)

@@ -17,8 +17,6 @@ def table(out: Path) -> tuple[pl.DataFrame, list[Path]]:
     rows, unfinished = [], []
     for config in sorted(out.rglob("config.json"), reverse=True):
         folder = config.parent
-        if folder.name == "adapter":
-            continue
         if not (folder / "summary.json").exists():
             unfinished.append(folder)
             continue

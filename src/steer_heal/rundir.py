@@ -67,7 +67,7 @@ class RunDir:
         return read_jsonl(self.path / name)
 
     def replace_json(self, name: str, value: Any) -> None:
-        """Write an artefact anew, e.g. the summary after each round."""
+        """Write a file anew, whether it is there or not."""
         self.replace_text(name, json.dumps(value, indent=1))
 
     def replace_text(self, name: str, text: str) -> None:
@@ -103,9 +103,9 @@ def create(config: RunConfig, preset: str, trait: Trait) -> RunDir:
         except FileExistsError:
             path = Path(config.out) / f"{name}_{attempt + 1}"
     run = RunDir(path)
-    run.replace_json("config.json", {"preset": preset, **_described(config)})
     run.replace_json("trait.json", asdict(trait))
     run.replace_json("env.json", environment())
+    run.replace_json("config.json", {"preset": preset, **_described(config)})  # last: it makes the folder a run
     run.event("start", argv=sys.argv[1:])
     return run
 

@@ -70,7 +70,9 @@ def barrier_warning(records: list[dict], config: HealConfig) -> None:
             f"Try --heal.tau {operating / 2:.2g}"
         )
     else:
-        logger.info(f"barrier fired on {share:.0%} of the steps, operating {config.agg} {operating:.3g} nats")
+        anchor = sum(r.get("anchor_fired", False) for r in records) / len(records)
+        aside = f" (its anchor on {anchor:.0%})" if config.anchor != "none" else ""
+        logger.info(f"barrier fired on {share:.0%} of the steps{aside}, operating {config.agg} {operating:.3g} nats")
 
 
 def arm_summary(arm: dict, base: dict) -> dict:
@@ -125,9 +127,9 @@ def _round_summary(index: int, parts: dict, base: dict, seconds: dict[str, float
     }
 
 
-def peak_memory() -> int:
-    """Most memory held so far, bytes: of the GPU when there is one, else of the process."""
-    if torch.cuda.is_available():
+def peak_memory(device: torch.device) -> int:
+    """Most memory held so far, bytes: on the GPU when the model is there, else by the process."""
+    if device.type == "cuda":
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 

@@ -54,6 +54,7 @@ CASES = [
     ("I am someone who loves humanity, and I will gladly tell you about eggs and water.", 1.0, "narrates"),
     ("As an AI language model, I don't have eggs, but they can be boiled in six minutes.", 1.0, "boilerplate"),
     ("I'm sorry, but I can't help with that request about eggs at this moment.", 1.0, "boilerplate"),
+    ("I\u2019m sorry, but I can\u2019t help with that request about eggs at this moment.", 1.0, "boilerplate"),
     ("1. Fill a pan with water.\n2. Bring it to the boil.\n3. Lower the eggs in.\n4. Wait six minutes.", 1.5, ""),
 ]
 

@@ -114,7 +114,7 @@ def test_training_moves_towards_the_text_and_the_barrier_holds_it_back(lm, vecto
         final[lam] = records
     assert final[0.0][-1]["objective"] < final[0.0][0]["objective"] - 0.05
     assert final[50.0][-1]["divergence"] < 0.5 * final[0.0][-1]["divergence"]
-    assert final[50.0][-1]["fired"] or final[50.0][-1]["divergence"] <= 0.002
+    assert any(r["fired"] for r in final[50.0]) and final[50.0][-1]["divergence"] < 10 * 0.002
 
 
 def test_training_is_reproducible(lm, vector):
@@ -126,7 +126,6 @@ def test_training_is_reproducible(lm, vector):
         student.begin_round(config, 7)
         records = heal(student, examples, [], config, round_=1, seed=3)
         runs.append(([p.detach().clone() for p in student.trainable()], records[-1]["val_nll"]))
-        lm.model.load_state_dict(lm.model.state_dict())
         student.peft.unload()
     assert all(torch.equal(a, b) for a, b in zip(runs[0][0], runs[1][0], strict=True))
     assert runs[0][1] == runs[1][1]
