@@ -84,7 +84,7 @@ class Student:
         if self.peft is None:
             yield
             return
-        before = self._state()
+        before = self._gates
         self._apply((history, now, train))
         try:
             yield
@@ -105,9 +105,6 @@ class Student:
     def _rest(self) -> None:
         self._gates = (1.0, 1.0, False)
         self._apply(self._gates)
-
-    def _state(self) -> tuple[float, float, bool]:
-        return self._gates
 
     def _apply(self, gates: tuple[float, float, bool]) -> None:
         """Set active adapters, their scales and requires_grad on every LoRA layer; a gate of 0 leaves no trace."""

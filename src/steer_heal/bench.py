@@ -10,7 +10,8 @@ import torch
 from steer_heal import data
 from steer_heal.config import PRESETS
 from steer_heal.generate import Sampling, decode
-from steer_heal.lm import LM, Steering, load, steering
+from steer_heal.lm import LM, Steering, steering
+from steer_heal.loading import load
 from steer_heal.steer import extract
 
 DOSES = (0.5, 1.0, 1.5, 2.0)

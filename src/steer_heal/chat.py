@@ -9,7 +9,7 @@ from pathlib import Path
 from steer_heal.bake import Student
 from steer_heal.config import ModelConfig, UserError
 from steer_heal.generate import Sampling, decode
-from steer_heal.lm import load
+from steer_heal.loading import load
 
 HELP = "type a message;  /gate 0.5 dials the student between base (0) and healed (1);  /quit or Ctrl-D ends"
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f]")

@@ -66,7 +66,7 @@ def app(chosen: str) -> tyro.extras.SubcommandApp:
         """Steer, distil, heal and bake a trait into a model, round after round."""
         from steer_heal import data, loop, rundir
         from steer_heal import report as reporting
-        from steer_heal.lm import load
+        from steer_heal.loading import load
 
         if preset != chosen:
             raise UserError(f"the preset comes first: steer-heal run {preset} ...")

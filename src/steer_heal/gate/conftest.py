@@ -14,7 +14,7 @@ warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
 def lm():
     """A fresh tiny random gemma-3 in float32 on the CPU."""
     from steer_heal.config import PRESETS
-    from steer_heal.lm import load
+    from steer_heal.loading import load
 
     return load(PRESETS["tiny-random"].model)
 

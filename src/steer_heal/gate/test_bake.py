@@ -8,7 +8,7 @@ from peft import PeftModel
 
 from steer_heal.bake import Student
 from steer_heal.config import PRESETS, HealConfig
-from steer_heal.lm import load
+from steer_heal.loading import load
 
 CONFIG = replace(PRESETS["tiny-random"].heal, r=4, alpha=8)
 IDS = torch.tensor([[7, 300, 41, 900, 12]])

@@ -14,7 +14,8 @@ from steer_heal.config import PRESETS, EvalConfig, ModelConfig, UserError
 from steer_heal.data import load_trait
 from steer_heal.eval import Arm, contrast_scores
 from steer_heal.generate import decode
-from steer_heal.lm import Row, load, row_nll
+from steer_heal.lm import Row, row_nll
+from steer_heal.loading import load
 from steer_heal.tiny import RANDOM_ARCHITECTURES, build_random
 
 
@@ -31,7 +32,7 @@ def test_the_packaged_smollm2_answers_and_follows_a_persona():
 
 
 def test_a_gguf_file_given_by_path_is_the_packaged_model():
-    from steer_heal.lm import _gguf_file
+    from steer_heal.loading import _gguf_file
 
     ids = torch.tensor([[1, 4093, 198, 28120]])
     a = load(PRESETS["smollm2-135m"].model)

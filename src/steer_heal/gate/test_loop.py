@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from steer_heal import data, loop, rundir
 from steer_heal.cli import main
 from steer_heal.config import PRESETS, HealConfig, ModelConfig, UserError
-from steer_heal.lm import load
+from steer_heal.loading import load
 
 TINY = replace(PRESETS["tiny-random"], heal=replace(PRESETS["tiny-random"].heal, target="soft", anchor="neutral"))
 
