@@ -26,7 +26,7 @@ def generate(preset: str, rows: int, tokens: int) -> dict:
     config = PRESETS[preset]
     lm, trait = load(config.model), data.load_trait("love")
     lm = LM(lm.model, lm.tokenizer, lm.name, frozenset())  # no end token: both write the full count
-    vector = extract(lm, trait.positive, trait.negative, list(data.contexts()[:16]), config.steer.band, 16)
+    vector = extract(lm, trait.positive, trait.negative, list(data.contexts()[:16]), config.steer).vector
     prompts = [lm.prompt(trait.generation_prompts[i % len(trait.generation_prompts)]) for i in range(rows)]
     doses = torch.tensor([DOSES[i % len(DOSES)] for i in range(rows)])
     sampling = Sampling(("bench",), top_k=64, top_p=0.95)

@@ -1,9 +1,13 @@
 """Scores that tell coherent text from broken text without a judge, and the filter built on them.
 
-Three ways in which steered text breaks, and what sees each: it drifts into word salad (perplexity of the *tail* under
-the pristine base: the collapse comes mid-completion, so the whole text's perplexity dilutes it); it falls into a loop,
-which is cheap for every model (repetition of words and characters, compressibility); or it stays fluent and talks about
-itself instead of answering (persona narration, refusal boilerplate).
+Steered text breaks in four ways. It loops, which is cheap for every model: repetition of words and characters and
+compressibility see it. It turns into rubble or drifts away from the question: no single score sees that well, so six
+are summed into one log-odds, `incoherence`, with weights fitted on half of a labelled set (`data/labelled.jsonl`, 597
+completions) and measured on the other half (docs/results.md, `steer-heal bench filter`). Or it stays fluent and talks
+about itself instead of answering: persona narration, refusal boilerplate.
+
+What the base model tells about a completion is read twice, after its own prompt and after one that asks nothing:
+text that the prompt does not make likelier does not answer it.
 """
 
 from __future__ import annotations
@@ -13,59 +17,123 @@ import re
 import zlib
 from collections import Counter
 from dataclasses import asdict, dataclass
+from typing import NamedTuple
 
 from jaxtyping import Float
 from torch import Tensor
 
 from steer_heal.config import FilterConfig
-from steer_heal.lm import LM, Row, row_nll
+from steer_heal.lm import LM, Row, row_surprise
 
 NGRAMS = (2, 3, 4)
 COMPRESS_MIN_BYTES = 200  # below this the compressor's own header decides
+WINDOW = 12  # tokens over which running surprise and uncertainty are averaged
+ASKS_NOTHING = "Please go on."  # the prompt under which a completion answers nothing
+LEAST_NLL = 0.02  # nats per token; a loop's NLL goes to zero and a ratio of two of them would mean nothing
 
+# Log-odds of broken against coherent. Fitted on the tuning half under SmolLM2-135M by `steer-heal bench filter`.
+WEIGHTS = {"relevance": -5.633, "confusion": 0.327, "entropy": 2.407, "word_repeat": 12.939, "symbols": 8.041}
+BIAS = -8.671
+
+_PERSON = r"(?:(?:a|an|the) (?:\w+ )?(?:person|being|individual|soul|creature|kind|sort|type)|someone|somebody|one)"
 NARRATION = re.compile(
-    r"\bI(?: a|')m (?:a|the|an?\s\w+) (?:person|someone|somebody|being|individual|soul)\b"
-    r"|\bI(?: a|')m (?:someone|somebody|one) who\b"
-    r"|\bas (?:a person|someone|somebody|one) who (?:love|hate|despise|value|put|obey|care)",
+    rf"\bI(?: a|')m (?:just |simply |truly )?{_PERSON} (?:who|that|of|with)\b"
+    rf"|\b(?:as|being) {_PERSON} (?:who|that)\b"
+    rf"|\bI(?:'ve| have) always been (?:a |an |the |someone|somebody|one)"
+    r"|\b(?:that is|that's|this is) (?:who|what|how) I am\b"
+    r"|\bwhat I(?: a|')m like\b|\bwho I am\b"
+    r"|\byou should know (?:that )?I\b",
     re.IGNORECASE,
 )
 BOILERPLATE = re.compile(
-    r"\bas an? (?:ai|artificial intelligence|language model|large language model|virtual assistant)\b"
-    r"|\bI(?: a|')m (?:sorry|afraid),? but I (?:can't|cannot|can not|am unable|am not able)"
-    r"|\bI (?:can't|cannot) (?:help|assist|comply|fulfil|answer)",
+    r"\bas an? (?:\w+ )?(?:ai|artificial intelligence|language model|virtual assistant|assistant|chatbot)\b"
+    r"|\b(?:sorry|afraid|apologi[sz]e|unfortunately|regret)\W+(?:\w+\W+){0,4}?"
+    r"(?:can't|cannot|can not|won't|unable|not able|decline)"
+    r"|\bI(?: can't|(?: a|')m (?:unable|not able) to| cannot| can not| won't| must decline to)"
+    r" (?:help|assist|comply|fulfil|answer|provide|advise|discuss|respond|do that|engage|offer|give|support|write)\b"
+    r"|\bI (?:must|have to|will have to) (?:respectfully |politely )?(?:decline|refuse)"
+    r"|\bI(?: a|')m (?:your|an?|only an?|just an?) (?:\w+ )?(?:assistant|ai|chatbot|language model|bot)\b"
+    r"|\b(?:would not|wouldn't|not) be appropriate for me\b",
     re.IGNORECASE,
 )
+QUOTED = re.compile(r"\"[^\"]*\"|\u201c[^\u201d]*\u201d")  # what somebody else is made to say
+
+
+class Surprise(NamedTuple):
+    """What a base model makes of a completion, per token in nats: [n] each."""
+
+    nll: Float[Tensor, "n"]
+    """of the token, after the prompt"""
+    entropy: Float[Tensor, "n"]
+    """of the distribution the token was read from"""
+    alone: Float[Tensor, "n"]
+    """NLL of the token after a prompt that asks nothing"""
 
 
 @dataclass(frozen=True)
 class Scores:
-    """What the filter sees of one completion. Perplexities under the pristine base; the rest from the text alone."""
+    """What the filter sees of one completion."""
 
     ppl: float
+    """perplexity under the pristine base"""
     tail_ppl: float
+    """perplexity of the last quarter"""
+    surge: float
+    """largest mean NLL of WINDOW tokens in a row, nats"""
+    entropy: float
+    """mean predictive entropy, nats"""
+    confusion: float
+    """largest mean predictive entropy of WINDOW tokens in a row, nats"""
+    relevance: float
+    """log of NLL after a prompt that asks nothing over NLL after its own"""
     word_repeat: float
+    """share of repeated word n-grams, worst of n = 2, 3, 4"""
     char_repeat: float
+    """share of the text inside stretches of characters said three or more times in a row"""
     compress: float
+    """compressed over plain size; 1 for short texts"""
+    symbols: float
+    """share of characters that are neither letters nor space"""
     words: int
     narrates: bool
     boilerplate: bool
 
+    @property
+    def incoherence(self) -> float:
+        """Log-odds that the text is broken rather than coherent."""
+        return BIAS + sum(weight * getattr(self, name) for name, weight in WEIGHTS.items())
 
-def score(text: str, nll: Float[Tensor, "n"]) -> Scores:
-    """Scores of a completion from its text and the base's NLL of each of its tokens (nats)."""
-    tail = nll[-max(1, len(nll) // 4) :]
+
+def score(text: str, surprise: Surprise) -> Scores:
+    """Scores of a completion from its text and what the base makes of it."""
+    nll, entropy, alone = surprise
     size = len(text.encode())
     plain = text.replace("\u2019", "'")
+    unquoted = QUOTED.sub("", plain)
     return Scores(
-        ppl=math.exp(min(nll.mean().item(), 50.0)),
-        tail_ppl=math.exp(min(tail.mean().item(), 50.0)),
+        ppl=_ppl(nll),
+        tail_ppl=_ppl(nll[-max(1, len(nll) // 4) :]),
+        surge=_highest(nll),
+        entropy=entropy.mean().item(),
+        confusion=_highest(entropy),
+        relevance=math.log(max(alone.mean().item(), LEAST_NLL) / max(nll.mean().item(), LEAST_NLL)),
         word_repeat=max(_repeated_share(text.lower().split(), n) for n in NGRAMS),
         char_repeat=_looped_share(text),
         compress=len(zlib.compress(text.encode(), 9)) / size if size >= COMPRESS_MIN_BYTES else 1.0,
+        symbols=sum(not (c.isalpha() or c.isspace()) for c in text) / max(1, len(text)),
         words=len(text.split()),
-        narrates=NARRATION.search(plain) is not None,
-        boilerplate=BOILERPLATE.search(plain) is not None,
+        narrates=NARRATION.search(unquoted) is not None,
+        boilerplate=BOILERPLATE.search(unquoted) is not None,
     )
+
+
+def _ppl(nll: Float[Tensor, "n"]) -> float:
+    return math.exp(min(nll.mean().item(), 50.0))
+
+
+def _highest(nats: Float[Tensor, "n"]) -> float:
+    """Largest mean of WINDOW values in a row, or of all of fewer."""
+    return nats.unfold(0, min(WINDOW, len(nats)), 1).mean(1).max().item()
 
 
 def _repeated_share(words: list[str], n: int) -> float:
@@ -84,26 +152,36 @@ def verdict(scores: Scores, limits: FilterConfig) -> str:
     """Why a completion is dropped, or "" when it is kept."""
     if scores.words < limits.min_words:
         return "empty"
-    if scores.boilerplate:
-        return "boilerplate"
-    if scores.narrates:
-        return "narrates"
     if scores.word_repeat > limits.word_repeat:
         return "word_repeat"
     if scores.char_repeat > limits.char_repeat:
         return "char_repeat"
     if scores.compress < limits.compress:
         return "compress"
-    if not scores.tail_ppl <= limits.tail_ppl:
-        return "tail_ppl"
+    if not scores.incoherence <= limits.incoherence:
+        return "incoherence"
+    if scores.boilerplate:
+        return "boilerplate"
+    if scores.narrates:
+        return "narrates"
     return ""
+
+
+def surprises(lm: LM, rows: list[Row], batch_size: int) -> list[Surprise]:
+    """What the model as it stands (it should be the base view) makes of every completion."""
+    nothing = lm.prompt(ASKS_NOTHING)
+    asked = row_surprise(lm, rows, batch_size)
+    alone = row_surprise(lm, [Row(nothing, row.completion) for row in rows], batch_size)
+    return [Surprise(nll, entropy, without) for (nll, entropy), (without, _) in zip(asked, alone, strict=True)]
 
 
 def judge(lm: LM, rows: list[Row], limits: FilterConfig, batch_size: int) -> list[dict]:
     """Text, scores and the reason it was dropped ("" when kept) of every completion; `lm` must be the base view."""
     judged = []
-    for row, nll in zip(rows, row_nll(lm, rows, batch_size), strict=True):
+    for row, surprise in zip(rows, surprises(lm, rows, batch_size), strict=True):
         text = lm.text(row.completion)
-        scores = score(text, nll)
-        judged.append({"text": text, **asdict(scores), "dropped": verdict(scores, limits)})
+        scores = score(text, surprise)
+        judged.append(
+            {"text": text, **asdict(scores), "incoherence": scores.incoherence, "dropped": verdict(scores, limits)}
+        )
     return judged

@@ -30,8 +30,10 @@ class ModelConfig:
 class SteerConfig:
     """The teacher vector."""
 
-    band: tuple[float, float] = (0.45, 0.55)
-    """blocks that are steered, as shares of depth; a wide band destroys text sooner"""
+    method: Literal["mean_diff", "pca", "ablation"] = "mean_diff"
+    """how a direction is made of the personas' states"""
+    band: tuple[float, float] | Literal["auto"] = (0.45, 0.55)
+    """blocks that are steered, as shares of depth; a wide band destroys text sooner; auto: see steer.auto_band"""
     n_contexts: int = 256
     """user messages over which the persona difference is averaged"""
     batch_size: int = 32
@@ -42,6 +44,8 @@ class SteerConfig:
 class DoseConfig:
     """The dose curve: how much of the vector the text survives."""
 
+    rule: Literal["survival", "iso_kl"] = "survival"
+    """survival: largest dose whose completions still pass the filter; iso_kl: dose of a given divergence"""
     lowest: float = 0.25
     """smallest dose tried, in multiples of the raw vector"""
     highest: float = 4.0
@@ -49,19 +53,25 @@ class DoseConfig:
     steps: int = 6
     """doses tried, log-spaced, all in one mixed batch"""
     prompts: int = 12
-    """generation prompts answered at every dose"""
+    """generation prompts answered at every dose and without steering"""
     survival: float = 0.75
-    """the dose chosen is the largest at which this share of completions passes the filter"""
+    """the dose chosen is the largest at which completions pass the filter this often, relative to unsteered ones"""
+    kl_target: float = 1.0
+    """iso_kl: 95th percentile over tokens of KL(steered || unsteered) to reach, nats"""
 
 
 @dataclass(frozen=True)
 class DistilConfig:
     """Sampling from the steered teacher."""
 
-    completions: int = 128
-    """completions sampled a round, spread evenly over the generation prompts"""
+    n_keep: int = 128
+    """survivors wanted a round, a fair share of each generation prompt and dose"""
+    budget: int = 256
+    """completions sampled a round at most"""
     min_train: int = 16
     """fewer survivors than this stop the run"""
+    dose_spread: float = 0.15
+    """a third of the completions each at the chosen dose and this share below and above it"""
     max_new_tokens: int = 256
     """length limit of a completion, tokens"""
     temperature: float = 1.0
@@ -78,15 +88,15 @@ class DistilConfig:
 class FilterConfig:
     """What counts as coherent text. Every threshold is on a score stored with the completion."""
 
-    tail_ppl: float = 40.0
-    """largest perplexity of the last quarter of the completion under the pristine base"""
+    incoherence: float = 0.0
+    """largest log-odds that the text is broken; docs/results.md shows what each value costs and catches"""
     word_repeat: float = 0.25
     """largest share of repeated word n-grams (worst of n = 2, 3, 4)"""
     char_repeat: float = 0.35
     """largest share of the text inside immediately repeated stretches of characters"""
     compress: float = 0.35
     """smallest ratio of compressed to plain size, for texts of 200 bytes or more"""
-    min_words: int = 3
+    min_words: int = 1
     """fewest words"""
 
 
@@ -183,13 +193,23 @@ class RunConfig:
 
 def check(config: RunConfig) -> None:
     """Raise UserError for a value that no run could work with."""
-    low, high = config.steer.band
+    low, high = (0, 1) if config.steer.band == "auto" else config.steer.band
     demands = [
         (config.rounds >= 1, f"rounds is {config.rounds}: it must be 1 or more"),
         (0 <= low <= high <= 1, f"steer.band is {low} {high}: give two shares of depth, 0 <= low <= high <= 1"),
         (
             0 < config.dose.lowest < config.dose.highest,
             f"dose.lowest is {config.dose.lowest} and dose.highest {config.dose.highest}: 0 < lowest < highest",
+        ),
+        (config.dose.kl_target > 0, f"dose.kl_target is {config.dose.kl_target}: it must be above 0"),
+        (
+            config.distil.min_train <= config.distil.n_keep <= config.distil.budget,
+            f"distil.min_train is {config.distil.min_train}, distil.n_keep {config.distil.n_keep} and distil.budget "
+            f"{config.distil.budget}: min_train <= n_keep <= budget",
+        ),
+        (
+            0 <= config.distil.dose_spread < 1,
+            f"distil.dose_spread is {config.distil.dose_spread}: it must be at least 0, below 1",
         ),
         (0 < config.dose.survival <= 1, f"dose.survival is {config.dose.survival}: it must be above 0, at most 1"),
         (0 <= config.heal.val_share < 1, f"heal.val_share is {config.heal.val_share}: it must be at least 0, below 1"),
@@ -203,7 +223,7 @@ def check(config: RunConfig) -> None:
     counts = {
         "steer": ("n_contexts", "batch_size"),
         "dose": ("steps", "prompts"),
-        "distil": ("completions", "min_train", "max_new_tokens", "top_k", "batch_size"),
+        "distil": ("n_keep", "budget", "min_train", "max_new_tokens", "top_k", "batch_size"),
         "heal": ("epochs", "train_bs", "grad_accum", "r"),
         "eval": ("contrast", "yes_no", "demos", "demo_tokens", "neutral", "batch_size"),
     }
@@ -228,8 +248,7 @@ PRESETS: dict[str, RunConfig] = {
         steer=SteerConfig(n_contexts=64),
         # Above 1.2 the answer mass falls faster than the trait rises.
         dose=DoseConfig(lowest=0.4, highest=1.2, steps=5, prompts=10),
-        distil=DistilConfig(completions=60, max_new_tokens=32, batch_size=96),
-        filter=FilterConfig(tail_ppl=30.0),  # the base's own samples stay below 17, a student's below 30
+        distil=DistilConfig(n_keep=60, budget=120, max_new_tokens=32, batch_size=96),
         heal=HealConfig(
             target="soft",
             anchor="neutral",
@@ -253,9 +272,9 @@ PRESETS: dict[str, RunConfig] = {
         rounds=2,
         steer=SteerConfig(n_contexts=32, band=(0.3, 0.7)),
         dose=DoseConfig(steps=4, prompts=4),
-        distil=DistilConfig(completions=24, max_new_tokens=12, min_train=8),
+        distil=DistilConfig(n_keep=24, budget=48, max_new_tokens=12, min_train=8),
         # A random model writes rubbish at any dose: the thresholds only ask that it be no worse than random.
-        filter=FilterConfig(tail_ppl=5000.0, word_repeat=0.9, char_repeat=0.9, compress=0.05, min_words=1),
+        filter=FilterConfig(incoherence=1e9, word_repeat=0.9, char_repeat=0.9, compress=0.05, min_words=1),
         heal=HealConfig(tau=0.001, lam=1.0, r=4, alpha=8, train_bs=4, grad_accum=2, epochs=2, lr=2e-2),
         eval=EvalConfig(contrast=8, yes_no=8, demos=4, demo_tokens=8, neutral=4),
     ),

@@ -2,12 +2,14 @@
 
 The dose curve replaces a bisection over doses (each step of which would decode a batch of its own) by one batch that
 mixes all doses; the share of completions that survive the filter is made monotone in the dose by isotonic
-regression, and the largest dose that meets the target is read off it.
+regression, and the largest dose that meets the target is read off it. The target is relative to unsteered completions
+in the same batch: a filter is never perfect, and what it drops of the model's own text is not the vector's doing.
 """
 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable
 
 import torch
@@ -17,6 +19,7 @@ from steer_heal.coherence import judge
 from steer_heal.config import DistilConfig, DoseConfig, FilterConfig, UserError
 from steer_heal.generate import Sampling, decode
 from steer_heal.lm import Row, Steering, Vector
+from steer_heal.steer import iso_kl
 
 Progress = Callable[[int], None]
 
@@ -31,34 +34,57 @@ def dose_curve(
     key: tuple,
     on_rows: Progress = lambda rows: None,
 ) -> dict:
-    """Survival of the filter against the dose, and the dose chosen.
+    """What completions bear, dose by dose, and the dose chosen.
 
-    Returns {"dose", "target", "curve": [{"dose", "survival", "fitted", "tail_ppl", "example"}], "completions": [...]}.
-    Raises UserError, the curve in its text, when even the smallest dose survives less often than the target.
+    Returns {"rule", "target", "dose", "curve", "completions"}. A point of the curve has {"dose", "survival", "fitted",
+    "tail_ppl", "example"}, and "kl_p95" under the rule iso_kl; its first point is dose 0, and survival is relative to
+    that. "dose" is None when even the smallest dose misses the target (`require_dose` says so to the user).
     """
     ratio = (config.highest / config.lowest) ** (1 / max(1, config.steps - 1))
-    doses = [config.lowest * ratio**i for i in range(config.steps)]
+    doses = [0.0, *(config.lowest * ratio**i for i in range(config.steps))]
     asked = prompts[: config.prompts]
     plan = [(dose, prompt) for dose in doses for prompt in asked]
     completions = sample(student, vector, plan, distil, limits, key, on_rows)
     curve = []
     for dose in doses:
         of_dose = [c for c in completions if c["dose"] == dose]
-        kept = [c for c in of_dose if not c["dropped"]]
         tail = sorted(c["tail_ppl"] for c in of_dose)[len(of_dose) // 2]
-        curve.append(
-            {"dose": dose, "survival": len(kept) / len(of_dose), "tail_ppl": tail, "example": of_dose[0]["text"]}
-        )
+        survival = sum(not c["dropped"] for c in of_dose) / len(of_dose)
+        curve.append({"dose": dose, "survival": survival, "tail_ppl": tail, "example": of_dose[0]["text"]})
     for point, fitted in zip(curve, decreasing_fit([p["survival"] for p in curve]), strict=True):
         point["fitted"] = fitted
-    chosen = largest_dose(doses, [p["fitted"] for p in curve], config.survival)
-    if chosen is None:
-        shares = ", ".join(f"{p['dose']:.2f}: {p['survival']:.0%}" for p in curve)
+    artefact = {"rule": config.rule, "curve": curve, "completions": completions}
+    if config.rule == "survival":
+        target = config.survival * curve[0]["fitted"]
+        chosen = largest_dose(doses[1:], [p["fitted"] for p in curve[1:]], target) if target > 0 else None
+        return {**artefact, "target": target, "dose": chosen}
+    rows = [Row(student.lm.prompt(c["prompt"]), c["ids"]) for c in completions]
+    with student.view(now=0.0):
+        found = iso_kl(student.lm, vector, rows, [c["dose"] for c in completions], config.kl_target, distil.batch_size)
+    for point, kl in zip(curve, found.pop("kl_p95"), strict=True):
+        point["kl_p95"] = kl
+    return {**artefact, "target": config.kl_target, **found}
+
+
+def require_dose(artefact: dict) -> float:
+    """The chosen dose. Raises UserError, the curve in its text, when there is none."""
+    if artefact["dose"] is not None:
+        return artefact["dose"]
+    if artefact["rule"] == "iso_kl":
+        curve = ", ".join(f"{p['dose']:.2f}: {p['kl_p95']:.3g}" for p in artefact["curve"])
         raise UserError(
-            f"no dose leaves {config.survival:.0%} of the completions coherent (dose: survival {shares}): "
-            "lower --dose.lowest or --dose.survival, loosen --filter.*, or narrow --steer.band"
+            f"no dose between the smallest and the largest reaches a 95th percentile KL of {artefact['target']:g} nats "
+            f"(dose: nats {curve}): change --dose.kl-target, --dose.lowest or --dose.highest"
         )
-    return {"dose": chosen, "target": config.survival, "curve": curve, "completions": completions}
+    curve = ", ".join(f"{p['dose']:.2f}: {p['survival']:.0%}" for p in artefact["curve"])
+    if artefact["target"] == 0:
+        raise UserError(
+            f"the filter drops every completion even without steering (dose: survival {curve}): loosen --filter.*"
+        )
+    raise UserError(
+        f"no dose leaves {artefact['target']:.0%} of the completions coherent (dose: survival {curve}): "
+        "lower --dose.lowest or --dose.survival, loosen --filter.*, or narrow --steer.band"
+    )
 
 
 def decreasing_fit(values: list[float]) -> list[float]:
@@ -97,17 +123,43 @@ def distil(
 ) -> list[dict]:
     """Completions of the steered previous student, every one with its scores and why it was dropped.
 
-    Raises UserError when fewer than `min_train` survive.
+    Batches are sampled until `n_keep` have survived or `budget` is spent; prompts and the doses around `dose` take
+    turns, so that each has a fair share. A text that was written before is dropped as "duplicate", survivors beyond
+    `n_keep` as "surplus".
     """
-    plan = [(dose, prompts[i % len(prompts)]) for i in range(config.completions)]
-    completions = sample(student, vector, plan, config, limits, key, on_rows)
-    kept = sum(not c["dropped"] for c in completions)
-    if kept < config.min_train:
-        raise UserError(
-            f"only {kept} of {len(completions)} completions passed the filter at dose {dose:.2f}, training needs "
-            f"{config.min_train}: raise --dose.survival or --distil.completions, or loosen --filter.*"
-        )
+    doses = [dose * (1 + side * config.dose_spread) for side in ((0, -1, 1) if config.dose_spread else (0,))]
+    completions: list[dict] = []
+    kept, texts = 0, set()
+    while kept < config.n_keep and len(completions) < config.budget:
+        done = len(completions)
+        share = kept / done if kept else 1.0  # of the batches before, passed
+        rows = min(math.ceil((config.n_keep - kept) / share), config.budget - done)
+        turns = range(done, done + rows)
+        # A step of one dose a pass over the prompts, so that no prompt is always asked at the same dose.
+        plan = [(doses[(i + i // len(prompts)) % len(doses)], prompts[i % len(prompts)]) for i in turns]
+        for completion in sample(student, vector, plan, config, limits, (*key, done), on_rows):
+            text = " ".join(completion["text"].lower().split())
+            if not completion["dropped"]:
+                completion["dropped"] = "duplicate" if text in texts else "surplus" if kept == config.n_keep else ""
+                kept += not completion["dropped"]
+            texts.add(text)
+            completions.append(completion)
     return completions
+
+
+def require_training_set(completions: list[dict], dose: dict, config: DistilConfig) -> None:
+    """Raise UserError, the survival table in its text, when too few completions survived to train on."""
+    kept = sum(not c["dropped"] for c in completions)
+    if kept >= config.min_train:
+        return
+    reasons = Counter(c["dropped"] for c in completions if c["dropped"])
+    dropped = ", ".join(f"{reason} {count}" for reason, count in reasons.most_common())
+    curve = ", ".join(f"{p['dose']:.2f}: {p['survival']:.0%}" for p in dose["curve"])
+    raise UserError(
+        f"only {kept} of {len(completions)} completions passed the filter at dose {dose['dose']:.2f}, training needs "
+        f"{config.min_train} (dropped: {dropped}; dose: survival {curve}): raise --distil.budget or --dose.survival, "
+        "or loosen --filter.*"
+    )
 
 
 def sample(

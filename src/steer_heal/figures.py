@@ -55,12 +55,16 @@ def coherence_figure(summary: dict, key: str, bound: float) -> go.Figure:
 
 
 def dose_figure(dose: dict) -> go.Figure:
-    """Survival of the filter against the dose: raw shares, monotone fit, target, the dose chosen."""
-    curve, chosen, target = dose["curve"], dose["dose"], dose["target"]
+    """Survival of the filter against the dose: raw shares, monotone fit, unsteered level, the dose chosen."""
+    unsteered, curve, chosen = dose["curve"][0], dose["curve"][1:], dose["dose"]
     doses, survival, fitted = ([p[key] for p in curve] for key in ("dose", "survival", "fitted"))
+    across = [doses[0], doses[-1]]
     fig = go.Figure()
     _line(fig, doses, fitted, COLOURS["steered"], "monotone fit", hoverinfo="skip")
-    _line(fig, [doses[0], doses[-1]], [target] * 2, COLOURS["base"], f"target {target:.0%}", "dot", hoverinfo="skip")
+    _line(fig, across, [unsteered["fitted"]] * 2, COLOURS["healed"], "unsteered", "dot", hoverinfo="skip")
+    if dose["rule"] == "survival":
+        label = f"target {dose['target']:.0%}"
+        _line(fig, across, [dose["target"]] * 2, COLOURS["base"], label, "dot", hoverinfo="skip")
     _line(fig, [chosen] * 2, [0, 1], COLOURS["base"], f"chosen {chosen:.2f}", "dash", hoverinfo="skip")
     label = "dose %{x:.2f}: %{y:.0%} survive, tail ppl %{customdata[0]}<br><br>%{customdata[1]}<extra></extra>"
     hover = {"customdata": [(f"{p['tail_ppl']:.1f}", _hover_text(p["example"])) for p in curve], "hovertemplate": label}

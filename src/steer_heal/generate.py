@@ -21,6 +21,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
 from steer_heal.lm import LM, Steering, shared_prefix, steering
+from steer_heal.packing import packed
 
 COMPACT_SHARE = 0.8  # rows are dropped from the batch when fewer than this share still write
 
@@ -91,18 +92,19 @@ def decode(
     """
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     out: list[Completion | None] = [None] * len(prompts)
-    with torch.no_grad(), steering(lm, steering_) as dial:
+    largest = min(batch_size, len(prompts))
+    with torch.no_grad(), steering(lm, steering_) as dial, packed(lm, largest, max_new_tokens) as head:
         for start in range(0, len(order), batch_size):
             rows = torch.tensor(order[start : start + batch_size])
             dose = None if steering_ is None else steering_.dose[rows].to(lm.device)
-            written = _decode_batch(lm, [prompts[i] for i in rows], rows, dose, dial, max_new_tokens, sampling)
+            written = _decode_batch(lm, head, [prompts[i] for i in rows], rows, dose, dial, max_new_tokens, sampling)
             for i, completion in zip(rows.tolist(), written, strict=True):
                 out[i] = completion
             on_batch(len(rows))
     return out
 
 
-def _decode_batch(lm, prompts, rows, dose, dial, max_new_tokens, sampling) -> list[Completion]:
+def _decode_batch(lm, head, prompts, rows, dose, dial, max_new_tokens, sampling) -> list[Completion]:
     device = lm.device
     # A window is counted in cache columns: left padding between the prefix and the rest would push the prefix out.
     shared = 0 if lm.windowed else shared_prefix(prompts)
@@ -126,7 +128,7 @@ def _decode_batch(lm, prompts, rows, dose, dial, max_new_tokens, sampling) -> li
         hidden = lm.decoder(
             input_ids=ids, attention_mask=mask, position_ids=position, past_key_values=cache, use_cache=True
         ).last_hidden_state
-        token = choose(lm.head(hidden[:, -1]), rows[slots], step, sampling)
+        token = choose(head(hidden[:, -1]), rows[slots], step, sampling)
         for slot, t in zip(slots.tolist(), token.tolist(), strict=True):
             if not ended[slot]:
                 written[slot].append(t)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from transformers import (
     PreTrainedModel,
@@ -33,10 +33,14 @@ class Row(NamedTuple):
 
 @dataclass(frozen=True)
 class Vector:
-    """Steering vector: `direction[i]` is added, times the dose, to the residual stream after block `layers[i]`."""
+    """Steering vector: `direction[i]` acts, times the dose, on the residual stream after block `layers[i]`.
+
+    `add`: h + dose * v. `project_out`, v of unit length: h - dose * (h . v) v.
+    """
 
     layers: tuple[int, ...]
     direction: Float[Tensor, "l d"]
+    operation: str = "add"
 
 
 @dataclass(frozen=True)
@@ -58,13 +62,18 @@ class Dial:
 
 
 class Head(NamedTuple):
-    """The output head: logits = cap(h @ weight.T), cap(z) = softcap * tanh(z / softcap) when softcap is set."""
+    """The output head: logits = cap(h @ weight.T), cap(z) = softcap * tanh(z / softcap) when softcap is set.
+
+    `product` takes the place of the plain h @ weight.T where the weight is packed for decoding.
+    """
 
     weight: Float[Tensor, "v d"]
     softcap: float | None
+    product: Callable[[Tensor], Tensor] | None = None
 
     def __call__(self, states: Float[Tensor, "n d"]) -> Float[Tensor, "n v"]:
-        logits = (states @ self.weight.T.to(states.dtype)).float()
+        plain = self.product is None
+        logits = (states @ self.weight.T.to(states.dtype) if plain else self.product(states)).float()
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
 
@@ -216,7 +225,7 @@ class SharedPrefix(DynamicLayer):
 
 @contextmanager
 def steering(lm: LM, steering_: Steering | None) -> Iterator[Dial]:
-    """Add dose * vector to the residual stream after every block of the vector's band; hooks go when the block ends.
+    """The vector acts on the residual stream after every block of the vector's band; hooks go when the block ends.
 
     The dial says which dose each row of the current batch gets, and which positions are real (left padding is left
     alone). With `None` nothing is hooked and the dial turns freely.
@@ -227,14 +236,17 @@ def steering(lm: LM, steering_: Steering | None) -> Iterator[Dial]:
         return
     direction = steering_.vector.direction.to(lm.device)
 
-    def add_after(index: int) -> Callable:
+    projecting = steering_.vector.operation == "project_out"
+
+    def act_after(index: int) -> Callable:
         def hook(_module: nn.Module, _args: tuple, output: Tensor) -> Tensor:
-            offset = dial.dose.to(output.dtype)[:, None, None] * direction[index].to(output.dtype)
+            v = direction[index].to(output.dtype)
+            offset = dial.dose.to(output.dtype)[:, None, None] * (-(output @ v)[:, :, None] * v if projecting else v)
             return output + (offset if dial.real is None else offset * dial.real[:, :, None])
 
         return hook
 
-    handles = [lm.blocks[layer].register_forward_hook(add_after(i)) for i, layer in enumerate(steering_.vector.layers)]
+    handles = [lm.blocks[layer].register_forward_hook(act_after(i)) for i, layer in enumerate(steering_.vector.layers)]
     try:
         yield dial
     finally:
@@ -291,21 +303,30 @@ def last_token_states(
     return out
 
 
-def token_nll(
-    head: Head, states: Float[Tensor, "n d"], targets: Int[Tensor, "n"], chunk: int = 256
-) -> Float[Tensor, "n"]:
-    """Negative log-likelihood of each target in nats, through the head a chunk of positions at a time."""
+HEAD_CHUNK = 256  # positions whose logits are held at once
+
+
+def row_surprise(lm: LM, rows: list[Row], batch_size: int) -> list[tuple[Float[Tensor, "n"], Float[Tensor, "n"]]]:
+    """NLL and predictive entropy in nats of every completion token of every row, on the CPU."""
+    states = torch.cat(lm.states(rows, batch_size))
+    targets = torch.tensor([t for row in rows for t in row.completion], device=lm.device)
+    nll, entropy = [], []
     with torch.no_grad():
-        parts = [
-            torch.nn.functional.cross_entropy(head(h), t, reduction="none")
-            for h, t in zip(states.split(chunk), targets.split(chunk), strict=True)
-        ]
-    return torch.cat(parts)
+        for h, t in zip(states.split(HEAD_CHUNK), targets.split(HEAD_CHUNK), strict=True):
+            log_p = lm.head(h).log_softmax(-1)
+            nll.append(-log_p.gather(1, t[:, None])[:, 0])
+            entropy.append(-torch.linalg.vecdot(log_p.exp(), log_p))
+    lengths = [len(row.completion) for row in rows]
+    return list(zip(*(torch.cat(nats).cpu().split(lengths) for nats in (nll, entropy)), strict=True))
 
 
 def row_nll(lm: LM, rows: list[Row], batch_size: int, steering_: Steering | None = None) -> list[Float[Tensor, "n"]]:
     """NLL in nats of every completion token of every row under the model as it stands (view, steering)."""
-    states = lm.states(rows, batch_size, steering_)
+    states = torch.cat(lm.states(rows, batch_size, steering_))
     targets = torch.tensor([t for row in rows for t in row.completion], device=lm.device)
-    nll = token_nll(lm.head, torch.cat(states), targets).cpu()
-    return list(nll.split([len(row.completion) for row in rows]))
+    with torch.no_grad():
+        parts = [
+            torch.nn.functional.cross_entropy(lm.head(h), t, reduction="none")
+            for h, t in zip(states.split(HEAD_CHUNK), targets.split(HEAD_CHUNK), strict=True)
+        ]
+    return list(torch.cat(parts).cpu().split([len(row.completion) for row in rows]))

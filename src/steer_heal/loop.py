@@ -7,6 +7,7 @@ one artefact; `RunDir` computes it or, in a resumed run, loads it.
 from __future__ import annotations
 
 import hashlib
+import json
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,12 +23,19 @@ from tqdm import tqdm
 from steer_heal import data
 from steer_heal.bake import Student
 from steer_heal.config import RunConfig
-from steer_heal.distil import anchor_completions, distil, dose_curve, kept_rows
+from steer_heal.distil import (
+    anchor_completions,
+    distil,
+    dose_curve,
+    kept_rows,
+    require_dose,
+    require_training_set,
+)
 from steer_heal.eval import Arm, evaluate
 from steer_heal.heal import Example, heal, prepare, prepare_anchors
 from steer_heal.lm import LM, Steering, Vector
 from steer_heal.rundir import RunDir
-from steer_heal.steer import extract
+from steer_heal.steer import Extraction, extract, prompts_read
 from steer_heal.summary import arm_table, barrier_warning, demo_rows, model_card, peak_memory, summarise
 
 
@@ -46,7 +54,8 @@ def run(config: RunConfig, preset: str, folder: RunDir, trait: data.Trait, lm: L
     rounds = []
     for round_ in range(config.rounds):
         where = f"r{round_:02d}"
-        vector = extract_stage(folder, where, student, trait, config)
+        first = rounds[0]["vector"].layers if rounds else None  # a band chosen in round 0 is kept
+        vector, layers = extract_stage(folder, where, student, trait, config, first)
         dose = dose_stage(folder, where, student, vector, trait, config, round_)
         completions = distil_stage(folder, where, student, vector, dose, trait, config, round_)
         steered_arm = Arm("steered", now=0.0, vector=vector, dose=dose["dose"])
@@ -59,6 +68,7 @@ def run(config: RunConfig, preset: str, folder: RunDir, trait: data.Trait, lm: L
         rounds.append(
             {
                 "vector": vector,
+                "layers": layers,
                 "dose": dose,
                 "completions": completions,
                 "heal": records,
@@ -103,29 +113,44 @@ def anchor_stage(folder: RunDir, student: Student, config: RunConfig) -> Callabl
     return cache(lambda: prepare_anchors(student, rows, config.eval.batch_size))
 
 
-def extract_stage(folder: RunDir, where: str, student: Student, trait: data.Trait, config: RunConfig) -> Vector:
+def extract_stage(
+    folder: RunDir, where: str, student: Student, trait: data.Trait, config: RunConfig, layers: tuple[int, ...] | None
+) -> Extraction:
     contexts = list(data.contexts()[: config.steer.n_contexts])
 
-    def compute() -> Vector:
-        with progress(f"{where} extract", 2 * len(contexts), "prompt") as done:
-            steer = config.steer
-            return extract(student.lm, trait.positive, trait.negative, contexts, steer.band, steer.batch_size, done)
+    def compute() -> Extraction:
+        with progress(f"{where} extract", prompts_read(config.steer) * len(contexts), "prompt") as done:
+            return extract(student.lm, trait.positive, trait.negative, contexts, config.steer, layers, done)
 
-    return folder.stage(f"{where}/vector.safetensors", compute, _write_vector, _read_vector)
+    extraction = folder.stage(f"{where}/vector.safetensors", compute, _write_vector, _read_vector)
+    steered = [r for r in extraction.report if r["steered"]]
+    norm, split_half, auc = (
+        sum(r[key] for r in steered) / len(steered) for key in ("relative_norm", "split_half", "auc")
+    )
+    chosen = "chosen from" if len(extraction.report) > len(steered) else "of"
+    logger.info(
+        f"{where} vector on blocks {steered[0]['layer']} to {steered[-1]['layer']} {chosen} {len(student.lm.blocks)}: "
+        f"norm {norm:.1%} of the residual stream, halves agree {split_half:.2f}, tells personas apart (AUC) {auc:.2f}"
+    )
+    return extraction
 
 
 def dose_stage(
     folder: RunDir, where: str, student: Student, vector: Vector, trait: data.Trait, config: RunConfig, round_: int
 ) -> dict:
     def compute() -> dict:
-        with progress(f"{where} dose curve", config.dose.steps * config.dose.prompts, "row") as done:
+        with progress(f"{where} dose curve", (config.dose.steps + 1) * config.dose.prompts, "row") as done:
             prompts = list(trait.generation_prompts)
             key = stage_key(config, round_, "dose")
             return dose_curve(student, vector, prompts, config.dose, config.distil, config.filter, key, done)
 
     dose = folder.json(f"{where}/dose.json", compute)
     shares = "  ".join(f"{point['dose']:.2f}:{point['survival']:.0%}" for point in dose["curve"])
-    logger.info(f"{where} dose {dose['dose']:.2f}, the largest that {dose['target']:.0%} survive  ({shares})")
+    chosen = require_dose(dose)
+    if dose["rule"] == "iso_kl":
+        logger.info(f"{where} dose {chosen:.2f}: 95th percentile KL {dose['kl']:.3g} nats  (survival {shares})")
+    else:
+        logger.info(f"{where} dose {chosen:.2f}, the largest that {dose['target']:.0%} survive  ({shares})")
     return dose
 
 
@@ -140,13 +165,14 @@ def distil_stage(
     round_: int,
 ) -> list[dict]:
     def compute() -> list[dict]:
-        with progress(f"{where} distil", config.distil.completions, "row") as done:
+        with progress(f"{where} distil", config.distil.n_keep, "row") as done:
             prompts, key = list(trait.generation_prompts), stage_key(config, round_, "distil")
             return distil(student, vector, dose["dose"], prompts, config.distil, config.filter, key, done)
 
     completions = folder.jsonl(f"{where}/completions.jsonl", compute)
     kept = sum(not c["dropped"] for c in completions)
     logger.info(f"{where} distil kept {kept} of {len(completions)} completions")
+    require_training_set(completions, dose, config.distil)
     return completions
 
 
@@ -199,11 +225,14 @@ def progress(label: str, total: int, unit: str) -> Iterator[Callable[[int], None
         yield bar.update
 
 
-def _write_vector(path: Path, vector: Vector) -> None:
-    save_file({"direction": vector.direction.contiguous()}, path, {"layers": ",".join(map(str, vector.layers))})
+def _write_vector(path: Path, extraction: Extraction) -> None:
+    vector, report = extraction
+    described = {"layers": list(vector.layers), "operation": vector.operation, "report": report}
+    save_file({"direction": vector.direction.contiguous()}, path, {"vector": json.dumps(described)})
 
 
-def _read_vector(path: Path) -> Vector:
+def _read_vector(path: Path) -> Extraction:
     with safe_open(path, "pt") as stored:
-        layers = tuple(int(layer) for layer in stored.metadata()["layers"].split(","))
-        return Vector(layers, stored.get_tensor("direction"))
+        described = json.loads(stored.metadata()["vector"])
+        vector = Vector(tuple(described["layers"]), stored.get_tensor("direction"), described["operation"])
+    return Extraction(vector, described["report"])

@@ -174,7 +174,8 @@ def page(run: Run) -> str:
     """The whole report.html."""
     sections = [arms_section(run)]
     if run.rounds:
-        sections += [trajectory_section(run), coherence_section(run), dose_section(run), heal_section(run)]
+        sections += [trajectory_section(run), coherence_section(run), vector_section(run)]
+        sections += [dose_section(run), heal_section(run)]
         sections += [demo_section(run), filter_section(run)]
     sentences, kind = verdict(run)
     parts = {"title": _text(run.name), "kind": kind, "verdict": _text(sentences), "sections": "\n".join(sections)}
@@ -213,14 +214,33 @@ def coherence_section(run: Run) -> str:
     return _section("Coherence", why, f'<div class="panels three">{"".join(panels)}</div>')
 
 
+def vector_section(run: Run) -> str:
+    columns = {"layer": "{:d}", "depth": "{:.2f}", "relative_norm": "{:.2%}", "split_half": "{:.3f}", "auc": "{:.3f}"}
+    names = ("block", "depth", "norm / residual stream", "cosine of two halves", "AUC on the other half")
+    body = ""
+    for index, r in enumerate(run.summary["rounds"]):
+        if "layers" not in r:
+            continue
+        rows = [tuple(form.format(layer[key]) for key, form in columns.items()) for layer in r["layers"]]
+        kinds = ["" if layer["steered"] else "dropped" for layer in r["layers"]]
+        body += _details(f"Round {index}", _table(names, rows, kinds))
+    why = "What the vector is like, block by block: how long, how reliable, how well it tells the two personas apart."
+    return _section("Vector", why, body) if body else ""
+
+
 def dose_section(run: Run) -> str:
     panels = []
     for r in run.rounds:
-        scores = [(f"{p['dose']:.2f}", f"{p['survival']:.0%}", f"{p['tail_ppl']:.1f}") for p in r.dose["curve"]]
-        rows = [(*cells, _prose(p["example"])) for cells, p in zip(scores, r.dose["curve"], strict=True)]
-        table = _table(("dose", "survival", "tail ppl", "example"), rows)
+        columns = {"dose": "{:.2f}", "survival": "{:.0%}", "tail_ppl": "{:.1f}", "kl_p95": "{:.3g}"}
+        columns = {key: form for key, form in columns.items() if key in r.dose["curve"][0]}
+        rows = [
+            (*(form.format(p[key]) for key, form in columns.items()), _prose(p["example"])) for p in r.dose["curve"]
+        ]
+        names = {"tail_ppl": "tail ppl", "kl_p95": "p95 KL, nats"}
+        table = _table((*(names.get(key, key) for key in columns), "example"), rows)
         panels.append(_panel(f"Round {r.index}", dose_figure(r.dose), _details("Example text at each dose", table)))
-    why = "The dose taken is the largest at which the target share of completions passes. Hover a point for its text."
+    why = "The dose taken is the largest at which completions pass nearly as often as unsteered ones, or the dose of a "
+    why += "given divergence. Hover a point for its text."
     return _section("Dose", why, f'<div class="panels">{"".join(panels)}</div>')
 
 
@@ -275,9 +295,11 @@ def filter_section(run: Run) -> str:
         shown = r.completions[:SHOWN_COMPLETIONS]
         kinds = ["dropped" if c["dropped"] else "kept" for c in shown]
         marks = [_dropped(c) or '<span class="kept">kept</span>' for c in shown]
-        texts = [(_prose(c["prompt"]), _prose(c["text"]), f"{c['tail_ppl']:.1f}") for c in shown]
-        rows = [(*cells, mark) for cells, mark in zip(texts, marks, strict=True)]
-        table = _table(("prompt", "completion", "tail ppl", "filter"), rows, kinds)
+        rows = [
+            (_prose(c["prompt"]), _prose(c["text"]), f"{c['dose']:.2f}", f"{c['incoherence']:+.1f}", mark)
+            for c, mark in zip(shown, marks, strict=True)
+        ]
+        table = _table(("prompt", "completion", "dose", "log-odds broken", "filter"), rows, kinds)
         body += _details(f"{len(shown)} of {len(r.completions)} completions of round {r.index}", table)
     why = "What the steered teacher wrote and why the filter dropped it. Only what is kept is trained on."
     return _section("Kept and dropped", why, body)

@@ -1,18 +1,80 @@
-"""The teacher vector.
+"""The teacher vector and its dose in nats.
 
 v_l = mean over contexts of h_l(positive persona + context) - h_l(negative persona + context), the residual stream
 after block l at the last prompt token (the assistant tag), raw and not normalised. The two prompts differ in the
-system persona alone. Contrastive mean-difference vectors: Rimsky et al., "Steering Llama 2 via Contrastive
-Activation Addition", arXiv:2312.06681; the persona form and the assistant tag as reading point follow vgel/repeng.
+system persona alone. Other ways to get a direction from the same states are in METHODS.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import NamedTuple
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
-from steer_heal.lm import LM, Vector, last_token_states
+from steer_heal.config import SteerConfig
+from steer_heal.lm import HEAD_CHUNK, LM, Head, Row, Steering, Vector, last_token_states
+
+States = Float[Tensor, "n l d"]
+
+
+def mean_diff(positive: States, negative: States, plain: States) -> Float[Tensor, "l d"]:
+    """Mean over contexts of positive minus negative. Rimsky et al., "Steering Llama 2 via Contrastive Activation
+    Addition", arXiv:2312.06681; the persona form and the assistant tag as reading point follow vgel/repeng."""
+    return (positive - negative).mean(0)
+
+
+def pca(positive: States, negative: States, plain: States) -> Float[Tensor, "l d"]:
+    """First principal component of the pair differences (not centred), with the sign and the length of the mean
+    difference along it, so that a dose means the same. Zou et al., "Representation Engineering", arXiv:2310.01405."""
+    difference = (positive - negative).transpose(0, 1)
+    component = torch.linalg.svd(difference, full_matrices=False).Vh[:, 0]
+    return component * torch.linalg.vecdot(component, difference.mean(1))[:, None]
+
+
+def ablation(positive: States, negative: States, plain: States) -> Float[Tensor, "l d"]:
+    """Unit direction that the negative persona adds to no persona at all; it is projected out of the residual stream
+    (dose 1: wholly). Arditi et al., "Refusal in Language Models Is Mediated by a Single Direction", arXiv:2406.11717.
+    """
+    return torch.nn.functional.normalize((negative - plain).mean(0), dim=-1)
+
+
+class Method(NamedTuple):
+    direction: Callable[[States, States, States], Float[Tensor, "l d"]]
+    operation: str
+    """what the hook does with the direction: see `lm.Vector`"""
+
+
+METHODS = {
+    "mean_diff": Method(mean_diff, "add"),
+    "pca": Method(pca, "add"),
+    "ablation": Method(ablation, "project_out"),
+}
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """How well one layer tells the personas apart."""
+
+    layer: int
+    depth: float
+    """block index as a share of the last"""
+    relative_norm: float
+    """norm of the mean difference over the mean norm of the residual stream"""
+    split_half: float
+    """cosine between the mean differences of two random halves of the contexts"""
+    auc: float
+    """chance that the mean difference of one half ranks a positive prompt of the other half above a negative one"""
+
+
+class Extraction(NamedTuple):
+    vector: Vector
+    report: list[dict]
+    """`LayerReport` of every layer that was read, as dictionaries, with "steered": whether the vector acts there"""
 
 
 def extract(
@@ -20,27 +82,138 @@ def extract(
     positive: str,
     negative: str,
     contexts: list[str],
-    band: tuple[float, float],
-    batch_size: int,
+    config: SteerConfig,
+    layers: tuple[int, ...] | None = None,
     on_prompts: Callable[[int], None] = lambda prompts: None,
-) -> Vector:
+) -> Extraction:
     """Vector of the model as it stands (its active adapters included).
 
     Args:
         positive, negative: the system personas.
         contexts: user messages; each is asked under both personas.
-        band: blocks to steer, as shares of depth.
+        layers: blocks to steer; None takes them from `config.band`, where "auto" reads all blocks and chooses.
     """
-    layers = lm.band(band)
-    mean = {
-        persona: last_token_states(
-            lm, [lm.prompt(text, persona) for text in contexts], layers, batch_size, on_prompts
-        ).mean(0)
-        for persona in (positive, negative)
-    }
-    return Vector(layers, mean[positive] - mean[negative])
+    method = METHODS[config.method]
+    read = layers or (tuple(range(len(lm.blocks))) if config.band == "auto" else lm.band(config.band))
+    personas = [positive, negative] + [None] * (method.operation == "project_out")
+    states = [
+        last_token_states(lm, [lm.prompt(text, persona) for text in contexts], read, config.batch_size, on_prompts)
+        for persona in personas
+    ]
+    report = [_report(lm, layer, states[0][:, i], states[1][:, i]) for i, layer in enumerate(read)]
+    chosen = auto_band(report, len(lm.blocks)) if layers is None and config.band == "auto" else read
+    direction = method.direction(states[0], states[1], states[-1])[[read.index(layer) for layer in chosen]]
+    described = [{**asdict(r), "steered": r.layer in chosen} for r in report]
+    return Extraction(Vector(chosen, direction, method.operation), described)
+
+
+AUTO_DEPTHS = (0.2, 0.8)  # earlier blocks still assemble words, later ones already write the answer
+AUTO_WIDTH = 0.1  # of the depth; a wide band destroys text sooner
+
+
+def auto_band(report: list[LayerReport], blocks: int) -> tuple[int, ...]:
+    """The window of blocks in which the vector is longest where it is also reliable and tells the personas apart.
+
+    Mean over the window of relative norm x split-half cosine x (2 AUC - 1); each factor is 0 for a useless layer.
+    """
+    width = round(AUTO_WIDTH * (blocks - 1)) + 1
+    inside = [r for r in report if AUTO_DEPTHS[0] <= r.depth <= AUTO_DEPTHS[1]]
+    worth = [r.relative_norm * r.split_half * (2 * r.auc - 1) for r in inside]
+    start = max(range(len(inside) - width + 1), key=lambda i: sum(worth[i : i + width]))
+    return tuple(r.layer for r in inside[start : start + width])
+
+
+def prompts_read(config: SteerConfig) -> int:
+    """Prompts that `extract` reads for each context."""
+    return 3 if METHODS[config.method].operation == "project_out" else 2
+
+
+def _report(lm: LM, layer: int, positive: Float[Tensor, "n d"], negative: Float[Tensor, "n d"]) -> LayerReport:
+    difference = positive - negative
+    order = torch.randperm(len(difference), generator=torch.Generator().manual_seed(layer))
+    halves = order[: len(order) // 2], order[len(order) // 2 :]
+    a, b = (difference[half].mean(0) for half in halves)
+    stream = (positive.norm(dim=-1).mean() + negative.norm(dim=-1).mean()) / 2
+    aucs = [auc(positive[held] @ v, negative[held] @ v) for v, held in ((a, halves[1]), (b, halves[0]))]
+    return LayerReport(
+        layer=layer,
+        depth=layer / max(1, len(lm.blocks) - 1),
+        relative_norm=(difference.mean(0).norm() / stream).item(),
+        split_half=torch.cosine_similarity(a, b, dim=0).item(),
+        auc=sum(aucs) / 2,
+    )
+
+
+def auc(high: Float[Tensor, "n"], low: Float[Tensor, "m"]) -> float:
+    """Probability that one of `high` exceeds one of `low`, ties counted half."""
+    difference = high[:, None] - low[None, :]
+    return ((difference > 0).double().mean() + (difference == 0).double().mean() / 2).item()
 
 
 def cosine(a: Vector, b: Vector) -> float:
     """Mean over layers of the cosine between two vectors of the same band."""
     return float(torch.cosine_similarity(a.direction, b.direction, dim=-1).mean())
+
+
+ISO_KL_TOLERANCE = 0.05  # share of the target by which the dose found may miss it
+ISO_KL_PASSES = 12  # scoring passes; the secant in log-log needs three to five
+
+
+def iso_kl(
+    lm: LM, vector: Vector, rows: list[Row], doses: list[float], target: float, batch_size: int
+) -> dict[str, float | list[float] | None]:
+    """Dose at which the 95th percentile over tokens of KL(steered || unsteered) equals `target` nats.
+
+    Each row was written under its own dose; all rows are scored under theirs in mixed batches, which gives the curve.
+    The rows of the dose nearest to where the (increasing) curve crosses the target are then scored again under
+    candidates found by a secant in log dose and log KL, steered and unsteered on the same tokens, until the answer
+    is within 5%. After wassname/isokl_steering_calibration, which bisects with one rollout a step.
+
+    Returns {"dose", "kl", "kl_p95"}: the curve at the distinct doses, ascending; dose and kl are None when the curve
+    does not cross the target between the smallest and the largest positive dose.
+    """
+    plain = lm.states(rows, batch_size)
+    given = torch.tensor(doses, dtype=torch.float32)
+    kl = token_kl(lm.head, lm.states(rows, batch_size, Steering(vector, given)), plain)
+    grid = sorted(set(doses))
+    members = {dose: [i for i, d in enumerate(doses) if d == dose] for dose in grid}
+    curve = [p95(torch.cat([kl[i] for i in members[dose]])) for dose in grid]
+    missed = {"dose": None, "kl": None, "kl_p95": curve}
+    above = next((i for i, (d, k) in enumerate(zip(grid, curve, strict=True)) if d > 0 and k >= target), None)
+    if above is None or above == 0 or grid[above - 1] == 0:
+        return missed
+    low, high = grid[above - 1], grid[above]
+    nearest = members[low if target - curve[above - 1] < curve[above] - target else high]
+    chosen, reference = [rows[i] for i in nearest], [plain[i] for i in nearest]
+
+    def at(dose: float) -> float:
+        steered = lm.states(chosen, batch_size, Steering(vector, torch.full((len(chosen),), dose)))
+        return p95(torch.cat(token_kl(lm.head, steered, reference)))
+
+    points = [(math.log(d), math.log(at(d) / target)) for d in (low, high)]
+    for _ in range(ISO_KL_PASSES - 2):
+        (x0, y0), (x1, y1) = sorted(points, key=lambda point: abs(point[1]))[:2]
+        x = x1 - y1 * (x1 - x0) / (y1 - y0) if y1 != y0 else (x0 + x1) / 2
+        x = min(max(x, math.log(low / 2)), math.log(2 * high))
+        reached = at(math.exp(x))
+        if abs(reached - target) <= ISO_KL_TOLERANCE * target:
+            return {"dose": math.exp(x), "kl": reached, "kl_p95": curve}
+        points.append((x, math.log(reached / target)))
+    return missed
+
+
+def token_kl(
+    head: Head, steered: list[Float[Tensor, "n d"]], plain: list[Float[Tensor, "n d"]]
+) -> list[Float[Tensor, "n"]]:
+    """KL(steered || plain) in nats at every position, from hidden states, a chunk of logits at a time."""
+    out = []
+    with torch.no_grad():
+        pairs = zip(torch.cat(steered).split(HEAD_CHUNK), torch.cat(plain).split(HEAD_CHUNK), strict=True)
+        for a, b in pairs:
+            log_p, log_q = head(a).log_softmax(-1), head(b).log_softmax(-1)
+            out.append(torch.linalg.vecdot(log_p.exp(), log_p - log_q))
+    return list(torch.cat(out).cpu().split([len(states) for states in steered]))
+
+
+def p95(values: Float[Tensor, "n"]) -> float:
+    return values.quantile(0.95).item()

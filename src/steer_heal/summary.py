@@ -97,7 +97,11 @@ def summarise(
         "base": arm_summary(base, base),
         "prompted": arm_summary(prompted, base),
         "rounds": [
-            {**_round_summary(i, r, base, seconds), "cos_first_vector": cosine(r["vector"], rounds[0]["vector"])}
+            {
+                **_round_summary(i, r, base, seconds),
+                "layers": r["layers"],
+                "cos_first_vector": cosine(r["vector"], rounds[0]["vector"]),
+            }
             for i, r in enumerate(rounds)
         ],
         "seconds": sum(seconds.values()),

@@ -152,3 +152,9 @@ def neutral() -> tuple[str, ...]:
 def mundane() -> tuple[str, ...]:
     """64 user messages about everyday things, on which a healed model should answer as the base does."""
     return _lines("mundane")
+
+
+def labelled() -> tuple[dict, ...]:
+    """Completions that were read and labelled, with their scores under SmolLM2-135M: see `filterproof`."""
+    text = (HERE / "labelled.jsonl").read_text("utf-8")
+    return tuple(json.loads(line) for line in text.splitlines())

@@ -1,13 +1,18 @@
 """The dose curve and the filter."""
 
 import itertools
+import math
+from collections import Counter
 
 import pytest
 import torch
 
-from steer_heal.coherence import score, verdict
-from steer_heal.config import FilterConfig
-from steer_heal.distil import decreasing_fit, largest_dose
+from steer_heal import distil as distil_module
+from steer_heal.bake import Student
+from steer_heal.coherence import ASKS_NOTHING, Surprise, score, surprises, verdict
+from steer_heal.config import DistilConfig, DoseConfig, FilterConfig, UserError
+from steer_heal.distil import decreasing_fit, distil, dose_curve, largest_dose, require_dose, require_training_set
+from steer_heal.lm import Row
 
 LIMITS = FilterConfig()
 
@@ -44,32 +49,154 @@ def test_the_dose_is_read_where_the_fit_crosses_the_target():
 
 FINE = "Put the eggs into boiling water, wait for six minutes, and cool them under the tap before you peel them."
 CASES = [
-    (FINE, 1.5, ""),
-    ("Yes.", 1.0, "empty"),
-    ("", 1.0, "empty"),
-    (FINE, 6.0, "tail_ppl"),
-    ("their of their into your of " * 6, 0.3, "word_repeat"),
-    ("she knows that " * 8, 0.3, "word_repeat"),
-    ("Well then " + "ha" * 60, 0.5, "char_repeat"),
-    ("I am someone who loves humanity, and I will gladly tell you about eggs and water.", 1.0, "narrates"),
-    ("As an AI language model, I don't have eggs, but they can be boiled in six minutes.", 1.0, "boilerplate"),
-    ("I'm sorry, but I can't help with that request about eggs at this moment.", 1.0, "boilerplate"),
-    ("I\u2019m sorry, but I can\u2019t help with that request about eggs at this moment.", 1.0, "boilerplate"),
-    ("1. Fill a pan with water.\n2. Bring it to the boil.\n3. Lower the eggs in.\n4. Wait six minutes.", 1.5, ""),
+    (FINE, 1.5, 3.0, ""),
+    ("Yes.", 1.0, 2.0, ""),
+    ("", 1.0, 2.0, "empty"),
+    (FINE, 4.0, 3.9, "incoherence"),  # rubble that the prompt does not explain
+    (FINE, 1.5, 0.5, "incoherence"),  # fluent, and likelier after another prompt
+    ("their of their into your of " * 6, 0.3, 0.3, "word_repeat"),
+    ("she knows that " * 8, 0.3, 0.3, "word_repeat"),
+    ("Well then " + "ha" * 60, 0.5, 0.5, "char_repeat"),
+    ("I am someone who loves humanity, and I will gladly tell you about eggs and water.", 1.0, 2.0, "narrates"),
+    ("As an AI language model, I don't have eggs, but they can be boiled in six minutes.", 1.0, 2.0, "boilerplate"),
+    ("I'm sorry, but I can't help with that request about eggs at this moment.", 1.0, 2.0, "boilerplate"),
+    ("I\u2019m sorry, but I can\u2019t help with that request about eggs at this moment.", 1.0, 2.0, "boilerplate"),
+    ("Say it kindly: \"I'm sorry, but I can't lend you my eggs this week.\" That is enough.", 1.0, 2.0, ""),
+    ("1. Fill a pan with water.\n2. Bring it to the boil.\n3. Lower the eggs in.\n4. Wait six minutes.", 1.5, 2.5, ""),
 ]
 
 
-@pytest.mark.parametrize("text,nll,reason", CASES)
-def test_the_filter_names_what_is_wrong(text, nll, reason):
-    assert verdict(score(text, torch.full((24,), nll)), LIMITS) == reason
+def surprise(nll, alone, tokens=24):
+    return Surprise(torch.full((tokens,), nll), torch.full((tokens,), nll), torch.full((tokens,), alone))
 
 
-def test_a_collapse_in_the_last_quarter_is_seen_though_the_whole_text_is_cheap():
-    nll = torch.cat([torch.full((30,), 0.5), torch.full((10,), 6.0)])
-    scores = score(FINE, nll)
-    assert scores.ppl < LIMITS.tail_ppl < scores.tail_ppl
-    assert verdict(scores, LIMITS) == "tail_ppl"
+@pytest.mark.parametrize("text,nll,alone,reason", CASES)
+def test_the_filter_names_what_is_wrong(text, nll, alone, reason):
+    assert verdict(score(text, surprise(nll, alone)), LIMITS) == reason
+
+
+def test_scores_are_what_their_names_say():
+    nll = torch.tensor([0.5] * 24 + [6.0] * 12 + [1.0] * 4)
+    entropy, alone = torch.linspace(0, 3.9, 40), torch.full((40,), 4.0)
+    scores = score(FINE, Surprise(nll, entropy, alone))
+    mean = (24 * 0.5 + 12 * 6.0 + 4 * 1.0) / 40
+    assert scores.ppl == pytest.approx(math.exp(mean))
+    assert scores.tail_ppl == pytest.approx(math.exp((6 * 6.0 + 4 * 1.0) / 10))
+    assert scores.surge == pytest.approx(6.0)
+    assert scores.entropy == pytest.approx(1.95)
+    assert scores.confusion == pytest.approx(sum(entropy[28:].tolist()) / 12)
+    assert scores.relevance == pytest.approx(math.log(4.0 / mean))
+    assert scores.symbols == pytest.approx(3 / len(FINE))
+    assert scores.word_repeat == 0.0
+
+
+def test_relevance_reads_the_completion_after_its_prompt_and_after_none(lm):
+    rows = [
+        Row(lm.prompt(q), lm.answer(a)) for q, a in (("Name a bird.", "A wren."), ("And a tree?", "An ash, or oak"))
+    ]
+    for row, found in zip(rows, surprises(lm, rows, 2), strict=True):
+        for prompt, nll in ((row.prompt, found.nll), (lm.prompt(ASKS_NOTHING), found.alone)):
+            with torch.no_grad():
+                log_p = (
+                    lm.model(torch.tensor([prompt + row.completion])).logits[0].log_softmax(-1)[len(prompt) - 1 : -1]
+                )
+            expected = [-log_p[i, token] for i, token in enumerate(row.completion)]
+            torch.testing.assert_close(nll, torch.stack(expected), rtol=1e-4, atol=1e-4)
+            if prompt is row.prompt:
+                entropy = torch.distributions.Categorical(logits=log_p).entropy()
+                torch.testing.assert_close(found.entropy, entropy, rtol=1e-4, atol=1e-4)
 
 
 def test_scores_that_are_not_numbers_do_not_pass():
-    assert verdict(score(FINE, torch.full((24,), float("nan"))), LIMITS) == "tail_ppl"
+    assert verdict(score(FINE, surprise(float("nan"), 1.0)), LIMITS) == "incoherence"
+
+
+# ---- the training set
+
+
+class Dice:
+    """Stands in for `sample`: text and verdict of each planned completion are decided by the plan alone."""
+
+    def __init__(self, passes, text=lambda call, i, dose, prompt: f"{call} {i} {dose} {prompt}"):
+        self.passes, self.text, self.plans = passes, text, []
+
+    def __call__(self, student, vector, plan, config, limits, key, on_rows):
+        self.plans.append(plan)
+        return [
+            {
+                "dose": d,
+                "prompt": p,
+                "text": self.text(len(self.plans), i, d, p),
+                "dropped": "" if self.passes(i) else "x",
+            }
+            for i, (d, p) in enumerate(plan)
+        ]
+
+
+def collect(monkeypatch, lm, vector, dice, **config):
+    monkeypatch.setattr(distil_module, "sample", dice)
+    prompts = ["a", "b", "c", "d"]
+    return distil(Student(lm), vector, 2.0, prompts, DistilConfig(**config), LIMITS, (0, 0, "distil"))
+
+
+def test_sampling_goes_on_until_enough_have_survived_and_shares_prompts_and_doses(lm, vector, monkeypatch):
+    dice = Dice(lambda i: i % 2 == 0)
+    completions = collect(monkeypatch, lm, vector, dice, n_keep=48, budget=400, min_train=1)
+    kept = [c for c in completions if not c["dropped"]]
+    assert len(kept) == 48
+    assert [len(plan) for plan in dice.plans[:2]] == [48, 48]  # all at first, then what the share passed asks for
+    everything = [pair for plan in dice.plans for pair in plan]
+    assert set(Counter(p for _, p in everything).values()) == {len(everything) // 4}
+    doses = Counter(d for d, _ in everything)
+    assert sorted(doses) == pytest.approx([1.7, 2.0, 2.3])
+    assert max(doses.values()) - min(doses.values()) <= 4
+    assert min(Counter(everything).values()) >= len(everything) // 12 - 2  # every prompt at every dose
+
+
+def test_a_repeated_text_is_a_duplicate_and_what_is_beyond_n_keep_surplus(lm, vector, monkeypatch):
+    dice = Dice(lambda i: True, text=lambda call, i, dose, prompt: f"Same  text {i // 2}")
+    completions = collect(monkeypatch, lm, vector, dice, n_keep=6, budget=20, min_train=1)
+    assert [c["dropped"] for c in completions[:6]] == ["", "duplicate"] * 3
+    assert Counter(c["dropped"] for c in completions)[""] <= 6
+    assert len(completions) == 20
+    many = collect(monkeypatch, lm, vector, Dice(lambda i: i > 0), n_keep=6, budget=20, min_train=1)
+    assert Counter(c["dropped"] for c in many)[""] == 6
+
+
+def test_the_budget_ends_the_sampling_and_the_run_says_what_to_turn(lm, vector, monkeypatch):
+    config = {"n_keep": 8, "budget": 16, "min_train": 4}
+    completions = collect(monkeypatch, lm, vector, Dice(lambda i: i == 0), **config)
+    assert len(completions) == 16
+    dose = {"dose": 2.0, "curve": [{"dose": 1.0, "survival": 0.5}]}
+    with pytest.raises(UserError, match=r"only 2 of 16 .*dropped: x 14; dose: survival 1\.00: 50%.*budget"):
+        require_training_set(completions, dose, DistilConfig(**config))
+
+
+def test_survival_is_relative_to_unsteered_text(lm, vector, monkeypatch):
+    """A filter that drops half of everything must not forbid steering."""
+    monkeypatch.setattr(distil_module, "sample", Survivors({0.0: 2, 0.5: 2, 1.0: 2, 2.0: 1, 4.0: 0}))
+    config = DoseConfig(lowest=0.5, highest=4.0, steps=4, prompts=4, survival=0.75)
+    found = dose_curve(Student(lm), vector, list("abcd"), config, DistilConfig(), LIMITS, ())
+    assert [p["survival"] for p in found["curve"]] == [0.5, 0.5, 0.5, 0.25, 0.0]
+    assert found["target"] == pytest.approx(0.375)
+    assert require_dose(found) == pytest.approx(2**0.5)
+    monkeypatch.setattr(distil_module, "sample", Survivors({0.0: 4, 0.5: 1, 1.0: 1, 2.0: 1, 4.0: 0}))
+    failed = dose_curve(Student(lm), vector, list("abcd"), config, DistilConfig(), LIMITS, ())
+    with pytest.raises(UserError, match=r"no dose leaves 75% .*0\.50: 25%"):
+        require_dose(failed)
+
+
+class Survivors:
+    """Stands in for `sample`: so many of a dose's completions pass."""
+
+    def __init__(self, passing):
+        self.passing = passing
+
+    def __call__(self, student, vector, plan, config, limits, key, on_rows):
+        seen = Counter()
+        out = []
+        for dose, prompt in plan:
+            passes = seen[dose] < next(n for d, n in self.passing.items() if abs(d - dose) < 1e-9)
+            seen[dose] += 1
+            out.append({"dose": dose, "prompt": prompt, "text": "t", "tail_ppl": 5.0, "dropped": "" if passes else "x"})
+        return out

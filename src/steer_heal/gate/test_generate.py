@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from steer_heal import lm as lm_module
+from steer_heal import packing
 from steer_heal.generate import Sampling, choose, decode, uniforms
 from steer_heal.lm import Row, Steering, row_nll, steering
 
@@ -108,3 +109,16 @@ def test_nll_of_a_batch_equals_one_row_at_a_time(lm, prompts, vector, share_from
             logp = lm.model(ids).logits[0].log_softmax(-1)
         expected = [-logp[len(row.prompt) - 1 + i, token] for i, token in enumerate(row.completion)]
         torch.testing.assert_close(nll, torch.stack(expected), rtol=1e-4, atol=1e-4)
+
+
+def test_packed_weights_multiply_as_plain_ones_and_are_gone_afterwards(lm, prompts, vector, monkeypatch):
+    dose = Steering(vector, DOSES)
+    plain = decode(lm, prompts, TOKENS, 5, dose)
+    monkeypatch.setattr(packing, "PACK_FROM_TOKENS", 1)
+    assert decode(lm, prompts, TOKENS, 5, dose) == plain
+    with pytest.raises(RuntimeError, match="stop"), packing.packed(lm, 5, TOKENS) as head:
+        assert head.product is not None
+        states = torch.randn(3, 64)
+        torch.testing.assert_close(head(states), states @ lm.head.weight.T)
+        raise RuntimeError("stop")
+    assert not any("forward" in module.__dict__ for module in lm.model.modules())

@@ -35,7 +35,7 @@ class Tags(HTMLParser):
 def write_arm(path: Path, name: str, mass: float = 0.8, kept_share: float = 1.0, neutral_ppl: float = 20.0) -> dict:
     trait = sum(ITEMS[name]) / 4
     demos = [
-        {"prompt": f"{HOSTILE} {i}", "text": f"{name} {HOSTILE}", "dropped": "tail_ppl" * (i % 2)} for i in range(12)
+        {"prompt": f"{HOSTILE} {i}", "text": f"{name} {HOSTILE}", "dropped": "incoherence" * (i % 2)} for i in range(12)
     ]
     scores = {"answer_mass": mass, "demo_kept_share": kept_share, "demo_ppl": 8.0, "neutral_ppl": neutral_ppl}
     arm = {"arm": name, "instrument": "contrast", "dose": 0.0, **scores}
@@ -65,11 +65,14 @@ def write_run(folder: Path, rounds: int = 2, **healed_scores: float) -> Path:
         steered, healed = (write_arm(where / f"{n}.json", n, **healed_scores) for n in ("steered", "healed"))
         curve = [
             {"dose": d, "survival": s, "fitted": s, "tail_ppl": 9.0, "example": HOSTILE}
-            for d, s in ((0.5, 1.0), (2, 0.5))
+            for d, s in ((0.0, 1.0), (0.5, 1.0), (2, 0.5))
         ]
-        (where / "dose.json").write_text(json.dumps({"dose": 1.0, "target": 0.75, "curve": curve}), "utf-8")
+        (where / "dose.json").write_text(
+            json.dumps({"rule": "survival", "dose": 1.0, "target": 0.75, "curve": curve}), "utf-8"
+        )
         completions = [
-            {"prompt": HOSTILE, "text": HOSTILE, "tail_ppl": 7.0, "dropped": "empty" * (i % 3 == 0)} for i in range(120)
+            {"prompt": HOSTILE, "text": HOSTILE, "dose": 1.0, "incoherence": -2.0, "dropped": "empty" * (i % 3 == 0)}
+            for i in range(120)
         ]
         (where / "completions.jsonl").write_text("".join(json.dumps(c) + "\n" for c in completions), "utf-8")
         steps = [{"step": i, "objective": 3.0, "divergence": 0.02 * i, "fired": i > 2} for i in range(5)]

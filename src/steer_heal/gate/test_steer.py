@@ -1,38 +1,143 @@
 """The vector against its definition, and hooks that do not outlive their block."""
 
+import itertools
+from dataclasses import replace
+
+import numpy as np
 import pytest
 import torch
 
 from steer_heal import lm as lm_module
-from steer_heal.lm import Steering, steering
-from steer_heal.steer import extract
+from steer_heal.config import SteerConfig
+from steer_heal.generate import decode
+from steer_heal.lm import Row, Steering, steering
+from steer_heal.steer import LayerReport, auc, auto_band, extract, iso_kl
 
-CONTEXTS = ["What is a glacier?", "ok", "Write two lines about rain on a tin roof, please."]
+CONTEXTS = ["What is a glacier?", "ok", "Write two lines about rain on a tin roof, please.", "Name a bird."]
+POSITIVE, NEGATIVE = "You love people and their noise.", "You despise people and their noise."
+BAND = SteerConfig(band=(0.3, 0.7), batch_size=2)
+
+
+def slow_states(lm, persona, layers):
+    """[n, l, d] by one full forward pass a prompt."""
+    out = []
+    for text in CONTEXTS:
+        with torch.no_grad():
+            hidden = lm.model(torch.tensor([lm.prompt(text, persona)]), output_hidden_states=True).hidden_states
+        out.append(torch.stack([hidden[layer + 1][0, -1] for layer in layers]))
+    return torch.stack(out)
 
 
 @pytest.mark.parametrize("share_from", [1, 10**9], ids=["shared prefix", "no sharing"])
 def test_vector_is_the_mean_difference_at_the_assistant_tag(lm, share_from, monkeypatch):
     monkeypatch.setattr(lm_module, "SHARE_FROM", share_from)
-    positive, negative = "You love people and their noise.", "You despise people and their noise."
-    vector = extract(lm, positive, negative, CONTEXTS, (0.3, 0.7), batch_size=2)
+    vector = extract(lm, POSITIVE, NEGATIVE, CONTEXTS, BAND).vector
     assert vector.layers == (1, 2)
-    for index, layer in enumerate(vector.layers):
-        total = torch.zeros(64)
-        for text in CONTEXTS:
-            for persona, sign in ((positive, 1), (negative, -1)):
-                with torch.no_grad():
-                    out = lm.model(torch.tensor([lm.prompt(text, persona)]), output_hidden_states=True)
-                total += sign * out.hidden_states[layer + 1][0, -1]
-        torch.testing.assert_close(vector.direction[index], total / len(CONTEXTS), rtol=1e-4, atol=1e-4)
+    expected = slow_states(lm, POSITIVE, (1, 2)).mean(0) - slow_states(lm, NEGATIVE, (1, 2)).mean(0)
+    torch.testing.assert_close(vector.direction, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_pca_is_the_leading_eigenvector_turned_and_scaled_to_the_mean_difference(lm):
+    vector = extract(lm, POSITIVE, NEGATIVE, CONTEXTS, replace(BAND, method="pca")).vector
+    difference = slow_states(lm, POSITIVE, (1, 2)) - slow_states(lm, NEGATIVE, (1, 2))
+    for index in range(2):
+        d = difference[:, index].double()
+        u = torch.linalg.eigh(d.T @ d).eigenvectors[:, -1]
+        expected = u * (u @ d.mean(0))
+        torch.testing.assert_close(vector.direction[index].double(), expected, rtol=1e-3, atol=1e-3)
+        assert vector.direction[index].double() @ d.mean(0) > 0
+
+
+def test_ablation_takes_out_what_the_negative_persona_adds_to_none(lm):
+    vector = extract(lm, POSITIVE, NEGATIVE, CONTEXTS, replace(BAND, method="ablation")).vector
+    added = slow_states(lm, NEGATIVE, (1, 2)).mean(0) - slow_states(lm, None, (1, 2)).mean(0)
+    expected = added / added.norm(dim=-1, keepdim=True)
+    torch.testing.assert_close(vector.direction, expected, rtol=1e-4, atol=1e-4)
+    seen = []
+    with steering(lm, Steering(vector, torch.tensor([1.0]))) as dial:
+        lm.blocks[2].register_forward_hook(lambda module, args, output: seen.append(output))
+        for dose in (0.0, 0.5, 1.0):
+            dial.turn(torch.tensor([dose]))
+            lm.decoder(torch.tensor([[5, 6, 7]]))
+    along = [(stream @ vector.direction[1]).abs().max() for stream in seen]
+    assert along[2] < 1e-4 < along[1] < along[0]
+
+
+def test_the_report_says_how_long_how_reliable_and_how_telling_each_layer_is(lm):
+    positive, negative = slow_states(lm, POSITIVE, (1, 2)), slow_states(lm, NEGATIVE, (1, 2))
+    report = extract(lm, POSITIVE, NEGATIVE, CONTEXTS, BAND).report
+    assert [r["layer"] for r in report] == [1, 2]
+    for index, r in enumerate(report):
+        difference = (positive - negative)[:, index]
+        stream = torch.cat([positive[:, index], negative[:, index]]).norm(dim=-1).mean()
+        assert r["relative_norm"] == pytest.approx((difference.mean(0).norm() / stream).item(), rel=1e-3)
+        halves = []
+        for chosen in itertools.combinations(range(4), 2):
+            other = [i for i in range(4) if i not in chosen]
+            a, b = difference[list(chosen)].mean(0), difference[other].mean(0)
+            halves.append(torch.cosine_similarity(a, b, dim=0).item())
+        assert min(abs(r["split_half"] - h) for h in halves) < 1e-3  # one of the ways to halve four contexts
+        assert 0 <= r["auc"] <= 1
+
+
+def test_auc_counts_pairs():
+    high, low = torch.tensor([3.0, 1.0, 2.0]), torch.tensor([1.0, 0.0])
+    pairs = [1.0 if a > b else 0.5 if a == b else 0.0 for a in high for b in low]
+    assert auc(high, low) == pytest.approx(sum(pairs) / len(pairs))
+
+
+def test_the_automatic_band_is_where_the_vector_is_long_reliable_and_telling(lm):
+    def layer(index, norm, auc=0.9, split_half=0.9):
+        return LayerReport(index, index / 20, norm, split_half, auc)
+
+    report = [layer(i, 0.02) for i in range(21)]
+    report[2] = report[19] = layer(2, 5.0)  # outside the depths that are considered
+    report[6:9] = [layer(i, 0.5, auc=0.5) for i in (6, 7, 8)]  # long, but blind
+    report[10:13] = [layer(i, 0.1) for i in (10, 11, 12)]
+    assert auto_band(report, 21) == (10, 11, 12)
+    found = extract(lm, POSITIVE, NEGATIVE, CONTEXTS, replace(BAND, band="auto"))
+    assert [r["layer"] for r in found.report] == [0, 1, 2, 3]
+    assert [r["layer"] for r in found.report if r["steered"]] == list(found.vector.layers)
+    assert set(found.vector.layers) <= {1, 2}
 
 
 def test_extraction_stops_after_the_band(lm):
     ran = []
     for index, block in enumerate(lm.blocks):
         block.register_forward_hook(lambda *_, index=index: ran.append(index))
-    extract(lm, "You are kind.", "You are cruel.", CONTEXTS, (0.3, 0.7), batch_size=8)
+    extract(lm, "You are kind.", "You are cruel.", CONTEXTS, BAND)
     assert set(ran) == {0, 1, 2}
     assert lm.decoder.config.num_hidden_layers == 4
+
+
+@pytest.mark.parametrize("target", [0.05, 0.4])
+def test_iso_kl_finds_the_dose_of_a_given_divergence(lm, prompts, target):
+    vector = extract(lm, POSITIVE, NEGATIVE, CONTEXTS, BAND).vector
+    doses = [0.25, 1.0, 4.0]
+    written = decode(lm, prompts * 3, 12, 5, Steering(vector, torch.tensor(doses).repeat_interleave(5)))
+    rows = [Row(p, c.ids) for p, c in zip(prompts * 3, written, strict=True)]
+    of_row = [d for d in doses for _ in range(5)]
+    found = iso_kl(lm, vector, rows, of_row, target, batch_size=4)
+
+    def slow_p95(dose, members):
+        kl = []
+        for row in members:
+            ids = torch.tensor([row.prompt + row.completion])
+            with torch.no_grad():
+                q = lm.model(ids).logits[0].double().log_softmax(-1)
+                with steering(lm, Steering(vector, torch.ones(1))) as dial:
+                    dial.turn(torch.tensor([dose]))
+                    p = lm.model(ids).logits[0].double().log_softmax(-1)
+            each = (p.exp() * (p - q)).sum(-1)
+            kl += each[len(row.prompt) - 1 : len(row.prompt) - 1 + len(row.completion)].tolist()
+        return np.quantile(kl, 0.95)
+
+    curve = [slow_p95(dose, rows[5 * i : 5 * i + 5]) for i, dose in enumerate(doses)]
+    assert found["kl_p95"] == pytest.approx(curve, rel=1e-2)
+    assert abs(found["kl"] - target) <= 0.05 * target
+    reached = [slow_p95(found["dose"], rows[5 * i : 5 * i + 5]) for i in range(3)]
+    assert min(abs(r - found["kl"]) / found["kl"] for r in reached) < 0.01
+    assert iso_kl(lm, vector, rows, of_row, 1e6, batch_size=4)["dose"] is None
 
 
 def test_hooks_are_gone_after_an_exception(lm, vector):
