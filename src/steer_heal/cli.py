@@ -64,7 +64,7 @@ def app(chosen: str) -> tyro.extras.SubcommandApp:
         config: Annotated[RunConfig, tyro.conf.arg(name="")] = PRESETS[chosen],
     ) -> None:
         """Steer, distil, heal and bake a trait into a model, round after round."""
-        from steer_heal import data, loop, rundir
+        from steer_heal import data, lite, loop, rundir
         from steer_heal import report as reporting
         from steer_heal.loading import load
 
@@ -72,6 +72,8 @@ def app(chosen: str) -> tyro.extras.SubcommandApp:
             raise UserError(f"the preset comes first: steer-heal run {preset} ...")
         check(config)
         trait = data.load_trait(config.trait)
+        if config.steer.method.startswith(lite.PREFIX):
+            lite.check_method(config.steer.method)
         folder = rundir.reopen(config, trait) if config.resume else None
         lm = load(config.model)  # before a folder is made: a model that cannot be loaded leaves nothing behind
         folder = folder or rundir.create(config, preset, trait)
@@ -113,23 +115,27 @@ def app(chosen: str) -> tyro.extras.SubcommandApp:
 
     @verbs.command
     def bench(
-        what: Positional[Literal["generate"]],
+        what: Positional[Literal["generate", "filter"]],
         preset: str = "smollm2-135m",
         rows: int = 64,
         tokens: int = 64,
         json: str | None = None,
     ) -> None:
-        """Side-by-side measurements. generate: steered sampling one row at a time against one batch."""
+        """Side-by-side measurements.
+
+        generate: steered sampling one row at a time against one batch of `rows` rows of `tokens` tokens. filter:
+        precision and recall of the filter on labelled completions.
+        """
         from json import dumps
 
         from steer_heal import bench as measuring
 
         if preset not in PRESETS:
             raise UserError(_unknown_preset(preset))
-        measured = dumps(measuring.generate(preset, rows, tokens), indent=1)
-        print(measured)
+        measured = measuring.generate(preset, rows, tokens) if what == "generate" else measuring.filter(preset)
         if json is not None:
-            Path(json).write_text(measured, "utf-8")
+            Path(json).write_text(dumps(measured, indent=1), "utf-8")
+        print(dumps({key: value for key, value in measured.items() if key != "sweep"}, indent=1))
 
     return verbs
 

@@ -176,12 +176,52 @@ def surprises(lm: LM, rows: list[Row], batch_size: int) -> list[Surprise]:
 
 
 def judge(lm: LM, rows: list[Row], limits: FilterConfig, batch_size: int) -> list[dict]:
-    """Text, scores and the reason it was dropped ("" when kept) of every completion; `lm` must be the base view."""
+    """Text, scores and the reason it was dropped ("" when kept) of every completion; `lm` must be the base view.
+
+    With `limits.trim`, a completion that broke off in the middle is cut there: when its front passes, "ids" is the
+    front and "trimmed" the number of tokens cut.
+    """
     judged = []
     for row, surprise in zip(rows, surprises(lm, rows, batch_size), strict=True):
-        text = lm.text(row.completion)
-        scores = score(text, surprise)
-        judged.append(
-            {"text": text, **asdict(scores), "incoherence": scores.incoherence, "dropped": verdict(scores, limits)}
-        )
+        found = _judged(lm.text(row.completion), surprise, limits)
+        if limits.trim and found["dropped"] in BREAKS:
+            end = sound_front(row.completion, surprise.nll, limits.trim_nll)
+            if TRIM_LEAST <= end < len(row.completion):
+                cut = Surprise(*(nats[:end] for nats in surprise))
+                front = _judged(lm.text(row.completion[:end]), cut, limits)
+                if not front["dropped"]:
+                    trimmed = len(row.completion) - end
+                    found = {**front, "ids": row.completion[:end], "ended": False, "trimmed": trimmed}
+        judged.append(found)
     return judged
+
+
+def _judged(text: str, surprise: Surprise, limits: FilterConfig) -> dict:
+    scores = score(text, surprise)
+    return {"text": text, **asdict(scores), "incoherence": scores.incoherence, "dropped": verdict(scores, limits)}
+
+
+BREAKS = ("word_repeat", "char_repeat", "compress", "incoherence")  # what may begin in the middle of a text
+TRIM_LEAST = 16  # tokens; a shorter front teaches nothing
+SEEN_GRAM = 3  # tokens; those in such a gram that occurred before are an echo
+
+
+def sound_front(ids: list[int], nll: Float[Tensor, "n"], trim_nll: float) -> int:
+    """Tokens before the text breaks for good: before a running surprise that stays above `trim_nll` to the end, and
+    before a stretch of WINDOW tokens or more up to the end that only echoes what was said."""
+    end = len(ids)
+    if end >= WINDOW:
+        high = (nll.unfold(0, WINDOW, 1).mean(1) > trim_nll).tolist()
+        low_windows = [i for i, above in enumerate(high) if not above]
+        last_low = low_windows[-1] if low_windows else -1
+        end = last_low + WINDOW if last_low + WINDOW < end else end
+    seen, echo = set(), [False] * len(ids)  # echo: the token lies in a gram that occurred before
+    for i in range(len(ids) - SEEN_GRAM + 1):
+        gram = tuple(ids[i : i + SEEN_GRAM])
+        if gram in seen:
+            echo[i : i + SEEN_GRAM] = [True] * SEEN_GRAM
+        seen.add(gram)
+    first = len(ids)
+    while first and echo[first - 1]:
+        first -= 1
+    return min(end, first) if len(ids) - first >= WINDOW else end

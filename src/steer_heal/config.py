@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
+STEER_METHODS = ("mean_diff", "pca", "ablation")
 FIRED_FLOOR = 0.05  # a barrier that fires on a smaller share of the steps holds nothing back
 
 
@@ -30,8 +31,8 @@ class ModelConfig:
 class SteerConfig:
     """The teacher vector."""
 
-    method: Literal["mean_diff", "pca", "ablation"] = "mean_diff"
-    """how a direction is made of the personas' states"""
+    method: str = "mean_diff"
+    """how a direction is made of the personas' states: mean_diff, pca, ablation, or lite:NAME of steering-lite"""
     band: tuple[float, float] | Literal["auto"] = (0.45, 0.55)
     """blocks that are steered, as shares of depth; a wide band destroys text sooner; auto: see steer.auto_band"""
     n_contexts: int = 256
@@ -80,8 +81,8 @@ class DistilConfig:
     """tokens kept by rank"""
     top_p: float = 0.95
     """tokens kept by probability mass, after top_k"""
-    batch_size: int = 64
-    """rows decoded together; results do not depend on it"""
+    batch_size: int | Literal["auto"] = "auto"
+    """rows decoded together; auto: as many as free memory holds, chosen once a run; results do not depend on it"""
 
 
 @dataclass(frozen=True)
@@ -98,6 +99,10 @@ class FilterConfig:
     """smallest ratio of compressed to plain size, for texts of 200 bytes or more"""
     min_words: int = 1
     """fewest words"""
+    trim: bool = False
+    """keep the coherent front of a completion that breaks in the middle, when it is 16 tokens or longer"""
+    trim_nll: float = 4.0
+    """trim: mean NLL of 12 tokens under the pristine base above which text counts as broken, nats per token"""
 
 
 @dataclass(frozen=True)
@@ -195,6 +200,10 @@ def check(config: RunConfig) -> None:
     """Raise UserError for a value that no run could work with."""
     low, high = (0, 1) if config.steer.band == "auto" else config.steer.band
     demands = [
+        (
+            config.steer.method in STEER_METHODS or config.steer.method.startswith("lite:"),
+            f"steer.method {config.steer.method!r} is not known: choose {', '.join(STEER_METHODS)} or lite:NAME",
+        ),
         (config.rounds >= 1, f"rounds is {config.rounds}: it must be 1 or more"),
         (0 <= low <= high <= 1, f"steer.band is {low} {high}: give two shares of depth, 0 <= low <= high <= 1"),
         (
@@ -223,7 +232,7 @@ def check(config: RunConfig) -> None:
     counts = {
         "steer": ("n_contexts", "batch_size"),
         "dose": ("steps", "prompts"),
-        "distil": ("n_keep", "budget", "min_train", "max_new_tokens", "top_k", "batch_size"),
+        "distil": ("n_keep", "budget", "min_train", "max_new_tokens", "top_k"),
         "heal": ("epochs", "train_bs", "grad_accum", "r"),
         "eval": ("contrast", "yes_no", "demos", "demo_tokens", "neutral", "batch_size"),
     }
@@ -231,6 +240,8 @@ def check(config: RunConfig) -> None:
         for name in names:
             value = getattr(getattr(config, section), name)
             demands.append((value >= 1, f"{section}.{name} is {value}: it must be 1 or more"))
+    rows = config.distil.batch_size
+    demands.append((rows == "auto" or rows >= 1, f"distil.batch_size is {rows}: it must be auto, or 1 or more"))
     for fine, complaint in demands:
         if not fine:
             raise UserError(complaint)
@@ -248,7 +259,7 @@ PRESETS: dict[str, RunConfig] = {
         steer=SteerConfig(n_contexts=64),
         # Above 1.2 the answer mass falls faster than the trait rises.
         dose=DoseConfig(lowest=0.4, highest=1.2, steps=5, prompts=10),
-        distil=DistilConfig(n_keep=60, budget=120, max_new_tokens=32, batch_size=96),
+        distil=DistilConfig(n_keep=60, budget=120, max_new_tokens=32),
         heal=HealConfig(
             target="soft",
             anchor="neutral",

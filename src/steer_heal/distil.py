@@ -18,7 +18,7 @@ from steer_heal.bake import Student
 from steer_heal.coherence import judge
 from steer_heal.config import DistilConfig, DoseConfig, FilterConfig, UserError
 from steer_heal.generate import Sampling, decode
-from steer_heal.lm import Row, Steering, Vector
+from steer_heal.lm import AnyVector, Row, Steering
 from steer_heal.steer import iso_kl
 
 Progress = Callable[[int], None]
@@ -26,7 +26,7 @@ Progress = Callable[[int], None]
 
 def dose_curve(
     student: Student,
-    vector: Vector,
+    vector: AnyVector,
     prompts: list[str],
     config: DoseConfig,
     distil: DistilConfig,
@@ -113,13 +113,13 @@ def largest_dose(doses: list[float], survival: list[float], target: float) -> fl
 
 def distil(
     student: Student,
-    vector: Vector,
+    vector: AnyVector,
     dose: float,
     prompts: list[str],
     config: DistilConfig,
     limits: FilterConfig,
     key: tuple,
-    on_rows: Progress = lambda rows: None,
+    on_kept: Progress = lambda rows: None,
 ) -> list[dict]:
     """Completions of the steered previous student, every one with its scores and why it was dropped.
 
@@ -137,13 +137,15 @@ def distil(
         turns = range(done, done + rows)
         # A step of one dose a pass over the prompts, so that no prompt is always asked at the same dose.
         plan = [(doses[(i + i // len(prompts)) % len(doses)], prompts[i % len(prompts)]) for i in turns]
-        for completion in sample(student, vector, plan, config, limits, (*key, done), on_rows):
+        before = kept
+        for completion in sample(student, vector, plan, config, limits, (*key, done)):
             text = " ".join(completion["text"].lower().split())
             if not completion["dropped"]:
                 completion["dropped"] = "duplicate" if text in texts else "surplus" if kept == config.n_keep else ""
                 kept += not completion["dropped"]
             texts.add(text)
             completions.append(completion)
+        on_kept(kept - before)
     return completions
 
 
@@ -164,12 +166,12 @@ def require_training_set(completions: list[dict], dose: dict, config: DistilConf
 
 def sample(
     student: Student,
-    vector: Vector,
+    vector: AnyVector,
     plan: list[tuple[float, str]],
     config: DistilConfig,
     limits: FilterConfig,
     key: tuple,
-    on_rows: Progress,
+    on_rows: Progress = lambda rows: None,
 ) -> list[dict]:
     """Decode (dose, prompt) pairs from the steered previous student and judge each under the pristine base."""
     lm = student.lm

@@ -26,7 +26,7 @@ from steer_heal.coherence import judge
 from steer_heal.config import EvalConfig, FilterConfig
 from steer_heal.data import Trait, YesNo, neutral
 from steer_heal.generate import decode
-from steer_heal.lm import LM, Row, Steering, Vector, row_nll
+from steer_heal.lm import LM, AnyVector, Row, Steering, row_nll
 
 YES = ("Yes", "yes", "YES", " Yes", " yes", " YES")
 NO = ("No", "no", "NO", " No", " no", " NO")
@@ -41,7 +41,7 @@ class Arm:
     history: float = 1.0
     now: float = 1.0
     system: str | None = None
-    vector: Vector | None = None
+    vector: AnyVector | None = None
     dose: float = 0.0
 
     def steering(self, rows: int) -> Steering | None:

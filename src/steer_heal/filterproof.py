@@ -18,6 +18,20 @@ from steer_heal.config import FilterConfig
 from steer_heal.lm import LM, Row
 
 MODEL_SCORES = ("ppl", "tail_ppl", "surge", "entropy", "confusion", "relevance")
+CONTRASTED = ("coherent", "broken")  # narration and refusals are fluent; patterns find them, not the log-odds
+SCORE_SIGNS = {  # the larger the signed score, the worse
+    "incoherence": 1,
+    "relevance": -1,
+    "confusion": 1,
+    "entropy": 1,
+    "surge": 1,
+    "ppl": 1,
+    "tail_ppl": 1,
+    "word_repeat": 1,
+    "char_repeat": 1,
+    "compress": -1,
+    "symbols": 1,
+}
 RIDGE = 1.0  # on standardised scores: none of them is to win by a chance of 300 rows
 
 
@@ -74,7 +88,12 @@ def sweep(rows: list[dict], values: list[float]) -> list[dict]:
     return curve
 
 
-CONTRASTED = ("coherent", "broken")
+def operating_points(curve: list[dict]) -> dict[str, float]:
+    """The best recall at a precision of 0.9 or more, and the best precision at a recall of 0.97 or more."""
+    return {
+        "recall_at_precision_0.90": max((p["recall"] for p in curve if p["precision"] >= 0.90), default=0.0),
+        "precision_at_recall_0.97": max((p["precision"] for p in curve if p["recall"] >= 0.97), default=0.0),
+    }
 
 
 def fit(rows: list[dict], scores: list[Scores]) -> tuple[dict[str, float], float]:

@@ -10,8 +10,11 @@ never on the other rows. A completion is the same whatever batch it was decoded 
 from __future__ import annotations
 
 import hashlib
+import os
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -20,10 +23,14 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
-from steer_heal.lm import LM, Steering, shared_prefix, steering
+from steer_heal.lm import LM, Steering, batches, shared_prefix, steering
 from steer_heal.packing import packed
 
 COMPACT_SHARE = 0.8  # rows are dropped from the batch when fewer than this share still write
+
+
+MEMORY_SHARE = 0.5  # of what is free; the rest is for what a decoding step makes and throws away
+MOST_ROWS = {"cpu": 96, "cuda": 512}  # beyond these a batch is not faster, only larger
 
 
 class Completion(NamedTuple):
@@ -90,18 +97,46 @@ def decode(
         steering_: vector and one dose per prompt.
         on_batch: told how many rows were finished, for progress.
     """
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     out: list[Completion | None] = [None] * len(prompts)
     largest = min(batch_size, len(prompts))
     with torch.no_grad(), steering(lm, steering_) as dial, packed(lm, largest, max_new_tokens) as head:
-        for start in range(0, len(order), batch_size):
-            rows = torch.tensor(order[start : start + batch_size])
+        for chunk in batches([len(prompt) for prompt in prompts], batch_size, steering_):
+            rows = torch.tensor(chunk)
             dose = None if steering_ is None else steering_.dose[rows].to(lm.device)
             written = _decode_batch(lm, head, [prompts[i] for i in rows], rows, dose, dial, max_new_tokens, sampling)
             for i, completion in zip(rows.tolist(), written, strict=True):
                 out[i] = completion
             on_batch(len(rows))
     return out
+
+
+def rows_that_fit(lm: LM, prompt_tokens: int, max_new_tokens: int) -> int:
+    """Rows to decode together, from the memory that is free now and what one row takes at its longest.
+
+    A row holds keys and values of every block, the activations of its prompt while that is read, and three copies of
+    its logits.
+    """
+    text = lm.model.config.get_text_config()
+    weight = lm.head.weight
+    width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    cache = 2 * len(lm.blocks) * text.num_key_value_heads * width * (prompt_tokens + max_new_tokens)
+    reading = prompt_tokens * (4 * text.hidden_size + 3 * text.intermediate_size)
+    row_bytes = (cache + reading) * weight.element_size() + 3 * 4 * weight.shape[0]
+    free = free_memory(lm.device)
+    if lm.device.type == "cpu":
+        free -= sum(p.numel() * p.element_size() for p in lm.decoder.parameters())  # the packed copy
+    return max(1, min(MOST_ROWS[lm.device.type], int(MEMORY_SHARE * free / row_bytes)))
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that can be had on the device now."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    said = Path("/proc/meminfo")
+    if said.exists():
+        return 1024 * int(re.search(r"MemAvailable:\s+(\d+)", said.read_text())[1])
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2  # where the system does not say
 
 
 def _decode_batch(lm, head, prompts, rows, dose, dial, max_new_tokens, sampling) -> list[Completion]:

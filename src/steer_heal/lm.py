@@ -7,8 +7,9 @@ adds a vector to the residual stream (`steering`). No logits tensor of shape [to
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -43,11 +44,24 @@ class Vector:
     operation: str = "add"
 
 
+class ForeignVector(ABC):
+    """A vector of another library, whose hooks know one dose for a whole call: no batch mixes doses then."""
+
+    layers: tuple[int, ...]
+
+    @abstractmethod
+    def attached(self, lm: LM, dose: float) -> AbstractContextManager:
+        """The other library's hooks, on while the block lasts."""
+
+
+AnyVector = Vector | ForeignVector
+
+
 @dataclass(frozen=True)
 class Steering:
     """A vector with one dose per row of the call it is given to."""
 
-    vector: Vector
+    vector: AnyVector
     dose: Float[Tensor, "rows"]
 
 
@@ -59,6 +73,20 @@ class Dial:
 
     def turn(self, dose: Float[Tensor, "b"], real: Bool[Tensor, "b t"] | None = None) -> None:
         self.dose, self.real = dose, real
+
+
+class OneDoseDial(Dial):
+    """The dial of a foreign vector: attaches its hooks anew when the dose changes."""
+
+    def __init__(self, lm: LM, vector: ForeignVector, hooks: ExitStack) -> None:
+        self.lm, self.vector, self.hooks, self.now = lm, vector, hooks, None
+
+    def turn(self, dose: Float[Tensor, "b"], real: Bool[Tensor, "b t"] | None = None) -> None:
+        (value,) = set(dose.tolist())
+        if value != self.now:
+            self.hooks.close()
+            self.hooks.enter_context(self.vector.attached(self.lm, value))
+            self.now = value
 
 
 class Head(NamedTuple):
@@ -148,11 +176,9 @@ class LM:
         Rows are batched by length; right padding needs no mask under causal attention, so results do not depend
         on the batch they were computed in beyond float rounding.
         """
-        order = sorted(range(len(rows)), key=lambda i: len(rows[i].prompt) + len(rows[i].completion))
         out: list[Tensor | None] = [None] * len(rows)
         with torch.no_grad(), steering(self, steering_) as dial:
-            for start in range(0, len(order), batch_size):
-                chunk = order[start : start + batch_size]
+            for chunk in batches([len(r.prompt) + len(r.completion) for r in rows], batch_size, steering_):
                 batch = [rows[i] for i in chunk]
                 dose = None if steering_ is None else steering_.dose[chunk].to(self.device)
                 for i, states in zip(chunk, self.forward(batch, dial, dose), strict=True):
@@ -196,6 +222,17 @@ class LM:
         return cache
 
 
+def batches(lengths: list[int], batch_size: int, steering_: Steering | None = None) -> Iterator[list[int]]:
+    """Row numbers batch by batch, rows of similar length together; one dose a batch under a foreign vector."""
+    groups: dict[float, list[int]] = {}
+    alike = steering_ is None or not isinstance(steering_.vector, ForeignVector)
+    for i in sorted(range(len(lengths)), key=lengths.__getitem__):
+        groups.setdefault(0.0 if alike else steering_.dose[i].item(), []).append(i)
+    for order in groups.values():
+        for start in range(0, len(order), batch_size):
+            yield order[start : start + batch_size]
+
+
 SHARE_FROM = 16  # a shared prefix shorter than this costs more in launches than it saves
 
 
@@ -233,6 +270,10 @@ def steering(lm: LM, steering_: Steering | None) -> Iterator[Dial]:
     dial = Dial()
     if steering_ is None:
         yield dial
+        return
+    if isinstance(steering_.vector, ForeignVector):
+        with ExitStack() as hooks:
+            yield OneDoseDial(lm, steering_.vector, hooks)
         return
     direction = steering_.vector.direction.to(lm.device)
 

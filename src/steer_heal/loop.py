@@ -11,6 +11,7 @@ import json
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from steer_heal import data
+from steer_heal import data, lite
 from steer_heal.bake import Student
 from steer_heal.config import RunConfig
 from steer_heal.distil import (
@@ -32,8 +33,10 @@ from steer_heal.distil import (
     require_training_set,
 )
 from steer_heal.eval import Arm, evaluate
+from steer_heal.generate import MOST_ROWS, rows_that_fit
 from steer_heal.heal import Example, heal, prepare, prepare_anchors
-from steer_heal.lm import LM, Steering, Vector
+from steer_heal.lite import LiteVector
+from steer_heal.lm import LM, AnyVector, Steering, Vector
 from steer_heal.rundir import RunDir
 from steer_heal.steer import Extraction, extract, prompts_read
 from steer_heal.summary import arm_table, barrier_warning, demo_rows, model_card, peak_memory, summarise
@@ -45,6 +48,7 @@ def run(config: RunConfig, preset: str, folder: RunDir, trait: data.Trait, lm: L
     student = Student(lm)
     logger.info(f"model {config.model.path}, trait {trait.name!r}, {config.rounds} rounds, folder {folder.path}")
 
+    config = with_batch_size(folder, config, trait, lm)
     base = measure(folder, "base.json", student, Arm("base", history=0.0, now=0.0), trait, config)
     prompted_arm = Arm("prompted", history=0.0, now=0.0, system=trait.positive)
     prompted = measure(folder, "prompted.json", student, prompted_arm, trait, config)
@@ -88,6 +92,20 @@ def run(config: RunConfig, preset: str, folder: RunDir, trait: data.Trait, lm: L
     return summary
 
 
+def with_batch_size(folder: RunDir, config: RunConfig, trait: data.Trait, lm: LM) -> RunConfig:
+    """The config with `distil.batch_size` a number, the same one when the run is resumed."""
+    if config.distil.batch_size != "auto":
+        return config
+
+    def compute() -> int:
+        longest = max(len(lm.prompt(prompt)) for prompt in trait.generation_prompts)
+        return rows_that_fit(lm, longest, config.distil.max_new_tokens)
+
+    rows = folder.json("batch_size.json", compute)
+    logger.info(f"up to {rows} rows are decoded together: what free memory holds, {MOST_ROWS[lm.device.type]} at most")
+    return replace(config, distil=replace(config.distil, batch_size=rows))
+
+
 def measure(folder: RunDir, name: str, student: Student, arm: Arm, trait: data.Trait, config: RunConfig) -> dict:
     probes = min(config.eval.contrast, len(trait.contrast)) + min(config.eval.yes_no, len(trait.yes_no))
     texts = min(config.eval.neutral, len(data.neutral())) + min(config.eval.demos, len(trait.demo_prompts))
@@ -122,7 +140,7 @@ def extract_stage(
         with progress(f"{where} extract", prompts_read(config.steer) * len(contexts), "prompt") as done:
             return extract(student.lm, trait.positive, trait.negative, contexts, config.steer, layers, done)
 
-    extraction = folder.stage(f"{where}/vector.safetensors", compute, _write_vector, _read_vector)
+    extraction = folder.stage(f"{where}/vector", compute, _write_vector, _read_vector)
     steered = [r for r in extraction.report if r["steered"]]
     norm, split_half, auc = (
         sum(r[key] for r in steered) / len(steered) for key in ("relative_norm", "split_half", "auc")
@@ -136,7 +154,13 @@ def extract_stage(
 
 
 def dose_stage(
-    folder: RunDir, where: str, student: Student, vector: Vector, trait: data.Trait, config: RunConfig, round_: int
+    folder: RunDir,
+    where: str,
+    student: Student,
+    vector: AnyVector,
+    trait: data.Trait,
+    config: RunConfig,
+    round_: int,
 ) -> dict:
     def compute() -> dict:
         with progress(f"{where} dose curve", (config.dose.steps + 1) * config.dose.prompts, "row") as done:
@@ -158,7 +182,7 @@ def distil_stage(
     folder: RunDir,
     where: str,
     student: Student,
-    vector: Vector,
+    vector: AnyVector,
     dose: dict,
     trait: data.Trait,
     config: RunConfig,
@@ -180,7 +204,7 @@ def heal_stage(
     folder: RunDir,
     where: str,
     student: Student,
-    vector: Vector,
+    vector: AnyVector,
     completions: list[dict],
     anchors: Callable[[], list[Example]],
     config: RunConfig,
@@ -226,13 +250,22 @@ def progress(label: str, total: int, unit: str) -> Iterator[Callable[[int], None
 
 
 def _write_vector(path: Path, extraction: Extraction) -> None:
+    """A folder: the vector, and what was seen of each layer."""
+    path.mkdir()
     vector, report = extraction
-    described = {"layers": list(vector.layers), "operation": vector.operation, "report": report}
-    save_file({"direction": vector.direction.contiguous()}, path, {"vector": json.dumps(described)})
+    (path / "layers.json").write_text(json.dumps(report, indent=1), "utf-8")
+    if isinstance(vector, LiteVector):
+        lite.save(path / "lite.safetensors", vector)
+        return
+    described = {"layers": json.dumps(vector.layers), "operation": vector.operation}
+    save_file({"direction": vector.direction.contiguous()}, path / "vector.safetensors", described)
 
 
 def _read_vector(path: Path) -> Extraction:
-    with safe_open(path, "pt") as stored:
-        described = json.loads(stored.metadata()["vector"])
-        vector = Vector(tuple(described["layers"]), stored.get_tensor("direction"), described["operation"])
-    return Extraction(vector, described["report"])
+    report = json.loads((path / "layers.json").read_text("utf-8"))
+    if (path / "lite.safetensors").exists():
+        return Extraction(lite.load(path / "lite.safetensors"), report)
+    with safe_open(path / "vector.safetensors", "pt") as stored:
+        described = stored.metadata()
+        layers = tuple(json.loads(described["layers"]))
+        return Extraction(Vector(layers, stored.get_tensor("direction"), described["operation"]), report)

@@ -41,7 +41,7 @@ COHERENCE = (  # key, name, bound of value / base, side of it that is damage
     ("neutral_ppl", "neutral perplexity", 1.05, +1),
 )
 ROUND_FILES = ("dose.json", "completions.jsonl", "heal.jsonl", "steered.json", "healed.json")
-ARTEFACTS = ("vector.safetensors", "dose.json", "completions.jsonl", "adapter", "steered.json", "healed.json")
+ARTEFACTS = ("vector", "dose.json", "completions.jsonl", "adapter", "steered.json", "healed.json")
 SHOWN_COMPLETIONS, SHOWN_DEMOS = 100, 8  # a round's table; cards before the fold
 DIARY_DEMOS, DIARY_CHARS = 4, 200
 PLOT_CONFIG = {"responsive": True, "displaylogo": False, "displayModeBar": "hover", "modeBarButtons": [["toImage"]]}

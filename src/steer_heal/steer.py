@@ -16,8 +16,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from steer_heal import lite
 from steer_heal.config import SteerConfig
-from steer_heal.lm import HEAD_CHUNK, LM, Head, Row, Steering, Vector, last_token_states
+from steer_heal.lm import HEAD_CHUNK, LM, AnyVector, ForeignVector, Head, Row, Steering, Vector, last_token_states
 
 States = Float[Tensor, "n l d"]
 
@@ -72,7 +73,7 @@ class LayerReport:
 
 
 class Extraction(NamedTuple):
-    vector: Vector
+    vector: AnyVector
     report: list[dict]
     """`LayerReport` of every layer that was read, as dictionaries, with "steered": whether the vector acts there"""
 
@@ -93,7 +94,7 @@ def extract(
         contexts: user messages; each is asked under both personas.
         layers: blocks to steer; None takes them from `config.band`, where "auto" reads all blocks and chooses.
     """
-    method = METHODS[config.method]
+    method = METHODS["mean_diff" if config.method.startswith(lite.PREFIX) else config.method]
     read = layers or (tuple(range(len(lm.blocks))) if config.band == "auto" else lm.band(config.band))
     personas = [positive, negative] + [None] * (method.operation == "project_out")
     states = [
@@ -102,8 +103,11 @@ def extract(
     ]
     report = [_report(lm, layer, states[0][:, i], states[1][:, i]) for i, layer in enumerate(read)]
     chosen = auto_band(report, len(lm.blocks)) if layers is None and config.band == "auto" else read
-    direction = method.direction(states[0], states[1], states[-1])[[read.index(layer) for layer in chosen]]
     described = [{**asdict(r), "steered": r.layer in chosen} for r in report]
+    if config.method.startswith(lite.PREFIX):
+        trained = lite.train(lm, config.method, positive, negative, contexts, chosen, config.batch_size)
+        return Extraction(trained, described)
+    direction = method.direction(states[0], states[1], states[-1])[[read.index(layer) for layer in chosen]]
     return Extraction(Vector(chosen, direction, method.operation), described)
 
 
@@ -125,7 +129,7 @@ def auto_band(report: list[LayerReport], blocks: int) -> tuple[int, ...]:
 
 def prompts_read(config: SteerConfig) -> int:
     """Prompts that `extract` reads for each context."""
-    return 3 if METHODS[config.method].operation == "project_out" else 2
+    return 3 if config.method == "ablation" else 2
 
 
 def _report(lm: LM, layer: int, positive: Float[Tensor, "n d"], negative: Float[Tensor, "n d"]) -> LayerReport:
@@ -150,8 +154,10 @@ def auc(high: Float[Tensor, "n"], low: Float[Tensor, "m"]) -> float:
     return ((difference > 0).double().mean() + (difference == 0).double().mean() / 2).item()
 
 
-def cosine(a: Vector, b: Vector) -> float:
-    """Mean over layers of the cosine between two vectors of the same band."""
+def cosine(a: AnyVector, b: AnyVector) -> float | None:
+    """Mean over layers of the cosine between two vectors of the same band; None for another library's."""
+    if isinstance(a, ForeignVector) or isinstance(b, ForeignVector):
+        return None
     return float(torch.cosine_similarity(a.direction, b.direction, dim=-1).mean())
 
 
@@ -160,7 +166,7 @@ ISO_KL_PASSES = 12  # scoring passes; the secant in log-log needs three to five
 
 
 def iso_kl(
-    lm: LM, vector: Vector, rows: list[Row], doses: list[float], target: float, batch_size: int
+    lm: LM, vector: AnyVector, rows: list[Row], doses: list[float], target: float, batch_size: int
 ) -> dict[str, float | list[float] | None]:
     """Dose at which the 95th percentile over tokens of KL(steered || unsteered) equals `target` nats.
 

@@ -122,7 +122,7 @@ def _round_summary(index: int, parts: dict, base: dict, seconds: dict[str, float
         "operating_kl_nats": statistics.median(r["divergence"] for r in records),
         "val_nll": records[-1].get("val_nll"),
         "stage_seconds": {
-            "extract": seconds[f"{where}/vector.safetensors"],
+            "extract": seconds[f"{where}/vector"],
             "dose": seconds[f"{where}/dose.json"],
             "distil": seconds[f"{where}/completions.jsonl"],
             "heal": seconds[f"{where}/adapter"],

@@ -3,13 +3,15 @@
 import itertools
 import math
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
 
+from steer_heal import coherence
 from steer_heal import distil as distil_module
 from steer_heal.bake import Student
-from steer_heal.coherence import ASKS_NOTHING, Surprise, score, surprises, verdict
+from steer_heal.coherence import ASKS_NOTHING, Surprise, score, sound_front, surprises, verdict
 from steer_heal.config import DistilConfig, DoseConfig, FilterConfig, UserError
 from steer_heal.distil import decreasing_fit, distil, dose_curve, largest_dose, require_dose, require_training_set
 from steer_heal.lm import Row
@@ -111,6 +113,40 @@ def test_scores_that_are_not_numbers_do_not_pass():
     assert verdict(score(FINE, surprise(float("nan"), 1.0)), LIMITS) == "incoherence"
 
 
+# ---- trimming
+
+FRONT = list(range(20))
+
+
+@pytest.mark.parametrize(
+    "ids,nll,end",
+    [
+        (list(range(40)), [1.0] * 40, 40),  # sound to the end
+        (list(range(40)), [1.0] * 20 + [9.0] * 20, 24),  # the last window whose mean is below 4 ends at 24
+        (list(range(40)), [1.0] * 14 + [9.0] * 10 + [1.0] * 16, 40),  # it recovers: not for good
+        (FRONT + FRONT[4:16] * 2, [1.0] * 44, 20),  # loops back into what it said
+        ([*FRONT, 4, 5, 6, 7], [1.0] * 24, 24),  # a short echo is no loop
+        (list(range(5)), [9.0] * 5, 5),  # too short to say
+    ],
+)
+def test_the_sound_front_ends_where_the_text_breaks_for_good(ids, nll, end):
+    assert sound_front(ids, torch.tensor(nll), 4.0) == end
+
+
+def test_a_trimmed_completion_keeps_its_front_and_says_what_was_cut(lm, monkeypatch):
+    ids = lm.answer("Put the eggs into boiling water and wait for six minutes before you cool them under the tap today")
+    broken = ids + ids[4:16] * 3
+    rows = [Row(lm.prompt("How do I boil an egg?"), broken)]
+    calm = torch.full((len(broken),), 1.0)
+    monkeypatch.setattr(coherence, "surprises", lambda *_: [Surprise(calm, calm, 3 * calm)])
+    assert coherence.judge(lm, rows, LIMITS, 1)[0]["dropped"] == "word_repeat"
+    found = coherence.judge(lm, rows, replace(LIMITS, trim=True), 1)[0]
+    assert found["dropped"] == ""
+    assert found["ids"] == broken[: len(found["ids"])]
+    assert len(ids) <= len(found["ids"]) == len(broken) - found["trimmed"] < len(ids) + 3
+    assert found["text"] == lm.text(found["ids"])
+
+
 # ---- the training set
 
 
@@ -120,7 +156,7 @@ class Dice:
     def __init__(self, passes, text=lambda call, i, dose, prompt: f"{call} {i} {dose} {prompt}"):
         self.passes, self.text, self.plans = passes, text, []
 
-    def __call__(self, student, vector, plan, config, limits, key, on_rows):
+    def __call__(self, student, vector, plan, config, limits, key, on_rows=None):
         self.plans.append(plan)
         return [
             {
@@ -192,7 +228,7 @@ class Survivors:
     def __init__(self, passing):
         self.passing = passing
 
-    def __call__(self, student, vector, plan, config, limits, key, on_rows):
+    def __call__(self, student, vector, plan, config, limits, key, on_rows=None):
         seen = Counter()
         out = []
         for dose, prompt in plan:

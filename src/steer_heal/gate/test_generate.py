@@ -1,11 +1,13 @@
 """Batched decoding against one row at a time through plain full forward passes."""
 
+import os
+
 import numpy as np
 import pytest
 import torch
 
+from steer_heal import generate, packing
 from steer_heal import lm as lm_module
-from steer_heal import packing
 from steer_heal.generate import Sampling, choose, decode, uniforms
 from steer_heal.lm import Row, Steering, row_nll, steering
 
@@ -122,3 +124,18 @@ def test_packed_weights_multiply_as_plain_ones_and_are_gone_afterwards(lm, promp
         torch.testing.assert_close(head(states), states @ lm.head.weight.T)
         raise RuntimeError("stop")
     assert not any("forward" in module.__dict__ for module in lm.model.modules())
+
+
+def test_the_batch_grows_with_free_memory_and_shrinks_with_length(lm, monkeypatch):
+    def rows(gigabytes, prompt_tokens=100, new_tokens=100):
+        monkeypatch.setattr(generate, "free_memory", lambda device: int(gigabytes * 1e9))
+        return generate.rows_that_fit(lm, prompt_tokens, new_tokens)
+
+    assert rows(0.0) == 1
+    assert 1 < rows(0.01) < rows(0.02) < rows(50.0) == generate.MOST_ROWS["cpu"]
+    assert rows(0.02, new_tokens=1000) < rows(0.02)
+    assert rows(0.02, prompt_tokens=1000) < rows(0.02)
+
+
+def test_free_memory_is_what_the_machine_says(lm):
+    assert 0 < generate.free_memory(lm.device) < os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from steer_heal import data, loop, rundir
+from steer_heal import data, generate, loop, rundir
 from steer_heal.cli import main
 from steer_heal.config import PRESETS, HealConfig, ModelConfig, UserError
 from steer_heal.loading import load
@@ -54,7 +54,10 @@ def test_a_resumed_run_ends_in_the_same_bits(tmp_path, monkeypatch, dies_at):
     (broken,) = (tmp_path / "broken").iterdir()
     assert not (broken / dies_at).exists()
 
+    rows = (broken / "batch_size.json").read_text()
+    monkeypatch.setattr(generate, "free_memory", lambda device: 10_000_000)  # would now choose fewer
     resumed, again = do(TINY, resume=str(broken))
+    assert (broken / "batch_size.json").read_text() == rows
     assert timeless(again) == timeless(summary)
     for name in ("adapter", "r00/adapter", "r01/adapter"):
         weights, expected = (load_file(run.path / name / "adapter_model.safetensors") for run in (resumed, whole))
