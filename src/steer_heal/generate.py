@@ -145,7 +145,8 @@ def _decode_batch(lm, head, prompts, rows, dose, dial, max_new_tokens, sampling)
     shared = 0 if lm.windowed else shared_prefix(prompts)
     own = [p[shared:] for p in prompts]
     longest = max(map(len, own))
-    ids = torch.tensor([[0] * (longest - len(p)) + p for p in own], device=device)
+    # Padding is a real token: a zero embedding would divide another library's hooks by zero.
+    ids = torch.tensor([p[:1] * (longest - len(p)) + p for p in own], device=device)
     mask = torch.tensor([[1] * shared + [0] * (longest - len(p)) + [1] * len(p) for p in own], device=device)
     position = mask.cumsum(1).sub(1).clamp(min=0)[:, shared:]
     cache = Cache(layers=[_Buffer(shared + longest + max_new_tokens) for _ in lm.blocks])

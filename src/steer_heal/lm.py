@@ -199,7 +199,7 @@ class LM:
             cache = Cache(layers=[SharedPrefix(layer) for layer in start.layers])
         sequences = [(row.prompt + row.completion[:-1])[shared:] for row in rows]
         longest = max(map(len, sequences))
-        ids = torch.tensor([s + [0] * (longest - len(s)) for s in sequences], device=self.device)
+        ids = torch.tensor([s + s[-1:] * (longest - len(s)) for s in sequences], device=self.device)
         if dose is not None:
             dial.turn(dose)
         hidden = self.decoder(input_ids=ids, past_key_values=cache, use_cache=cache is not None).last_hidden_state
