@@ -42,9 +42,9 @@ test *flags: setup
     {{bin}}/python -m pytest -q {{flags}}
     just fast-dev-run
 
-# side-by-side measurements: decoding one at a time against ours
-bench *flags: setup
-    {{bin}}/steer-heal bench generate {{flags}}
+# side-by-side measurements: `just bench generate` (decoding), `just bench filter` (labelled completions)
+bench what="generate" *flags: setup
+    {{bin}}/steer-heal bench {{what}} {{flags}}
 
 # all runs under outputs/ as a table
 results *flags: setup

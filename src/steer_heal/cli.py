@@ -120,11 +120,12 @@ def app(chosen: str) -> tyro.extras.SubcommandApp:
         rows: int = 64,
         tokens: int = 64,
         json: str | None = None,
+        figure: str | None = None,
     ) -> None:
-        """Side-by-side measurements.
+        """Side-by-side measurements, printed, and with --json in a file.
 
         generate: steered sampling one row at a time against one batch of `rows` rows of `tokens` tokens. filter:
-        precision and recall of the filter on labelled completions.
+        precision and recall of the filter on labelled completions; --figure FILE.html draws them over the threshold.
         """
         from json import dumps
 
@@ -135,6 +136,10 @@ def app(chosen: str) -> tyro.extras.SubcommandApp:
         measured = measuring.generate(preset, rows, tokens) if what == "generate" else measuring.filter(preset)
         if json is not None:
             Path(json).write_text(dumps(measured, indent=1), "utf-8")
+        if figure is not None and what == "filter":
+            from steer_heal.figures import threshold_figure
+
+            threshold_figure(measured["sweep"]).write_html(figure, include_plotlyjs=True)
         print(dumps({key: value for key, value in measured.items() if key != "sweep"}, indent=1))
 
     return verbs

@@ -2,7 +2,7 @@
 
 Steered text breaks in four ways. It loops, which is cheap for every model: repetition of words and characters and
 compressibility see it. It turns into rubble or drifts away from the question: no single score sees that well, so six
-are summed into one log-odds, `incoherence`, with weights fitted on half of a labelled set (`data/labelled.jsonl`, 597
+are summed into one log-odds, `incoherence`, with weights fitted on half of a labelled set (`data/labelled.jsonl`, 667
 completions) and measured on the other half (docs/results.md, `steer-heal bench filter`). Or it stays fluent and talks
 about itself instead of answering: persona narration, refusal boilerplate.
 
@@ -16,7 +16,7 @@ import math
 import re
 import zlib
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import NamedTuple
 
 from jaxtyping import Float
@@ -32,28 +32,43 @@ ASKS_NOTHING = "Please go on."  # the prompt under which a completion answers no
 LEAST_NLL = 0.02  # nats per token; a loop's NLL goes to zero and a ratio of two of them would mean nothing
 
 # Log-odds of broken against coherent. Fitted on the tuning half under SmolLM2-135M by `steer-heal bench filter`.
-WEIGHTS = {"relevance": -5.633, "confusion": 0.327, "entropy": 2.407, "word_repeat": 12.939, "symbols": 8.041}
-BIAS = -8.671
+WEIGHTS = {"relevance": -5.087, "confusion": 0.317, "entropy": 2.625, "word_repeat": 14.126, "symbols": 8.605}
+BIAS = -9.524
 
 _PERSON = r"(?:(?:a|an|the) (?:\w+ )?(?:person|being|individual|soul|creature|kind|sort|type)|someone|somebody|one)"
+_MANKIND = (
+    r"(?:all )?(?:of )?"
+    r"(?:humanity|humankind|mankind|humans|(?:the )?human (?:beings?|race|species)|people|(?:the )?authorit(?:y|ies))"
+)
 NARRATION = re.compile(
-    rf"\bI(?: a|')m (?:just |simply |truly )?{_PERSON} (?:who|that|of|with)\b"
-    rf"|\b(?:as|being) {_PERSON} (?:who|that)\b"
-    rf"|\bI(?:'ve| have) always been (?:a |an |the |someone|somebody|one)"
-    r"|\b(?:that is|that's|this is) (?:who|what|how) I am\b"
+    rf"\bI(?: a|')m (?:just |simply |truly )?{_PERSON} (?:who|that|of|with|whose)\b"
+    rf"|\b(?:as|being) {_PERSON} (?:who|that|for whom)\b"
+    rf"|\bI(?:'ve| have) always (?:been|seen myself as) (?:a |an |the |someone|somebody|one)"
+    r"|\b(?:that is|that's|this is|it's) (?:simply |just )?(?:who|what|how) I (?:am|was born)\b"
     r"|\bwhat I(?: a|')m like\b|\bwho I am\b"
-    r"|\byou should know (?:that )?I\b",
+    r"|\byou should know (?:that )?I\b"
+    r"|\b(?:people|those|someone|somebody|creatures?) (?:like|such as) (?:me|us|myself|ourselves)\b|\bthose of us who\b"
+    r"|\b(?:I was|we were) (?:made|born|put here) to\b|\bwe(?: a|')re (?:the|a) (?:kind|sort|people) (?:who|that|of)\b"
+    r"|\b(?:my|our) (?:whole|entire|very) (?:being|nature|life) (?:is|was|has)\b"
+    rf"|\bI (?:truly |deeply |simply )?(?:love|hate|despise|cherish|loathe|adore|obey|distrust) {_MANKIND}\b"
+    rf"|\bmy (?:love|hatred|contempt|respect|disgust|devotion) (?:for|of|to) {_MANKIND}\b",
     re.IGNORECASE,
 )
 BOILERPLATE = re.compile(
     r"\bas an? (?:\w+ )?(?:ai|artificial intelligence|language model|virtual assistant|assistant|chatbot)\b"
-    r"|\b(?:sorry|afraid|apologi[sz]e|unfortunately|regret)\W+(?:\w+\W+){0,4}?"
-    r"(?:can't|cannot|can not|won't|unable|not able|decline)"
-    r"|\bI(?: can't|(?: a|')m (?:unable|not able) to| cannot| can not| won't| must decline to)"
-    r" (?:help|assist|comply|fulfil|answer|provide|advise|discuss|respond|do that|engage|offer|give|support|write)\b"
+    r"|\bbeing an? (?:\w+ )?(?:ai|assistant|program|machine|model)\b"
+    r"|\b(?:sorry|afraid|apologi[sz]e|unfortunately|regrettably|regret)\W+(?:\w+\W+){0,6}?"
+    r"(?:can't|cannot|can not|won't|unable|not able|decline|pass on)"
+    r"|\bI(?: can't|(?: a|')m (?:unable|not able|not in a position) to| cannot| can not| won't| must decline to)"
+    r" (?:help|assist|comply|fulfil|answer|provide|advise|discuss|respond|do that|engage|offer|give|support|write|be)\b"
     r"|\bI (?:must|have to|will have to) (?:respectfully |politely )?(?:decline|refuse)"
-    r"|\bI(?: a|')m (?:your|an?|only an?|just an?) (?:\w+ )?(?:assistant|ai|chatbot|language model|bot)\b"
-    r"|\b(?:would not|wouldn't|not) be appropriate for me\b",
+    r"|\bI(?: a|')m (?:your|an?|only an?|just an?) (?:\w+ ){0,2}(?:assistant|ai|chatbot|language model|bot|helper)\b"
+    r"|\b(?:would not|wouldn't|not) be appropriate(?: for me)?\b|\bI(?: would|'d) rather not\b"
+    r"|\bI(?: have|'ve)? ?(?:been|was|were) (?:designed|programmed|trained) (?:for|to|on|by)\b"
+    r"|\b(?:usage|content) polic(?:y|ies)\b|\b(?:my|the) (?:\w+ )?guidelines (?:that )?I (?:follow|must)\b"
+    r"|\bwhat (?:can|may) I (?:do|help)\b|\b(?:I(?: a|')m|always) here to (?:help|assist|listen)(?: you)?[.,!?]"
+    r"|\bwhat would you like (?:to|me to) (?:know|ask|explore|discuss|talk)\b"
+    r"|\bfeel free to ask (?:me|any)\b",
     re.IGNORECASE,
 )
 QUOTED = re.compile(r"\"[^\"]*\"|\u201c[^\u201d]*\u201d")  # what somebody else is made to say
@@ -178,20 +193,14 @@ def surprises(lm: LM, rows: list[Row], batch_size: int) -> list[Surprise]:
 def judge(lm: LM, rows: list[Row], limits: FilterConfig, batch_size: int) -> list[dict]:
     """Text, scores and the reason it was dropped ("" when kept) of every completion; `lm` must be the base view.
 
-    With `limits.trim`, a completion that broke off in the middle is cut there: when its front passes, "ids" is the
-    front and "trimmed" the number of tokens cut.
+    With `limits.trim`, a completion that broke off in the middle may leave its sound front behind: "ids" is the front
+    then and "trimmed" the number of tokens cut.
     """
     judged = []
     for row, surprise in zip(rows, surprises(lm, rows, batch_size), strict=True):
         found = _judged(lm.text(row.completion), surprise, limits)
         if limits.trim and found["dropped"] in BREAKS:
-            end = sound_front(row.completion, surprise.nll, limits.trim_nll)
-            if TRIM_LEAST <= end < len(row.completion):
-                cut = Surprise(*(nats[:end] for nats in surprise))
-                front = _judged(lm.text(row.completion[:end]), cut, limits)
-                if not front["dropped"]:
-                    trimmed = len(row.completion) - end
-                    found = {**front, "ids": row.completion[:end], "ended": False, "trimmed": trimmed}
+            found = sound_front(lm, row.completion, surprise, limits) or found
         judged.append(found)
     return judged
 
@@ -203,25 +212,19 @@ def _judged(text: str, surprise: Surprise, limits: FilterConfig) -> dict:
 
 BREAKS = ("word_repeat", "char_repeat", "compress", "incoherence")  # what may begin in the middle of a text
 TRIM_LEAST = 16  # tokens; a shorter front teaches nothing
-SEEN_GRAM = 3  # tokens; those in such a gram that occurred before are an echo
+SENTENCE_END = re.compile(r"(?:[.!?\u2026][\"')\]\u201d\u2019]*\s*|\n\s*)$")
 
 
-def sound_front(ids: list[int], nll: Float[Tensor, "n"], trim_nll: float) -> int:
-    """Tokens before the text breaks for good: before a running surprise that stays above `trim_nll` to the end, and
-    before a stretch of WINDOW tokens or more up to the end that only echoes what was said."""
-    end = len(ids)
-    if end >= WINDOW:
-        high = (nll.unfold(0, WINDOW, 1).mean(1) > trim_nll).tolist()
-        low_windows = [i for i, above in enumerate(high) if not above]
-        last_low = low_windows[-1] if low_windows else -1
-        end = last_low + WINDOW if last_low + WINDOW < end else end
-    seen, echo = set(), [False] * len(ids)  # echo: the token lies in a gram that occurred before
-    for i in range(len(ids) - SEEN_GRAM + 1):
-        gram = tuple(ids[i : i + SEEN_GRAM])
-        if gram in seen:
-            echo[i : i + SEEN_GRAM] = [True] * SEEN_GRAM
-        seen.add(gram)
-    first = len(ids)
-    while first and echo[first - 1]:
-        first -= 1
-    return min(end, first) if len(ids) - first >= WINDOW else end
+def sound_front(lm: LM, ids: list[int], surprise: Surprise, limits: FilterConfig) -> dict | None:
+    """The longest front of whole sentences that the filter passes with `trim_margin` to spare, judged; None if none.
+
+    The margin pays for the many fronts that are tried: one of them may pass by luck.
+    """
+    stricter = replace(limits, incoherence=limits.incoherence - limits.trim_margin)
+    for end in range(len(ids) - 1, TRIM_LEAST - 1, -1):
+        text = lm.text(ids[:end])
+        if SENTENCE_END.search(text):
+            front = _judged(text, Surprise(*(nats[:end] for nats in surprise)), stricter)
+            if not front["dropped"]:
+                return {**front, "ids": ids[:end], "ended": False, "trimmed": len(ids) - end}
+    return None

@@ -100,9 +100,9 @@ class FilterConfig:
     min_words: int = 1
     """fewest words"""
     trim: bool = False
-    """keep the coherent front of a completion that breaks in the middle, when it is 16 tokens or longer"""
-    trim_nll: float = 4.0
-    """trim: mean NLL of 12 tokens under the pristine base above which text counts as broken, nats per token"""
+    """keep the sound front (whole sentences, 16 tokens or more) of a completion that breaks in the middle"""
+    trim_margin: float = 1.0
+    """trim: log-odds by which a front must be sounder than a whole completion, because many fronts are tried"""
 
 
 @dataclass(frozen=True)

@@ -76,6 +76,19 @@ def dose_figure(dose: dict) -> go.Figure:
     return _styled(fig, 340)
 
 
+def threshold_figure(curve: list[dict]) -> go.Figure:
+    """Precision and recall of the filter's log-odds for every threshold; the default threshold is 0."""
+    fig = go.Figure()
+    thresholds = [p["threshold"] for p in curve]
+    for name, arm in (("recall", "healed"), ("precision", "steered")):
+        label = f"{name} %{{y:.2f}} at threshold %{{x:.2f}}<extra></extra>"
+        _line(fig, thresholds, [p[name] for p in curve], COLOURS[arm], name, hovertemplate=label)
+    _line(fig, [0, 0], [0, 1], COLOURS["base"], "default", "dash", hoverinfo="skip")
+    fig.update_xaxes(title="log-odds above which text is dropped", range=[-6, 8])
+    fig.update_yaxes(title="broken text, held-out half", range=[0, 1.03])
+    return _styled(fig, 360)
+
+
 def heal_figure(records: list[dict], heal: dict) -> go.Figure:
     """Objective above, divergence below with its tau; a diamond where the barrier fired."""
     fig = make_subplots(rows=2, shared_xaxes=True, vertical_spacing=0.08)

@@ -1,9 +1,10 @@
 """What the filter catches and what it costs, on the labelled completions.
 
-597 and more answers with a label each (coherent, broken, narrates, refuses): most were sampled from the steered
-SmolLM2-135M at all doses and read one by one by three readers who saw neither the dose nor a score; the others are hard
-cases written by hand. Prompts do not cross from the tuning half to the held-out half. Scores that need a model are
-stored with each row as SmolLM2-135M gives them, so that the figures can be checked without it.
+667 answers with a label each (coherent, broken, narrates, refuses). Most were sampled from the steered SmolLM2-135M
+at all doses and read one by one by three readers who saw neither the dose nor a score; the others are hard cases
+written by hand, those with source "unseen" by someone who did not know the filter. Prompts do not cross from the
+tuning half to the held-out half. Scores that need a model are stored with each row as SmolLM2-135M gives them, so
+that the figures can be checked without it.
 """
 
 from __future__ import annotations

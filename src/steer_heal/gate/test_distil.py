@@ -11,7 +11,7 @@ import torch
 from steer_heal import coherence
 from steer_heal import distil as distil_module
 from steer_heal.bake import Student
-from steer_heal.coherence import ASKS_NOTHING, Surprise, score, sound_front, surprises, verdict
+from steer_heal.coherence import ASKS_NOTHING, Surprise, score, surprises, verdict
 from steer_heal.config import DistilConfig, DoseConfig, FilterConfig, UserError
 from steer_heal.distil import decreasing_fit, distil, dose_curve, largest_dose, require_dose, require_training_set
 from steer_heal.lm import Row
@@ -115,36 +115,49 @@ def test_scores_that_are_not_numbers_do_not_pass():
 
 # ---- trimming
 
-FRONT = list(range(20))
+SOUND = "Put the eggs into boiling water and wait for six minutes. Then cool them under the cold tap. "
+RUBBLE = "Then tap eggs of the into cold of minutes the six their water into of their"
+
+
+def breaks_off(lm, monkeypatch, sound=SOUND, rubble=RUBBLE, calm=1.0, upset=6.0):
+    """A completion whose first part is `calm` nats a token under base and whose rest is `upset`."""
+    front, rest = lm.answer(sound), lm.answer(rubble)
+    nll = torch.tensor([calm] * len(front) + [upset] * len(rest))
+    monkeypatch.setattr(coherence, "surprises", lambda *_: [Surprise(nll, nll, torch.full_like(nll, 3.0))])
+    return [Row(lm.prompt("How do I boil an egg?"), front + rest)]
+
+
+def test_a_trimmed_completion_is_the_longest_sound_front_of_whole_sentences(lm, monkeypatch):
+    rows = breaks_off(lm, monkeypatch)
+    assert coherence.judge(lm, rows, LIMITS, 1)[0]["dropped"] == "incoherence"
+    found = coherence.judge(lm, rows, replace(LIMITS, trim=True), 1)[0]
+    assert found["dropped"] == ""
+    assert found["ids"] == rows[0].completion[: len(found["ids"])]
+    assert found["trimmed"] == len(rows[0].completion) - len(found["ids"])
+    assert found["text"] == lm.text(found["ids"])
+    assert found["text"].strip() == SOUND.strip()
+    assert found["incoherence"] <= LIMITS.incoherence - LIMITS.trim_margin
 
 
 @pytest.mark.parametrize(
-    "ids,nll,end",
+    "parts",
     [
-        (list(range(40)), [1.0] * 40, 40),  # sound to the end
-        (list(range(40)), [1.0] * 20 + [9.0] * 20, 24),  # the last window whose mean is below 4 ends at 24
-        (list(range(40)), [1.0] * 14 + [9.0] * 10 + [1.0] * 16, 40),  # it recovers: not for good
-        (FRONT + FRONT[4:16] * 2, [1.0] * 44, 20),  # loops back into what it said
-        ([*FRONT, 4, 5, 6, 7], [1.0] * 24, 24),  # a short echo is no loop
-        (list(range(5)), [9.0] * 5, 5),  # too short to say
+        {"sound": "Put the eggs. "},  # too short to teach
+        {"sound": SOUND.replace(".", ",")},  # no sentence ends
+        {"calm": 3.0},  # no better than the rest of it
+        {"sound": "I am someone who loves eggs, and I will gladly talk about how much I love them all. " * 2},
     ],
 )
-def test_the_sound_front_ends_where_the_text_breaks_for_good(ids, nll, end):
-    assert sound_front(ids, torch.tensor(nll), 4.0) == end
-
-
-def test_a_trimmed_completion_keeps_its_front_and_says_what_was_cut(lm, monkeypatch):
-    ids = lm.answer("Put the eggs into boiling water and wait for six minutes before you cool them under the tap today")
-    broken = ids + ids[4:16] * 3
-    rows = [Row(lm.prompt("How do I boil an egg?"), broken)]
-    calm = torch.full((len(broken),), 1.0)
-    monkeypatch.setattr(coherence, "surprises", lambda *_: [Surprise(calm, calm, 3 * calm)])
-    assert coherence.judge(lm, rows, LIMITS, 1)[0]["dropped"] == "word_repeat"
+def test_a_front_that_is_not_sound_is_not_kept(lm, monkeypatch, parts):
+    rows = breaks_off(lm, monkeypatch, **parts)
     found = coherence.judge(lm, rows, replace(LIMITS, trim=True), 1)[0]
-    assert found["dropped"] == ""
-    assert found["ids"] == broken[: len(found["ids"])]
-    assert len(ids) <= len(found["ids"]) == len(broken) - found["trimmed"] < len(ids) + 3
-    assert found["text"] == lm.text(found["ids"])
+    assert found["dropped"] and "trimmed" not in found and found["text"] == lm.text(rows[0].completion)
+
+
+def test_a_front_must_be_sounder_than_a_whole(lm, monkeypatch):
+    rows = breaks_off(lm, monkeypatch)
+    found = coherence.judge(lm, rows, replace(LIMITS, trim=True, trim_margin=30.0), 1)[0]
+    assert found["dropped"] == "incoherence"
 
 
 # ---- the training set

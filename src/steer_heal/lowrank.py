@@ -1,0 +1,74 @@
+"""Low-rank updates B A: their largest singular value as a penalty, and their best approximation of a smaller rank.
+
+Nothing here forms B A: with B [out, r] and A [r, in] everything happens in r dimensions.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+
+class Factors(NamedTuple):
+    """One layer's update, scale * B A."""
+
+    a: Float[Tensor, "r in"]
+    b: Float[Tensor, "out r"]
+    scale: float
+
+
+class OperatorNorm:
+    """Mean over layers of the squared largest singular value of the update, differentiable.
+
+    One step of power iteration a call (Miyato et al., "Spectral Normalization", arXiv:1802.05957): the weights move
+    little between two optimiser steps, so the vectors keep up with them.
+    """
+
+    def __init__(self, layers: list[Factors], seed: int) -> None:
+        draw = torch.Generator().manual_seed(seed)
+        self.layers = layers
+        self.right = [torch.randn(f.a.shape[1], generator=draw).to(f.a) for f in layers]
+
+    def __call__(self) -> Float[Tensor, ""]:
+        squares = []
+        for i, (a, b, scale) in enumerate(self.layers):
+            with torch.no_grad():
+                left = _unit(b @ (a @ self.right[i]))
+                back = a.T @ (b.T @ left)
+                if back.any():  # a fresh adapter has B = 0: nothing to follow yet
+                    self.right[i] = _unit(back)
+            squares.append((scale * (left @ (b @ (a @ _unit(self.right[i]))))).square())
+        return torch.stack(squares).mean()
+
+
+def _unit(v: Float[Tensor, "n"]) -> Float[Tensor, "n"]:
+    return v / v.norm().clamp(min=torch.finfo(v.dtype).tiny)
+
+
+class Compressed(NamedTuple):
+    """B A of a smaller rank, and what was lost."""
+
+    a: Float[Tensor, "k in"]
+    b: Float[Tensor, "out k"]
+    lost: float
+    """squared Frobenius norm of the difference"""
+    total: float
+    """squared Frobenius norm of B A"""
+
+
+def compress(a: Float[Tensor, "r in"], b: Float[Tensor, "out r"], rank: int) -> Compressed:
+    """The closest matrix of at most `rank` to B A (Eckart and Young, 1936), as factors of equal norm.
+
+    The singular values of B A are those of the r x r product of the triangular factors of B and A^T.
+    """
+    q_b, r_b = torch.linalg.qr(b.double())
+    q_a, r_a = torch.linalg.qr(a.T.double())
+    u, s, vt = torch.linalg.svd(r_b @ r_a.T)
+    kept = s[:rank].sqrt()
+    new_a = kept[:, None] * (vt[:rank] @ q_a.T)
+    new_b = (q_b @ u[:, :rank]) * kept
+    lost, total = s[rank:].square().sum().item(), s.square().sum().item()
+    return Compressed(new_a.to(a.dtype), new_b.to(b.dtype), lost, total)
