@@ -3,7 +3,7 @@
     y = W x + g_hist * (alpha/r) B_hist A_hist x + g_now * (alpha/r) B A x
 
 Gate (0, 0) is the pristine base, (1, 0) the previous student, (1, 1) the student; g_now dials the latest round.
-Past rounds are stacked into one adapter, so a forward pass meets two low-rank products however many rounds went by.
+Past rounds are folded into one adapter, so a forward pass meets two low-rank products however many rounds went by.
 """
 
 from __future__ import annotations
@@ -12,14 +12,18 @@ import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from steer_heal.config import HealConfig
 from steer_heal.lm import LM
+from steer_heal.lowrank import Factors, compress
 
 TARGET_MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 NOW = "now"
@@ -63,17 +67,37 @@ class Student:
             self.peft.load_adapter(folder, NOW)
         self._rest()
 
-    def fold(self) -> None:
-        """Stack the current round onto the history; (1, 1) before and (1, 0) after are the same model."""
+    def fold(self, rank: int = 0) -> float:
+        """Join the current round to the history; (1, 1) before and (1, 0) after are the same model.
+
+        Factors are stacked, so nothing is lost and the history's rank grows by r each round; with `rank` they are
+        compressed to the closest update of at most that rank, and the cost per token stays as it is. Returns the
+        relative error of that, in the Frobenius norm over all layers.
+        """
         parts = [name for name in (self.history, NOW) if name is not None]
+        stacked = {path: _stacked([_factors(layer, part) for part in parts]) for path, layer in self._layers()}
+        lost, total = 0.0, 0.0
+        width = sum(self.peft.peft_config[part].r for part in parts)
+        if 0 < rank < width:
+            for path, (a, b) in stacked.items():
+                small = compress(a, b, rank)
+                stacked[path] = (small.a, small.b)
+                lost, total, width = lost + small.lost, total + small.total, rank
         name = f"history{self.folded}"
-        self.peft.base_model.add_weighted_adapter(parts, [1.0] * len(parts), name, combination_type="cat")
+        config = replace(self.peft.peft_config[NOW], r=width, lora_alpha=width)
+        self.peft.add_adapter(name, config)
+        with torch.no_grad():
+            for path, layer in self._layers():
+                factors = _factors(layer, name)
+                for factor, value in zip((factors.a, factors.b), stacked[path], strict=True):
+                    factor.copy_(value)
         self.history = name
         self.folded += 1
         self._apply((1.0, 0.0, False))  # peft warns when an adapter is deleted that is still active
         for part in parts:
             self.peft.delete_adapter(part)
         self._rest()
+        return (lost / total) ** 0.5 if total else 0.0
 
     @contextmanager
     def view(self, history: float = 1.0, now: float = 1.0, train: bool = False) -> Iterator[None]:
@@ -91,6 +115,10 @@ class Student:
         finally:
             self._apply(before)
 
+    def factors(self) -> list[Factors]:
+        """The current round's update, layer by layer."""
+        return [_factors(layer, NOW) for _, layer in self._layers()]
+
     def trainable(self) -> list[torch.nn.Parameter]:
         """The factors of the current round."""
         return [p for name, p in self.peft.named_parameters() if f".{NOW}." in name]
@@ -102,6 +130,10 @@ class Student:
             self.peft.save_pretrained(scratch, selected_adapters=[name], save_embedding_layers=False)
             os.rename(Path(scratch) / name, folder)
 
+    def merged(self) -> PreTrainedModel:
+        """The plain model with the history added to its weights. The student is used up."""
+        return self.peft.merge_and_unload(adapter_names=[self.history])
+
     def _rest(self) -> None:
         self._gates = (1.0, 1.0, False)
         self._apply(self._gates)
@@ -111,11 +143,23 @@ class Student:
         history, now, train = self._gates = gates
         present = self.peft.peft_config
         wanted = [(name, gate) for name, gate in ((self.history, history), (NOW, now)) if name in present and gate != 0]
-        for layer in self.peft.modules():
-            if isinstance(layer, LoraLayer):
-                layer.enable_adapters(bool(wanted))
-                layer.set_adapter([name for name, _ in wanted], inference_mode=True)
-                for name, gate in wanted:
-                    layer.set_scale(name, gate)
+        for _, layer in self._layers():
+            layer.enable_adapters(bool(wanted))
+            layer.set_adapter([name for name, _ in wanted], inference_mode=True)
+            for name, gate in wanted:
+                layer.set_scale(name, gate)
         for parameter in self.trainable():
             parameter.requires_grad_(train)
+
+    def _layers(self) -> list[tuple[str, LoraLayer]]:
+        return [(path, layer) for path, layer in self.peft.named_modules() if isinstance(layer, LoraLayer)]
+
+
+def _factors(layer: LoraLayer, name: str) -> Factors:
+    return Factors(layer.lora_A[name].weight, layer.lora_B[name].weight, layer.lora_alpha[name] / layer.r[name])
+
+
+def _stacked(parts: list[Factors]) -> tuple[Tensor, Tensor]:
+    """One pair of factors whose product is the sum of all updates."""
+    with torch.no_grad():
+        return torch.cat([part.a for part in parts]), torch.cat([part.scale * part.b for part in parts], dim=1)

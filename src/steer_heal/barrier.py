@@ -20,7 +20,9 @@ from torch import Tensor
 from steer_heal.lm import Head
 
 KL_EPS = 1e-12  # under the root of rmse: sqrt has no gradient at the KL of exactly 0 where a fresh adapter starts
-CHUNK_ELEMENTS = 1 << 22  # logits held at once, a head: 16 MB in float32
+CHUNK_ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 26}  # of one buffer of logits: 16 MB in float32, 256 MB on a GPU
+CHUNK_ROWS = 16  # at least: fewer would read the head's weights too often
+WIDEN = 4096  # rows of the head that are widened to float32 at a time when states are narrower
 
 Reg = Literal["nll", "kl_fwd", "kl_rev"]
 Agg = Literal["mean", "rmse", "p95", "max"]
@@ -29,7 +31,7 @@ Agg = Literal["mean", "rmse", "p95", "max"]
 class _Fused(torch.autograd.Function):
     """(objective_i, kl_i) for every position, and their gradients with respect to h_i, in one pass over the head.
 
-    objective_i is the NLL of the target, or with `teacher` states the KL(teacher || student).
+    objective_i is the NLL of the target, or with `teacher` states the KL(teacher || student); 0 with neither.
     kl_i is KL(student || reference) for kl_rev and KL(reference || student) for kl_fwd; 0 without a reference.
 
     The vocabulary-wide buffers are made once and written in place: on a CPU a fresh 16 MB tensor costs more in page
@@ -40,16 +42,17 @@ class _Fused(torch.autograd.Function):
     def forward(ctx, states, head, targets, teacher, reference, reg):
         wide = torch.float64 if states.dtype == torch.float64 else torch.float32
         n, vocab = len(states), len(head.weight)
-        step = min(n, max(16, CHUNK_ELEMENTS // vocab))
+        step = min(n, max(CHUNK_ROWS, CHUNK_ELEMENTS[states.device.type] // vocab))
         room = [torch.empty(step, vocab, dtype=wide, device=states.device) for _ in range(4)]
-        objective, kl = states.new_empty(n, dtype=wide), states.new_zeros(n, dtype=wide)
-        grad_objective = torch.empty_like(states, dtype=wide) if states.requires_grad else None
+        objective, kl = states.new_zeros(n, dtype=wide), states.new_zeros(n, dtype=wide)
+        has_objective = teacher is not None or targets is not None
+        grad_objective = torch.empty_like(states, dtype=wide) if states.requires_grad and has_objective else None
         grad_kl = torch.zeros_like(states, dtype=wide) if states.requires_grad and reference is not None else None
         for start in range(0, n, step):
             part = slice(start, min(start + step, n))
             z, p, other_z, other_p = (buffer[: part.stop - part.start] for buffer in room)
             lse = _softmax(_logits(head, states[part], z), p)
-            if teacher is None:
+            if teacher is None and targets is not None:
                 target = targets[part, None]
                 objective[part] = (lse - z.gather(1, target))[:, 0]
                 if grad_objective is not None:
@@ -57,7 +60,7 @@ class _Fused(torch.autograd.Function):
                     p.scatter_(1, target, at_target - 1.0)
                     grad_objective[part] = _through_head(p, z, head, other_z)
                     p.scatter_(1, target, at_target)
-            else:
+            elif teacher is not None:
                 teacher_lse = _softmax(_logits(head, teacher[part], other_z), other_p)
                 gap = other_z.sub_(z).add_(lse - teacher_lse)
                 objective[part] = _row_dot(other_p, gap)
@@ -81,20 +84,23 @@ class _Fused(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, weight_objective, weight_kl):
-        grad_objective, grad_kl = ctx.saved_tensors
-        grad = weight_objective[:, None] * grad_objective
-        if grad_kl is not None:
-            grad += weight_kl[:, None] * grad_kl
-        return grad.to(ctx.dtype), None, None, None, None, None
+        pairs = zip((weight_objective, weight_kl), ctx.saved_tensors, strict=True)
+        grads = [weight[:, None] * grad for weight, grad in pairs if grad is not None]
+        return (sum(grads).to(ctx.dtype) if grads else None), None, None, None, None, None
 
 
 def _logits(head: Head, states: Tensor, out: Tensor) -> Tensor:
-    """Capped logits into `out`; products of bf16 states are accumulated in float32 by the matrix product itself."""
-    weight = head.weight.T.to(states.dtype)
-    if states.dtype == out.dtype:
-        torch.mm(states, weight, out=out)
+    """Capped logits into `out`. Narrower states are multiplied with sums in out's precision that are not rounded
+    back: a bf16 logit of 20 would be off by up to 0.06, and a softmax shows that."""
+    weight = head.weight
+    if states.dtype == weight.dtype == out.dtype:
+        torch.mm(states, weight.T, out=out)
+    elif states.is_cuda and states.dtype == weight.dtype:
+        torch.mm(states, weight.T, out_dtype=out.dtype, out=out)
     else:
-        out.copy_(states @ weight)
+        for start in range(0, len(weight), WIDEN):
+            part = slice(start, start + WIDEN)
+            out[:, part] = states.to(out.dtype) @ weight[part].to(out.dtype).T
     return out if head.softcap is None else out.div_(head.softcap).tanh_().mul_(head.softcap)
 
 
@@ -121,7 +127,7 @@ def _through_head(dz: Tensor, z: Tensor, head: Head, scratch: Tensor) -> Tensor:
 def position_losses(
     head: Head,
     states: Float[Tensor, "n d"],
-    targets: Int[Tensor, "n"],
+    targets: Int[Tensor, "n"] | None,
     reference: Float[Tensor, "n d"] | None,
     reg: Reg,
     teacher: Float[Tensor, "n d"] | None = None,
@@ -129,7 +135,7 @@ def position_losses(
     """Objective and divergence of every position, in nats, differentiable with respect to `states`.
 
     Args:
-        states: hidden states before the head that predict `targets`.
+        states: hidden states before the head that predict `targets`; without targets or teacher the objective is 0.
         reference: the same positions under the reference model, or None for no divergence.
         teacher: the same positions under the steered teacher; the objective is then KL(teacher || student).
     """

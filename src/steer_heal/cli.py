@@ -66,6 +66,7 @@ def app(chosen: str) -> tyro.extras.SubcommandApp:
         """Steer, distil, heal and bake a trait into a model, round after round."""
         from steer_heal import data, lite, loop, rundir
         from steer_heal import report as reporting
+        from steer_heal.heal import check_optimiser
         from steer_heal.loading import load
 
         if preset != chosen:
@@ -76,6 +77,7 @@ def app(chosen: str) -> tyro.extras.SubcommandApp:
             lite.check_method(config.steer.method)
         folder = rundir.reopen(config, trait) if config.resume else None
         lm = load(config.model)  # before a folder is made: a model that cannot be loaded leaves nothing behind
+        check_optimiser(config.heal, lm.device)
         folder = folder or rundir.create(config, preset, trait)
         try:
             summary = loop.run(config, preset, folder, trait, lm)
@@ -107,6 +109,23 @@ def app(chosen: str) -> tyro.extras.SubcommandApp:
         print(reporting.build(Path(run)))
 
     @verbs.command
+    def export(run: Positional[str], to: str, merge: bool = False, round: int | None = None) -> None:
+        """Write a run's result for others to load: a PEFT adapter, or with --merge a whole model.
+
+        Both hold a README that says what it is, what was measured and how it was made.
+
+        Args:
+            run: the run folder.
+            to: the folder to write, new or empty.
+            merge: a float model that plain transformers loads, instead of an adapter.
+            round: the student after this round (from 0); the last one when not given.
+        """
+        from steer_heal.export import export as write
+
+        write(Path(run), Path(to), round, merge)
+        print(f"written: {to}")
+
+    @verbs.command
     def chat(run: Positional[str], gate: float = 1.0, max_new_tokens: int = 128) -> None:
         """Talk to a run's result: base and student answer side by side."""
         from steer_heal.chat import chat as talk
@@ -115,7 +134,7 @@ def app(chosen: str) -> tyro.extras.SubcommandApp:
 
     @verbs.command
     def bench(
-        what: Positional[Literal["generate", "filter"]],
+        what: Positional[Literal["generate", "heal", "filter"]],
         preset: str = "smollm2-135m",
         rows: int = 64,
         tokens: int = 64,
@@ -124,16 +143,26 @@ def app(chosen: str) -> tyro.extras.SubcommandApp:
     ) -> None:
         """Side-by-side measurements, printed, and with --json in a file.
 
-        generate: steered sampling one row at a time against one batch of `rows` rows of `tokens` tokens. filter:
-        precision and recall of the filter on labelled completions; --figure FILE.html draws them over the threshold.
+        generate: steered sampling one row at a time against one batch of `rows` rows of `tokens` tokens.
+
+        heal: a training step with full logits, plain fine-tuning and ours, and what folded rounds cost.
+
+        filter: precision and recall on labelled completions; --figure FILE.html draws them over the threshold.
         """
         from json import dumps
 
         from steer_heal import bench as measuring
+        from steer_heal import healbench
 
         if preset not in PRESETS:
             raise UserError(_unknown_preset(preset))
-        measured = measuring.generate(preset, rows, tokens) if what == "generate" else measuring.filter(preset)
+        match what:
+            case "generate":
+                measured = measuring.generate(preset, rows, tokens)
+            case "heal":
+                measured = healbench.heal()
+            case "filter":
+                measured = measuring.filter(preset)
         if json is not None:
             Path(json).write_text(dumps(measured, indent=1), "utf-8")
         if figure is not None and what == "filter":

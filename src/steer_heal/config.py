@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 STEER_METHODS = ("mean_diff", "pca", "ablation")
+PLACE_FIELDS = ("out", "resume")  # where a run lies is not what it is
 FIRED_FLOOR = 0.05  # a barrier that fires on a smaller share of the steps holds nothing back
 
 
@@ -125,12 +126,20 @@ class HealConfig:
     """mundane prompts whose base completions make the anchor"""
     anchor_bs: int = 2
     """anchor completions joined to each optimiser step"""
-    tau: float = 2.0
-    """divergence below which the barrier is silent, nats; must lie below the operating KL of the model"""
+    tau: float | Literal["auto"] = 2.0
+    """divergence below which the barrier is silent, nats; must lie below the operating KL of the model; auto: below"""
+    tau_share: float = 0.5
+    """tau auto: share of the divergence that the steered teacher itself has from the previous student on this text"""
+    barrier: Literal["fixed", "dual"] = "fixed"
+    """fixed: lam_r * relu(D - tau); dual: lam moves until D stays at tau, a constraint in place of a penalty"""
     lam: float = 0.3
-    """barrier weight in round 0"""
+    """barrier weight in round 0; dual: where it starts"""
     lam_round_pow: float = -0.5
     """lam_r = lam * (1 + round) ** lam_round_pow"""
+    dual_lr: float = 0.1
+    """dual: lam rises by this times (D / tau - 1) a step"""
+    op_norm: float = 0.0
+    """weight of the mean squared operator norm of the update (its largest singular value); 0: no such penalty"""
     lr: float = 2e-4
     """peak learning rate"""
     epochs: int = 2
@@ -139,12 +148,20 @@ class HealConfig:
     """completions a forward pass"""
     grad_accum: int = 2
     """forward passes an optimiser step; trades time for memory, the gradient is the same"""
+    optimiser: Literal["adamw", "paged_adamw_8bit"] = "adamw"
+    """paged_adamw_8bit: bitsandbytes', 8-bit moments that move to main memory when the GPU is full; CUDA only"""
     weight_decay: float = 0.0
     """AdamW weight decay"""
     warmup: float = 0.1
     """share of steps with rising learning rate; cosine afterwards"""
     val_share: float = 0.125
     """completions held out for the validation NLL"""
+    patience: int = 0
+    """epochs without a better validation NLL after which training stops and its best epoch is kept; 0: never"""
+    max_len: int = 1024
+    """tokens of prompt and completion that are trained on; the rest of a completion is cut"""
+    log_every: int = 10
+    """steps between two records of the objective's and the barrier's gradient norm; each costs a second backward"""
     r: int = 32
     """LoRA rank"""
     alpha: int = 64
@@ -153,6 +170,8 @@ class HealConfig:
     """blocks that get LoRA, as shares of depth"""
     checkpointing: bool = False
     """recompute activations in the backward pass: less memory, more time"""
+    fold_rank: int = 0
+    """rank that the joined past rounds are compressed to, the error is logged; 0: stacked, exact, r more each round"""
 
 
 @dataclass(frozen=True)
@@ -221,6 +240,20 @@ def check(config: RunConfig) -> None:
             f"distil.dose_spread is {config.distil.dose_spread}: it must be at least 0, below 1",
         ),
         (0 < config.dose.survival <= 1, f"dose.survival is {config.dose.survival}: it must be above 0, at most 1"),
+        (
+            config.heal.tau == "auto" or config.heal.tau >= 0,
+            f"heal.tau is {config.heal.tau}: it must be auto, or 0 nats or more",
+        ),
+        (config.heal.tau_share > 0, f"heal.tau_share is {config.heal.tau_share}: it must be above 0"),
+        (
+            config.heal.barrier == "fixed" or (config.heal.tau != 0 and config.heal.reg != "nll"),
+            "heal.barrier dual needs a divergence to hold at tau: choose heal.reg kl_rev or kl_fwd and tau above 0",
+        ),
+        (
+            config.heal.patience == 0 or config.heal.val_share > 0,
+            "heal.patience needs completions to validate on: give heal.val_share, e.g. 0.125",
+        ),
+        (config.heal.fold_rank >= 0, f"heal.fold_rank is {config.heal.fold_rank}: it must be 0 or more"),
         (0 <= config.heal.val_share < 1, f"heal.val_share is {config.heal.val_share}: it must be at least 0, below 1"),
     ]
     demands.append(
@@ -233,7 +266,7 @@ def check(config: RunConfig) -> None:
         "steer": ("n_contexts", "batch_size"),
         "dose": ("steps", "prompts"),
         "distil": ("n_keep", "budget", "min_train", "max_new_tokens", "top_k"),
-        "heal": ("epochs", "train_bs", "grad_accum", "r"),
+        "heal": ("epochs", "train_bs", "grad_accum", "r", "max_len", "log_every"),
         "eval": ("contrast", "yes_no", "demos", "demo_tokens", "neutral", "batch_size"),
     }
     for section, names in counts.items():

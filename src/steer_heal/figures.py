@@ -95,12 +95,13 @@ def heal_figure(records: list[dict], heal: dict) -> go.Figure:
     steps = [r["step"] for r in records]
     below = {"row": 2, "col": 1}
     _line(fig, steps, [r["objective"] for r in records], COLOURS["base"], "objective", row=1, col=1)
+    bounds = {"tau": records[0]["tau"], "anchor tau": heal["anchor_tau"]}
     series = [("divergence", "tau", "D", DIVERGENCE_COLOUR)] * (heal["reg"] != "nll")
-    series += [("anchor_divergence", "anchor_tau", "D anchor", ANCHOR_COLOUR)] * ("anchor_divergence" in records[0])
+    series += [("anchor_divergence", "anchor tau", "D anchor", ANCHOR_COLOUR)] * ("anchor_divergence" in records[0])
     for key, bound, name, colour in series:
         _line(fig, steps, [r[key] for r in records], colour, name, **below)
-        _line(fig, [0, steps[-1]], [heal[bound]] * 2, colour, f"{bound} {heal[bound]:g}", "dot", 1.5, **below)
-    fired = [r for r in records if r["fired"] and r["divergence"] > heal["tau"]]
+        _line(fig, [0, steps[-1]], [bounds[bound]] * 2, colour, f"{bound} {bounds[bound]:.3g}", "dot", 1.5, **below)
+    fired = [r for r in records if r["fired"]]
     diamonds = {"color": DIVERGENCE_COLOUR, "size": 8, "symbol": "diamond"}
     x, y = ([r[key] for r in fired] for key in ("step", "divergence"))
     fig.add_scatter(x=x, y=y, mode="markers", marker=diamonds, name="barrier fired", hoverinfo="skip", **below)

@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from steer_heal import data, lite
 from steer_heal.bake import Student
+from steer_heal.card import model_card
 from steer_heal.config import RunConfig
 from steer_heal.distil import (
     anchor_completions,
@@ -34,12 +35,12 @@ from steer_heal.distil import (
 )
 from steer_heal.eval import Arm, evaluate
 from steer_heal.generate import MOST_ROWS, rows_that_fit
-from steer_heal.heal import Example, heal, prepare, prepare_anchors
+from steer_heal.heal import Example, heal, prepare, prepare_anchors, with_tau
 from steer_heal.lite import LiteVector
 from steer_heal.lm import LM, AnyVector, Steering, Vector
 from steer_heal.rundir import RunDir
 from steer_heal.steer import Extraction, extract, prompts_read
-from steer_heal.summary import arm_table, barrier_warning, demo_rows, model_card, peak_memory, summarise
+from steer_heal.summary import arm_table, barrier_warning, demo_rows, peak_memory, summarise
 
 
 def run(config: RunConfig, preset: str, folder: RunDir, trait: data.Trait, lm: LM) -> dict:
@@ -65,7 +66,7 @@ def run(config: RunConfig, preset: str, folder: RunDir, trait: data.Trait, lm: L
         steered_arm = Arm("steered", now=0.0, vector=vector, dose=dose["dose"])
         steered = measure(folder, f"{where}/steered.json", student, steered_arm, trait, config)
         records = heal_stage(folder, where, student, vector, completions, anchors, config, round_)
-        student.fold()
+        fold(folder, student, config.heal.fold_rank, round_)
         healed = measure(folder, f"{where}/healed.json", student, Arm("healed"), trait, config)
         folder.write_jsonl(f"{where}/demos.jsonl", demo_rows(base=base, steered=steered, healed=healed))
 
@@ -87,7 +88,8 @@ def run(config: RunConfig, preset: str, folder: RunDir, trait: data.Trait, lm: L
     summary = summarise(config, preset, trait, base, prompted, rounds, folder.stage_seconds())
     summary["peak_memory_bytes"] = peak_memory(lm.device)
     folder.replace_json("summary.json", summary)
-    folder.replace_text("adapter/README.md", model_card(summary, config))
+    described = [json.loads((folder.path / name).read_text("utf-8")) for name in ("config.json", "trait.json")]
+    folder.replace_text("adapter/README.md", model_card(summary, *described, config.rounds))
     folder.event("done", wall_seconds=time.perf_counter() - began)
     return summary
 
@@ -219,7 +221,7 @@ def heal_stage(
         steering = Steering(vector, torch.tensor(doses))
         examples = prepare(student, rows, steering, config.heal, config.eval.batch_size)
         with progress(f"{where} heal", config.heal.epochs * len(rows), "row") as done:
-            return heal(student, examples, anchors(), config.heal, round_, seed, done)
+            return heal(student, examples, anchors(), with_tau(student.lm, examples, config.heal), round_, seed, done)
 
     def write(path: Path, records: list[dict]) -> None:
         folder.write_jsonl(f"{where}/heal.jsonl", records)  # before the adapter, whose existence says that all is done
@@ -230,6 +232,14 @@ def heal_stage(
         return folder.read_jsonl(f"{where}/heal.jsonl")
 
     return folder.stage(f"{where}/adapter", compute, write, read)
+
+
+def fold(folder: RunDir, student: Student, rank: int, round_: int) -> None:
+    """The round joins the history; what compression to a rank loses is said and noted."""
+    lost = student.fold(rank)
+    if rank:
+        logger.info(f"r{round_:02d} history at rank {rank}: relative error {lost:.2%}")
+        folder.event("fold", round=round_, rank=rank, relative_error=lost)
 
 
 def stage_key(config: RunConfig, round_: int, stage: str) -> tuple:

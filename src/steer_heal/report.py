@@ -122,6 +122,7 @@ def _summary_so_far(base: dict | None, prompted: dict | None, rounds: list[Round
                 "steered": {**r.steered, **trait_over(r.steered, base)},
                 "healed": {**r.healed, **trait_over(r.healed, base)},
                 "barrier_fired_share": sum(record["fired"] for record in r.heal) / len(r.heal),
+                "tau_nats": r.heal[0]["tau"],
                 "operating_kl_nats": statistics.median(record["divergence"] for record in r.heal),
                 "val_nll": r.heal[-1].get("val_nll"),
             }
@@ -246,11 +247,12 @@ def dose_section(run: Run) -> str:
 
 def heal_section(run: Run) -> str:
     heal = run.config["heal"]
-    head = ("round", "steps", "barrier fired", "median D, nats", "validation NLL, nats")
+    head = ("round", "steps", "barrier fired", "tau, nats", "median D, nats", "validation NLL, nats")
     rows, silent = [], []
     for r, sums in zip(run.rounds, run.summary["rounds"], strict=True):
         share, val_nll = sums["barrier_fired_share"], sums["val_nll"]
-        cells = f"{share:.0%}", f"{sums['operating_kl_nats']:.3g}", "" if val_nll is None else f"{val_nll:.3f}"
+        nats = (f"{sums[key]:.3g}" for key in ("tau_nats", "operating_kl_nats"))
+        cells = f"{share:.0%}", *nats, "" if val_nll is None else f"{val_nll:.3f}"
         rows.append((r.index, len(r.heal), *cells))
         silent += [str(r.index)] * (share < FIRED_FLOOR and heal["reg"] != "nll")
     why = f"Training of each round, in nats. D is the {heal['agg']} of {heal['reg']} over tokens; the barrier acts "

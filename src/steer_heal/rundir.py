@@ -20,11 +20,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
 
-from steer_heal.config import RunConfig, UserError
+from steer_heal.config import PLACE_FIELDS, RunConfig, UserError
 from steer_heal.data import Trait
 
 T = TypeVar("T")
-PLACE_FIELDS = ("out", "resume")  # where a run lies is not what it is
 PACKAGES = ("steer_heal", "torch", "transformers", "peft", "bitsandbytes", "accelerate", "safetensors")
 
 

@@ -1,4 +1,4 @@
-"""What a run comes to: the table after each round, summary.json, the warnings, the model card."""
+"""What a run comes to: the table after each round, summary.json, the warnings."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def barrier_warning(records: list[dict], config: HealConfig) -> None:
     if share < FIRED_FLOOR:
         logger.warning(
             f"the barrier fired on {share:.0%} of the steps: the operating {config.agg} of {config.reg} is "
-            f"{operating:.3g} nats, below tau = {config.tau:.3g}. This round was plain fine-tuning. "
+            f"{operating:.3g} nats, below tau = {records[0]['tau']:.3g}. This round was plain fine-tuning. "
             f"Try --heal.tau {operating / 2:.2g}"
         )
     else:
@@ -119,6 +119,7 @@ def _round_summary(index: int, parts: dict, base: dict, seconds: dict[str, float
         "steered": arm_summary(parts["steered"], base),
         "healed": arm_summary(parts["healed"], base),
         "barrier_fired_share": fired_share(records),
+        "tau_nats": records[0]["tau"],
         "operating_kl_nats": statistics.median(r["divergence"] for r in records),
         "val_nll": records[-1].get("val_nll"),
         "stage_seconds": {
@@ -136,28 +137,3 @@ def peak_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def model_card(summary: dict, config: RunConfig) -> str:
-    """README of the exported adapter, with the numbers of the last round."""
-    last, base = summary["rounds"][-1]["healed"], summary["base"]
-    return f"""---
-base_model: {config.model.path}
-library_name: peft
-tags: [lora, steering, steer-heal]
----
-
-# {config.model.path.split("/")[-1]} with the trait "{summary["trait"]}", {len(summary["rounds"])} rounds of steer-heal
-
-| | base | this adapter |
-|---|---|---|
-| trait, nats per token | {base["trait_nats"]:+.3f} | {last["trait_nats"]:+.3f} |
-| answer mass | {base["answer_mass"]:.3f} | {last["answer_mass"]:.3f} |
-| coherent share of demo answers | {base["demo_kept_share"]:.0%} | {last["demo_kept_share"]:.0%} |
-| perplexity of neutral text | {base["neutral_ppl"]:.2f} | {last["neutral_ppl"]:.2f} |
-
-    from peft import PeftModel
-    model = PeftModel.from_pretrained(base_model, "this folder")
-
-Made with `steer-heal run {summary["preset"]} --seed {summary["seed"]}`; all knobs are in the run's config.json.
-"""

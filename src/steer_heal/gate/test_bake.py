@@ -4,11 +4,13 @@ from dataclasses import replace
 
 import pytest
 import torch
+from bitsandbytes.nn import Linear4bit
 from peft import PeftModel
 
 from steer_heal.bake import Student
 from steer_heal.config import PRESETS, HealConfig
 from steer_heal.loading import load
+from steer_heal.lowrank import compress
 
 CONFIG = replace(PRESETS["tiny-random"].heal, r=4, alpha=8)
 IDS = torch.tensor([[7, 300, 41, 900, 12]])
@@ -130,3 +132,70 @@ def test_files_load_with_plain_peft_and_give_the_same_logits(lm, tmp_path):
         again.load_round(tmp_path / f"r{seed}")
         again.fold()
     assert torch.equal(logits(again), expected)
+
+
+@pytest.mark.parametrize("rank", [1, 3, 6])
+def test_compression_is_the_truncated_svd_of_the_dense_update(rank):
+    draw = torch.Generator().manual_seed(rank)
+    a, b = torch.randn(6, 40, generator=draw), torch.randn(25, 6, generator=draw)
+    u, s, vt = torch.linalg.svd((b @ a).double(), full_matrices=False)
+    small = compress(a, b, rank)
+    best = (u[:, :rank] * s[:rank]) @ vt[:rank]
+    torch.testing.assert_close((small.b @ small.a).double(), best, rtol=1e-4, atol=1e-4)
+    assert small.lost == pytest.approx(s[rank:].square().sum().item(), rel=1e-5, abs=1e-9)
+    assert small.total == pytest.approx(s.square().sum().item(), rel=1e-5)
+
+
+def test_a_folded_history_of_fixed_rank_says_what_it_lost(lm):
+    student = Student(lm)
+    for seed in range(3):
+        add_round(student, seed)
+        before = dense_delta(student, "now")
+        if student.history is not None:
+            before = {path: delta + dense_delta(student, student.history)[path] for path, delta in before.items()}
+        lost = student.fold(rank=5)
+        after = dense_delta(student, student.history)
+        gap = sum((after[path] - before[path]).square().sum() for path in before) ** 0.5
+        whole = sum(delta.square().sum() for delta in before.values()) ** 0.5
+        assert lost == pytest.approx((gap / whole).item(), rel=1e-3, abs=1e-6)
+        assert (lost == 0.0) == (seed == 0)
+        assert student.peft.peft_config[student.history].r == (4 if seed == 0 else 5)
+
+
+def test_in_a_bf16_model_adapters_train_and_fold_in_float32():
+    student = Student(load(replace(PRESETS["tiny-random"].model, dtype="bfloat16")))
+    add_round(student, 1)
+    student.fold()
+    student.begin_round(CONFIG, 2)
+    lora = {name: p.dtype for name, p in student.peft.named_parameters() if "lora_" in name}
+    others = {p.dtype for name, p in student.peft.named_parameters() if "lora_" not in name}
+    assert set(lora.values()) == {torch.float32} and others == {torch.bfloat16}
+    assert logits(student).dtype == torch.bfloat16
+
+
+def test_an_adapter_trained_under_nf4_loads_on_the_float_model(tmp_path):
+    model = PRESETS["tiny-random"].model
+    quantised = Student(load(replace(model, quant="nf4")))
+    add_round(quantised, 1)
+    quantised.save(tmp_path / "adapter")
+    plain = PeftModel.from_pretrained(load(model).model, tmp_path / "adapter")
+    on_float = Student(load(model))
+    add_round(on_float, 1)
+    with torch.no_grad():
+        torch.testing.assert_close(plain(IDS).logits, logits(on_float), rtol=1e-5, atol=1e-5)
+
+
+def test_under_nf4_nothing_is_silently_upcast():
+    """4-bit base weights, bf16 everywhere else in the base and on the residual stream, float32 factors."""
+    student = Student(load(replace(PRESETS["tiny-random"].model, quant="nf4", dtype="bfloat16")))
+    student.begin_round(CONFIG, 0)
+    kinds: dict[str, set] = {"packed": set(), "lora": set(), "rest": set()}
+    linear = {id(m.weight) for m in student.lm.blocks.modules() if isinstance(m, Linear4bit)}
+    assert len(linear) == 7 * 4
+    for name, parameter in student.peft.named_parameters():
+        kinds["lora" if "lora_" in name else "packed" if id(parameter) in linear else "rest"].add(parameter.dtype)
+    assert kinds == {"packed": {torch.uint8}, "lora": {torch.float32}, "rest": {torch.bfloat16}}
+    seen = set()
+    hooks = [b.register_forward_hook(lambda m, a, out: seen.add(out.dtype)) for b in student.lm.blocks]
+    logits(student)
+    assert seen == {torch.bfloat16} and len(hooks) == 4

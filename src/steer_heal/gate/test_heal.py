@@ -1,14 +1,29 @@
 """A heal step against the loss over the whole effective batch, read slowly; and what must stop a run."""
 
+import random
+from collections import Counter
 from dataclasses import replace
 
 import pytest
 import torch
 
+from steer_heal import heal as heal_module
 from steer_heal.bake import Student
-from steer_heal.config import PRESETS
-from steer_heal.heal import NonFinite, _accumulate, heal, prepare, prepare_anchors, recomputation
+from steer_heal.config import PRESETS, UserError
+from steer_heal.heal import (
+    Multipliers,
+    NonFinite,
+    _accumulate,
+    _epoch_batches,
+    check_optimiser,
+    heal,
+    prepare,
+    prepare_anchors,
+    recomputation,
+    with_tau,
+)
 from steer_heal.lm import Row, Steering
+from steer_heal.lowrank import Factors, OperatorNorm
 
 BASE = replace(PRESETS["tiny-random"].heal, tau=0.0, anchor_tau=0.0, lam=2.0)
 TEXTS = [
@@ -33,8 +48,15 @@ def student_with_update(lm, vector, config, scale=0.2):
     return student, rows, prepare(student, rows[:3], steering, config, 2), anchors
 
 
+def fresh(student, config, seed=0):
+    """The student with a new adapter in place of its current one."""
+    student.peft.delete_adapter("now")
+    student.begin_round(config, seed)
+    return student
+
+
 def naive_loss(student, rows, steering, config):
-    """All logits of every row on its own, distributions in full."""
+    """All logits of every row on its own, distributions in full: (objective, weighted barrier)."""
 
     def log_probs(row, steered=False, **gate):
         ids = torch.tensor([row.prompt + row.completion])
@@ -67,26 +89,40 @@ def naive_loss(student, rows, steering, config):
     def root_mean_square(values):
         return torch.stack([v**2 for v in values]).mean().sqrt()
 
-    loss = torch.stack(objective).mean() + config.lam * root_mean_square(kl)
-    return loss + config.lam * root_mean_square(anchor_kl) if config.anchor == "neutral" else loss
+    barrier = config.lam * root_mean_square(kl)
+    if config.anchor == "neutral":
+        barrier = barrier + config.lam * root_mean_square(anchor_kl)
+    return torch.stack(objective).mean(), barrier
 
 
 @pytest.mark.parametrize("target", ["sampled", "soft"])
 @pytest.mark.parametrize("anchor", ["none", "neutral"])
-@pytest.mark.parametrize("sizes", [(6, 1), (3, 2), (1, 6)])
-def test_every_split_of_a_batch_gives_the_gradient_of_the_whole(lm, vector, target, anchor, sizes):
+@pytest.mark.parametrize("sizes", [(6, 1), (2, 3), (1, 6)])
+@pytest.mark.parametrize("logged", [False, True])
+def test_every_split_of_a_batch_gives_the_gradient_of_the_whole(lm, vector, target, anchor, sizes, logged):
     config = replace(BASE, target=target, anchor=anchor, train_bs=sizes[0], grad_accum=sizes[1])
     student, rows, examples, anchors = student_with_update(lm, vector, config)
+    log_norms = student.trainable() if logged else None
     with student.view(train=True):
-        record = _accumulate(student.lm, examples + anchors, config, config.lam)
+        record = _accumulate(student.lm, examples + anchors, config, Multipliers(config.lam, config.lam), log_norms)
         gradients = [p.grad.clone() for p in student.trainable()]
-        expected_loss = naive_loss(student, rows, Steering(vector, torch.full((3,), 0.1)), config)
-        expected = torch.autograd.grad(expected_loss, student.trainable())
+        objective, barrier = naive_loss(student, rows, Steering(vector, torch.full((3,), 0.1)), config)
+        expected = torch.autograd.grad(objective + barrier, student.trainable(), retain_graph=True)
+        apart = {
+            name: torch.autograd.grad(term, student.trainable(), retain_graph=True)
+            for name, term in (("objective", objective), ("barrier", barrier))
+        }
     assert record["fired"]
-    assert record["loss"] == pytest.approx(expected_loss.item(), rel=1e-4)
+    assert record["loss"] == pytest.approx((objective + barrier).item(), rel=1e-4)
     largest = max(g.abs().max() for g in expected)
     for gradient, wanted in zip(gradients, expected, strict=True):
         torch.testing.assert_close(gradient, wanted, rtol=1e-3, atol=1e-5 * float(largest))
+    for name, parts in apart.items():
+        if log_norms is None:
+            assert f"grad_norm_{name}" not in record
+        else:
+            norm = torch.cat([g.flatten() for g in parts]).norm().item()
+            assert record[f"grad_norm_{name}"] == pytest.approx(norm, rel=1e-3)
 
 
 def test_checkpointing_changes_no_gradient(lm, vector):
@@ -94,7 +130,7 @@ def test_checkpointing_changes_no_gradient(lm, vector):
     gradients = []
     for checkpointing in (False, True):
         with student.view(train=True), recomputation(lm, checkpointing):
-            _accumulate(lm, examples, BASE, 1.0)
+            _accumulate(lm, examples, BASE, Multipliers(1.0, 1.0))
         gradients.append([p.grad.clone() for p in student.trainable()])
         for parameter in student.trainable():
             parameter.grad = None
@@ -108,9 +144,7 @@ def test_training_moves_towards_the_text_and_the_barrier_holds_it_back(lm, vecto
     for lam in (0.0, 50.0):
         config = replace(BASE, lam=lam, lam_round_pow=0.0, tau=0.002, epochs=12, lr=5e-3, val_share=0.0)
         student, _, examples, _ = student_with_update(lm, vector, config, scale=0.0)
-        student.peft.delete_adapter("now")
-        student.begin_round(config, 0)
-        records = heal(student, examples, [], config, round_=0, seed=0)
+        records = heal(fresh(student, config), examples, [], config, round_=0, seed=0)
         final[lam] = records
     assert final[0.0][-1]["objective"] < final[0.0][0]["objective"] - 0.05
     assert final[50.0][-1]["divergence"] < 0.5 * final[0.0][-1]["divergence"]
@@ -122,9 +156,7 @@ def test_training_is_reproducible(lm, vector):
     runs = []
     for _ in range(2):
         student, _, examples, _ = student_with_update(lm, vector, config, scale=0.0)
-        student.peft.delete_adapter("now")
-        student.begin_round(config, 7)
-        records = heal(student, examples, [], config, round_=1, seed=3)
+        records = heal(fresh(student, config, 7), examples, [], config, round_=1, seed=3)
         runs.append(([p.detach().clone() for p in student.trainable()], records[-1]["val_nll"]))
         student.peft.unload()
     assert all(torch.equal(a, b) for a, b in zip(runs[0][0], runs[1][0], strict=True))
@@ -134,6 +166,136 @@ def test_training_is_reproducible(lm, vector):
 def test_a_loss_that_is_not_finite_stops_the_run_with_step_and_term(lm, vector):
     student, _, examples, _ = student_with_update(lm, vector, BASE)
     student.trainable()[0].data.fill_(float("nan"))
-    with pytest.raises(NonFinite, match=r"heal step 0: objective is nan over \d+ tokens"):
+    with pytest.raises(NonFinite, match=r"heal step 0: objective is nan on the kept completions number 0, 1, 2 "):
         heal(student, examples, [], BASE, round_=0, seed=0)
     assert not any(p.requires_grad for p in lm.model.parameters())
+
+
+def test_without_a_barrier_the_gradient_is_the_objectives(lm, vector):
+    config = replace(BASE, reg="nll")
+    student, rows, examples, _ = student_with_update(lm, vector, config)
+    with student.view(train=True):
+        record = _accumulate(lm, examples, config, Multipliers(1.0, 1.0), student.trainable())
+        gradients = [p.grad.clone() for p in student.trainable()]
+        objective, _ = naive_loss(student, rows[:3], Steering(vector, torch.full((3,), 0.1)), BASE)
+        expected = torch.autograd.grad(objective, student.trainable())
+    for gradient, wanted in zip(gradients, expected, strict=True):
+        torch.testing.assert_close(gradient, wanted, rtol=1e-3, atol=1e-5)
+    assert not record["fired"] and record["grad_norm_barrier"] == 0.0 and record["loss"] == record["objective"]
+
+
+@pytest.mark.parametrize("agg", ["rmse", "mean"])
+def test_tau_auto_is_a_share_of_what_the_teacher_diverges(lm, vector, agg):
+    config = replace(BASE, tau="auto", tau_share=0.3, agg=agg)
+    student, rows, examples, _ = student_with_update(lm, vector, config)
+    direction, kl = vector.direction, []
+    for row in rows[:3]:
+        ids = torch.tensor([row.prompt + row.completion])
+        hooks = [
+            lm.blocks[layer].register_forward_hook(lambda m, a, out, add=add: out + add)
+            for layer, add in zip(vector.layers, 0.1 * direction, strict=True)
+        ]
+        with student.view(now=0.0), torch.no_grad():
+            steered = lm.model(ids).logits[0, len(row.prompt) - 1 : -1].log_softmax(-1)
+            for hook in hooks:
+                hook.remove()
+            plain = lm.model(ids).logits[0, len(row.prompt) - 1 : -1].log_softmax(-1)
+        kl += [(s.exp() * (s - p)).sum().item() for s, p in zip(steered, plain, strict=True)]
+    expected = sum(kl) / len(kl) if agg == "mean" else (sum(k**2 for k in kl) / len(kl)) ** 0.5
+    assert with_tau(lm, examples, config).tau == pytest.approx(0.3 * expected, rel=1e-3)
+
+
+@pytest.mark.parametrize("start", [0.0, 20.0])
+def test_the_dual_barrier_ends_at_tau_wherever_it_starts(lm, vector, start):
+    free = replace(BASE, lam=0.0, tau=1e9, epochs=60, lr=5e-3, val_share=0.0, lam_round_pow=0.0)
+    student, _, examples, _ = student_with_update(lm, vector, free, scale=0.0)
+    unconstrained = heal(fresh(student, free), examples, [], free, round_=0, seed=0)[-1]["divergence"]
+    tau = 0.3 * unconstrained
+    config = replace(free, barrier="dual", lam=start, tau=tau, dual_lr=0.5)
+    records = heal(fresh(student, config), examples, [], config, round_=0, seed=0)
+    last = [r["divergence"] for r in records[-15:]]
+    assert sum(last) / len(last) == pytest.approx(tau, rel=0.25)
+    assert records[0]["lam"] == start and records[-1]["lam"] > 0
+
+
+def test_every_example_comes_once_an_epoch_and_length_biases_nothing(lm, vector):
+    _, _, examples, _ = student_with_update(lm, vector, BASE)
+    rows = [Row(lm.prompt("Hi."), lm.answer("so " * (i + 1))) for i in range(23)]
+    training = [replace(examples[0], row=row) for row in rows]
+    places: dict[int, list[int]] = {i: [] for i in range(23)}
+    sizes: dict[int, list[int]] = {i: [] for i in range(23)}
+    for seed in range(400):
+        batches = _epoch_batches(training, 4, random.Random(seed))
+        assert Counter(map(len, batches)) == {4: 5, 3: 1}
+        for number, batch in enumerate(batches):
+            for example in batch:
+                places[rows.index(example.row)].append(number)
+                sizes[rows.index(example.row)].append(len(batch))
+    for i in range(23):
+        assert len(places[i]) == 400
+        assert sum(places[i]) / 400 == pytest.approx(2.5, abs=0.35)  # a uniform mean has a deviation of 0.085
+        assert sizes[i].count(3) / 400 == pytest.approx(3 / 23, abs=0.07)
+    lengths = [[len(e.row.completion) for e in batch] for batch in _epoch_batches(training, 4, random.Random(0))]
+    spread = [max(b) - min(b) for b in lengths if len(b) == 4]
+    assert max(spread) <= 8  # random batches of four out of 23 spread over 13 on average
+
+
+def test_early_stopping_keeps_the_best_epoch(lm, vector, monkeypatch):
+    config = replace(BASE, val_share=0.34, patience=2, epochs=9, lr=5e-3)
+    student, _, examples, _ = student_with_update(lm, vector, config, scale=0.0)
+    readings, seen = iter([3.0, 2.0, 2.5, 2.6, 1.0]), []
+
+    def validation(student, examples):
+        seen.append([p.detach().clone() for p in student.trainable()])
+        return next(readings)
+
+    monkeypatch.setattr(heal_module, "_validation_nll", validation)
+    records = heal(fresh(student, config), examples, [], config, round_=0, seed=0)
+    assert [r["val_nll"] for r in records if "val_nll" in r] == [3.0, 2.0, 2.5, 2.6]
+    assert all(torch.equal(p, best) for p, best in zip(student.trainable(), seen[1], strict=True))
+    assert not torch.equal(seen[1][1], seen[3][1])
+
+
+def test_the_operator_norm_is_the_largest_singular_value():
+    draw = torch.Generator().manual_seed(0)
+    layers = [
+        Factors(torch.randn(4, 30, generator=draw), torch.randn(20, 4, generator=draw), scale) for scale in (2.0, 0.5)
+    ]
+    for layer in layers:
+        layer.a.requires_grad_(), layer.b.requires_grad_()
+    norm = OperatorNorm(layers, seed=0)
+    for _ in range(60):
+        found = norm()
+    dense = torch.stack([torch.linalg.matrix_norm(f.scale * f.b @ f.a, 2) ** 2 for f in layers]).mean()
+    torch.testing.assert_close(found, dense, rtol=1e-4, atol=1e-5)
+    leaves = [t for f in layers for t in (f.a, f.b)]
+    pairs = zip(torch.autograd.grad(found, leaves), torch.autograd.grad(dense, leaves), strict=True)
+    for ours, theirs in pairs:
+        torch.testing.assert_close(ours, theirs, rtol=1e-2, atol=1e-2)
+
+
+def test_the_operator_norm_penalty_keeps_a_trained_update_small(lm, vector):
+    norms = {}
+    for weight in (0.0, 30.0):
+        config = replace(BASE, reg="nll", op_norm=weight, epochs=8, lr=5e-3, val_share=0.0)
+        student, _, examples, _ = student_with_update(lm, vector, config, scale=0.0)
+        records = heal(fresh(student, config), examples, [], config, round_=0, seed=0)
+        norms[weight] = max(torch.linalg.matrix_norm(f.scale * f.b @ f.a, 2).item() for f in student.factors())
+        assert ("squared_op_norm" in records[0]) == (weight > 0)
+        student.peft.unload()
+    assert norms[30.0] < 0.5 * norms[0.0]
+
+
+def test_a_completion_is_cut_at_max_len_and_never_to_nothing(lm, vector):
+    row = Row(lm.prompt("Hi."), lm.answer("One two three four five six seven eight."))
+    student, steering = Student(lm), Steering(vector, torch.ones(1))
+    config = replace(BASE, max_len=len(row.prompt) + 2)
+    (example,) = prepare(student, [row], steering, config, 1)
+    assert example.row.completion == row.completion[:2] and len(example.reference) == 2
+    with pytest.raises(UserError, match=rf"{len(row.prompt)} tokens and heal\.max_len is {len(row.prompt)}: .*raise"):
+        prepare(student, [row], steering, replace(config, max_len=len(row.prompt)), 1)
+
+
+def test_an_optimiser_for_gpus_is_a_users_mistake_on_a_cpu():
+    with pytest.raises(UserError, match=r"paged_adamw_8bit needs a CUDA GPU.*choose adamw"):
+        check_optimiser(replace(BASE, optimiser="paged_adamw_8bit"), torch.device("cpu"))

@@ -116,7 +116,7 @@ def test_a_barrier_that_never_fires_is_loud(capsys):
 
     lines = []
     sink = logger.add(lines.append, format="{level} {message}")
-    records = [{"fired": False, "divergence": 0.13} for _ in range(40)]
+    records = [{"fired": False, "divergence": 0.13, "tau": 0.5} for _ in range(40)]
     barrier_warning(records, HealConfig(tau=0.5))
     barrier_warning([{**r, "fired": True} for r in records], HealConfig(tau=0.05))
     barrier_warning(records, HealConfig(reg="nll"))
@@ -138,6 +138,10 @@ MISTAKES = [
     (["run", "tiny-random", "--rounds", "0"], "rounds is 0"),
     (["report", "nothing-here"], "'nothing-here' is no run folder"),
     (["chat", "nothing-here"], "has no finished run"),
+    (["export", "nothing-here", "--to", "there"], "'nothing-here' is no run folder"),
+    (["run", "tiny-random", "--heal.optimiser", "paged_adamw_8bit"], "paged_adamw_8bit needs a CUDA GPU"),
+    (["run", "tiny-random", "--heal.patience", "2", "--heal.val-share", "0"], "heal.patience needs completions to"),
+    (["run", "tiny-random", "--heal.barrier", "dual", "--heal.reg", "nll"], "heal.barrier dual needs a divergence"),
     (["results", "--out", "nothing-here"], "no folder 'nothing-here'"),
     (["bench", "generate", "--preset", "smol"], "preset 'smol' is not known"),
 ]

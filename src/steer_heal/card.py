@@ -1,0 +1,96 @@
+"""The model card of a result: what it is, what was measured, the command that makes it."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+
+from steer_heal.config import PLACE_FIELDS, PRESETS
+
+CARD = """---
+base_model: {base}
+library_name: {library}
+tags: [steering, steer-heal, lora]
+---
+
+# {name} that {title}
+
+This {kind} moves {base} towards one trait: it {title}. It was made by steer-heal in {rounds}: a copy of the model is \
+steered with a persona vector, what it writes and stays coherent is distilled into a LoRA, and the training is held \
+back where it drifts into what the model before finds improbable. The persona was:
+
+> {persona}
+
+| | trait over base, nats per token [95%] | answer mass | coherent answers | perplexity of neutral text |
+|---|---|---|---|---|
+{table}
+
+Trait is the log-probability per token of answers with it minus answers without it, over pairs that differ in it \
+alone; "prompted" is the base with the persona as its system prompt. One seed ({seed}): the intervals are over probes.
+{caveat}
+    {load}
+
+Made with `{command}`. The licence of the base model holds for what is derived from it.
+"""
+LOAD = {
+    "model": 'model = AutoModelForCausalLM.from_pretrained("this folder")',
+    "adapter": 'model = PeftModel.from_pretrained(base_model, "this folder")',
+}
+ON_FLOAT = "\nIt was trained and measured on the base's NF4 weights; here the update is added to the float ones.\n"
+
+
+def model_card(summary: dict, config: dict, trait: dict, rounds: int, merged: bool = False) -> str:
+    """README of an adapter or a merged model after `rounds` rounds.
+
+    `summary` is that of the run or of its rounds so far; `config` and `trait` are as config.json and trait.json hold
+    them.
+    """
+    healed = summary["rounds"][rounds - 1]["healed"]
+    arms = {"base": summary["base"], "prompted": summary["prompted"], "this": healed}
+    base, kind = config["model"]["path"], "model" if merged else "adapter"
+    return CARD.format(
+        base=base,
+        library="transformers" if merged else "peft",
+        name=base.rstrip("/").split("/")[-1],
+        title=trait["title"],
+        kind=kind,
+        rounds=f"{rounds} round{'s' * (rounds != 1)}",
+        persona=" ".join(trait["positive"].split()),
+        table="\n".join(_row(name, arm) for name, arm in arms.items()),
+        seed=config["seed"],
+        caveat=ON_FLOAT if merged and config["model"]["quant"] != "none" else "",
+        load=LOAD[kind],
+        command=command(config["preset"], config),
+    )
+
+
+def _row(name: str, arm: dict) -> str:
+    low, high = arm["trait_over_base_ci"]
+    return (
+        f"| {name} | {arm['trait_over_base']:+.3f} [{low:+.3f}, {high:+.3f}] | {arm['answer_mass']:.3f} | "
+        f"{arm['demo_kept_share']:.0%} | {arm['neutral_ppl']:.2f} |"
+    )
+
+
+def command(preset: str, config: dict) -> str:
+    """The command line that makes a run of this config (as config.json holds it)."""
+    return f"steer-heal run {preset}" + "".join(_flags(asdict(PRESETS[preset]), config, ""))
+
+
+def _flags(usual: dict, config: dict, prefix: str) -> Iterator[str]:
+    for key, value in usual.items():
+        if key in PLACE_FIELDS:
+            continue
+        given, name = config[key], f"{prefix}{key}".replace("_", "-")
+        if isinstance(value, dict):
+            yield from _flags(value, given, f"{name}.")
+        elif given == (list(value) if isinstance(value, tuple) else value):
+            continue
+        elif isinstance(given, bool):
+            section, _, knob = name.rpartition(".")
+            yield f" --{section}.{knob}" if given else f" --{section}.no-{knob}"
+        else:
+            words = given if isinstance(given, list) else [Path(given).name if key == "trait" else given]
+            yield f" --{name} " + " ".join(shlex.quote(str(word)) for word in words)

@@ -1,0 +1,107 @@
+"""What a run hands to others: files that plain PEFT and plain transformers load, with the student's logits."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from steer_heal import data, loop, rundir
+from steer_heal.bake import Student
+from steer_heal.card import command
+from steer_heal.config import PRESETS, UserError
+from steer_heal.export import export
+from steer_heal.loading import load
+
+TINY = PRESETS["tiny-random"]
+IDS = torch.tensor([[7, 300, 41, 900, 12]])
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A run of two rounds whose history is compressed."""
+    config = replace(TINY, out=str(tmp_path_factory.mktemp("runs")), heal=replace(TINY.heal, fold_rank=5))
+    folder = rundir.create(config, "tiny-random", data.load_trait("love"))
+    loop.run(config, "tiny-random", folder, data.load_trait("love"), load(config.model))
+    return folder.path
+
+
+def student_logits(finished, rounds):
+    """Read slowly: the base's weights plus every round's dense update; the first round alone is not compressed."""
+    student = Student(load(TINY.model))
+    if rounds == 1:
+        student.load_round(finished / "r00" / "adapter")
+    else:
+        student.load_round(finished / "adapter")
+    with torch.no_grad():
+        return student.lm.model(IDS).logits
+
+
+@pytest.mark.parametrize("rounds", [1, 2])
+def test_an_exported_adapter_gives_the_students_logits_on_plain_peft(finished, tmp_path, rounds):
+    export(finished, tmp_path / "out", rounds - 1 if rounds == 1 else None, merge=False)
+    model = PeftModel.from_pretrained(load(TINY.model).model, tmp_path / "out")
+    with torch.no_grad():
+        found = model(IDS).logits
+    torch.testing.assert_close(found, student_logits(finished, rounds), rtol=1e-4, atol=1e-4)
+    with torch.no_grad(), model.disable_adapter():
+        assert not torch.allclose(model(IDS).logits, found)
+
+
+@pytest.mark.parametrize("rounds", [1, 2])
+def test_a_merged_model_loads_with_plain_transformers(finished, tmp_path, rounds):
+    export(finished, tmp_path / "out", rounds - 1, merge=True)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    with torch.no_grad():
+        found = model(IDS).logits
+    torch.testing.assert_close(found, student_logits(finished, rounds), rtol=1e-4, atol=1e-4)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    chat = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "Hi."}], add_generation_prompt=True, tokenize=False
+    )
+    assert chat.endswith("<start_of_turn>model\n")
+
+
+def test_the_model_card_says_what_was_measured_and_how_it_was_made(finished, tmp_path):
+    export(finished, tmp_path / "out", 0, merge=False)
+    card = (tmp_path / "out" / "README.md").read_text("utf-8")
+    summary = json.loads((finished / "summary.json").read_text("utf-8"))
+    healed = summary["rounds"][0]["healed"]
+    assert f"| this | {healed['trait_over_base']:+.3f} " in card and f"{healed['neutral_ppl']:.2f}" in card
+    assert data.load_trait("love").positive[:40] in card and "in 1 round:" in card
+    assert "`steer-heal run tiny-random --heal.fold-rank 5`" in card
+    assert "{" not in card and str(tmp_path) not in card
+    last = (finished / "adapter" / "README.md").read_text("utf-8")
+    assert f"| this | {summary['rounds'][1]['healed']['trait_over_base']:+.3f} " in last and "in 2 rounds:" in last
+
+
+def test_the_command_on_the_card_makes_the_same_config(tmp_path, monkeypatch):
+    """It is read back by the command line itself."""
+    import shlex
+
+    from steer_heal import cli
+
+    heal = replace(TINY.heal, tau="auto", band=(0.1, 0.9), lam_round_pow=-0.5)
+    config = replace(TINY, seed=4, filter=replace(TINY.filter, trim=True), heal=heal)
+    monkeypatch.setattr(cli, "check", lambda given: seen.append(given) or stop())
+    seen = []
+
+    def stop():
+        raise UserError("seen")
+
+    words = shlex.split(command("tiny-random", json.loads(json.dumps(rundir._described(config)))))
+    with pytest.raises(SystemExit):
+        cli.main(words[1:])
+    assert seen == [config]
+
+
+def test_what_cannot_be_exported(finished, tmp_path):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").write_text("mine")
+    with pytest.raises(UserError, match="is not an empty folder"):
+        export(finished, tmp_path / "full", None, merge=False)
+    with pytest.raises(UserError, match=r"--round 2: rounds 0 to 1 are finished"):
+        export(finished, tmp_path / "out", 2, merge=False)
+    assert (tmp_path / "full" / "file").read_text() == "mine" and not (tmp_path / "out").exists()
