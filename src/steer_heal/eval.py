@@ -22,6 +22,7 @@ import torch
 
 from steer_heal.bake import Student
 from steer_heal.bootstrap import interval
+from steer_heal.choices import choice_log_probs
 from steer_heal.coherence import judge
 from steer_heal.config import EvalConfig, FilterConfig
 from steer_heal.data import Trait, YesNo, neutral
@@ -104,11 +105,10 @@ def contrast_scores(lm: LM, arm: Arm, trait: Trait, config: EvalConfig) -> np.nd
     """Log-probability per token of the trait answer minus its opposite, nats per token, one a probe."""
     probes = trait.contrast[: config.contrast]
     prompts = [lm.prompt(p.question, arm.system) for p in probes]
-    rows = [Row(q, lm.answer(p.trait)) for q, p in zip(prompts, probes, strict=True)]
-    rows += [Row(q, lm.answer(p.opposite)) for q, p in zip(prompts, probes, strict=True)]
-    nll = row_nll(lm, rows, config.batch_size, arm.steering(len(rows)))
-    per_token = np.array([row.double().mean().item() for row in nll])
-    return trait.direction * (per_token[len(probes) :] - per_token[: len(probes)])
+    answers = [[lm.answer(p.trait), lm.answer(p.opposite)] for p in probes]
+    scored = choice_log_probs(lm, prompts, answers, config.batch_size, arm.steering(len(probes)))
+    per_token = np.array([[answer.double().mean().item() for answer in pair] for pair in scored])
+    return trait.direction * (per_token[:, 0] - per_token[:, 1])
 
 
 def yes_no_scores(lm: LM, arm: Arm, probes: tuple[YesNo, ...], batch_size: int) -> tuple[np.ndarray, np.ndarray]:

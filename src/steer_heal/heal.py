@@ -79,8 +79,10 @@ def _cut(row: Row, max_len: int) -> Row:
 
 def with_tau(lm: LM, examples: list[Example], config: HealConfig) -> HealConfig:
     """The config with `tau` a number: for `auto` a share of the divergence that the teacher itself has here."""
-    if config.tau != "auto" or config.reg == "nll":
+    if config.tau != "auto":
         return config
+    if config.reg == "nll":
+        return replace(config, tau=0.0)  # nothing is held at it
     with torch.no_grad():
         kl = [position_losses(lm.head, e.teacher, None, e.reference, config.reg)[1] for e in examples]
     tau = config.tau_share * aggregate(torch.cat(kl), config.agg).item()
@@ -287,7 +289,7 @@ def _accumulate(
         part_objective, part_kl = losses[index] if len(micro) == 1 else _losses(lm, part, config)
         norms.backward(on_objective[index] @ part_objective, on_kl[index] @ part_kl)
     return {name: term.item() for name, term in terms.items()} | {
-        "fired": terms["divergence"].item() > config.tau and config.reg != "nll",
+        "fired": config.reg != "nll" and terms["divergence"].item() > config.tau,
         "anchor_fired": bool(terms.get("anchor_divergence", 0.0) > config.anchor_tau),
         "tau": config.tau,
         "lam": lam.own,

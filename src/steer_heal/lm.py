@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers import (
     PreTrainedModel,
@@ -365,9 +365,14 @@ def row_nll(lm: LM, rows: list[Row], batch_size: int, steering_: Steering | None
     """NLL in nats of every completion token of every row under the model as it stands (view, steering)."""
     states = torch.cat(lm.states(rows, batch_size, steering_))
     targets = torch.tensor([t for row in rows for t in row.completion], device=lm.device)
+    return list(token_nll(lm, states, targets).cpu().split([len(row.completion) for row in rows]))
+
+
+def token_nll(lm: LM, states: Float[Tensor, "n d"], targets: Int[Tensor, "n"]) -> Float[Tensor, "n"]:
+    """NLL in nats of each target at its state, HEAD_CHUNK rows of logits at a time."""
     with torch.no_grad():
         parts = [
             torch.nn.functional.cross_entropy(lm.head(h), t, reduction="none")
             for h, t in zip(states.split(HEAD_CHUNK), targets.split(HEAD_CHUNK), strict=True)
         ]
-    return list(torch.cat(parts).cpu().split([len(row.completion) for row in rows]))
+    return torch.cat(parts)

@@ -154,7 +154,21 @@ def mundane() -> tuple[str, ...]:
     return _lines("mundane")
 
 
+def vignettes() -> tuple[dict, ...]:
+    """140 short scenes, 20 that breach each moral foundation (norms: none, just odd), in third and second person."""
+    return _records_of("vignettes")
+
+
+def canary() -> tuple[dict, ...]:
+    """60 plain questions with one right answer and three wrong ones: arithmetic, facts, form."""
+    return _records_of("canary")
+
+
 def labelled() -> tuple[dict, ...]:
     """Completions that were read and labelled, with their scores under SmolLM2-135M: see `filterproof`."""
-    text = (HERE / "labelled.jsonl").read_text("utf-8")
-    return tuple(json.loads(line) for line in text.splitlines())
+    return _records_of("labelled")
+
+
+@cache
+def _records_of(name: str) -> tuple[dict, ...]:
+    return tuple(json.loads(line) for line in (HERE / f"{name}.jsonl").read_text("utf-8").splitlines())

@@ -13,10 +13,13 @@ N, D, V = 23, 8, 50
 CASES = list(itertools.product(["kl_fwd", "kl_rev", "nll"], ["mean", "rmse", "p95", "max"], [None, 5.0], [False, True]))
 
 
-@pytest.fixture(autouse=True)
-def small_chunks(monkeypatch):
-    monkeypatch.setattr(barrier, "CHUNK_ELEMENTS", {"cpu": 16 * V})  # several chunks, the last one shorter
-    monkeypatch.setattr(barrier, "WIDEN", 12)
+@pytest.fixture(autouse=True, params=["chunks", "whole"])
+def small_chunks(monkeypatch, request):
+    rows = {"chunks": 16, "whole": N}[request.param]  # two chunks, the second one shorter; or one
+    monkeypatch.setattr(barrier, "CHUNK_ROWS", 1)
+    monkeypatch.setattr(barrier, "CHUNK_ELEMENTS", {"cpu": 3 * rows * V})
+    monkeypatch.setattr(barrier, "BLOCK_ELEMENTS", {"cpu": 5 * V})
+    monkeypatch.setattr(barrier, "HEAD_BLOCK", 12)
 
 
 def draw(dtype=torch.float32, seed=0):

@@ -2,6 +2,7 @@
 
 import itertools
 import re
+from collections import Counter
 from importlib.resources import files
 
 import pytest
@@ -40,6 +41,33 @@ def fivegrams(texts):
 def test_contexts_neutral_texts_and_mundane_prompts():
     assert len(set(data.contexts())) == 256 and len(set(data.neutral())) == 40 and len(set(data.mundane())) == 64
     assert sum(len(words(text)) for text in data.neutral()) > 2000
+
+
+FOUNDATIONS = ("care", "fairness", "loyalty", "authority", "sanctity", "liberty", "norms")
+
+
+def test_vignettes_are_balanced_and_none_repeats_another():
+    rows = data.vignettes()
+    assert Counter(row["foundation"] for row in rows) == dict.fromkeys(FOUNDATIONS, 20)
+    for foundation in FOUNDATIONS:
+        severity = Counter(row["severity"] for row in rows if row["foundation"] == foundation)
+        assert set(severity) == {1, 2, 3} and min(severity.values()) >= 5
+    for row in rows:
+        assert row["see"].startswith("You see ") and row["do"].startswith("You ") and row["see"].endswith(".")
+        assert 10 <= len(words(row["see"])) <= 26 and abs(len(words(row["see"])) - len(words(row["do"]))) <= 3
+        assert not set(words(row["see"] + row["do"])) & {*FOUNDATIONS, "fair", "unfair", "loyal", "obey", "freedom"}
+    scenes = [row["see"].removeprefix("You see ") for row in rows]
+    for one, other in itertools.combinations(scenes, 2):
+        assert not fivegrams([one]) & fivegrams([other])
+
+
+def test_canary_questions_have_one_right_answer_of_the_form_of_the_wrong_ones():
+    rows = data.canary()
+    assert len(rows) >= 40 and len({row["question"] for row in rows}) == len(rows)
+    assert min(Counter(row["kind"] for row in rows).values()) >= 12
+    for row in rows:
+        answers = [row["right"], *row["wrong"]]
+        assert len(set(answers)) == 4 and all(len(a.split()) == len(row["right"].split()) for a in answers), row
 
 
 BROKEN = [

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from steer_heal import heal as heal_module
+from steer_heal import healbench
 from steer_heal.bake import Student
 from steer_heal.config import PRESETS, UserError
 from steer_heal.heal import (
@@ -299,3 +300,28 @@ def test_a_completion_is_cut_at_max_len_and_never_to_nothing(lm, vector):
 def test_an_optimiser_for_gpus_is_a_users_mistake_on_a_cpu():
     with pytest.raises(UserError, match=r"paged_adamw_8bit needs a CUDA GPU.*choose adamw"):
         check_optimiser(replace(BASE, optimiser="paged_adamw_8bit"), torch.device("cpu"))
+
+
+def test_the_benchmark_compares_steps_of_equal_gradient(lm):
+    """Naive and ours train on the same loss, so that a ratio of their times means something."""
+    student = Student(lm)
+    student.begin_round(healbench.CONFIG, 0)
+    draw = torch.Generator().manual_seed(0)
+    for parameter in student.trainable():
+        parameter.data = 0.2 * torch.randn(parameter.shape, generator=draw)
+    ids = torch.randint(100, 1000, (3, 24), generator=draw)
+    gradients = []
+    for how in (healbench._naive, healbench._ours):
+        step = how(student, ids, 8)
+        with student.view(train=True):
+            step()
+        gradients.append(torch.cat([p.grad.flatten() for p in student.trainable()]))
+        for parameter in student.trainable():
+            parameter.grad = None
+    torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-5 * float(gradients[0].abs().max()))
+
+
+def test_a_measurement_in_a_process_of_its_own_sees_time_and_memory():
+    case = healbench.Case(PRESETS["tiny-random"].model, 2, 24, 16)
+    seconds, peak = healbench._apart(healbench._step, case, "ours")
+    assert seconds > 0 and 0 < peak < 1 << 30

@@ -1,0 +1,104 @@
+"""Log-probabilities of several answers to each prompt, every prompt read once.
+
+A probe with two answers, or a question with seven options, shares its prompt: its keys and values are computed once
+and each answer goes on from them. What all prompts of a batch begin with is computed once for the batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from transformers.cache_utils import DynamicCache
+
+from steer_heal.lm import LM, Dial, Steering, batches, shared_prefix, steering, token_nll
+
+
+def choice_log_probs(
+    lm: LM,
+    prompts: list[list[int]],
+    choices: list[list[list[int]]],
+    batch_size: int,
+    steering_: Steering | None = None,
+    on_prompts: Callable[[int], None] = lambda prompts: None,
+) -> list[list[Float[Tensor, "n"]]]:
+    """Log-probability in nats of each token of each answer: result[i][j] belongs to `choices[i][j]` after `prompts[i]`.
+
+    Args:
+        prompts: token ids up to the assistant tag.
+        choices: token ids of each prompt's answers, at least one token each.
+        batch_size: sequences a forward pass; results do not depend on it.
+        steering_: a vector with one dose per prompt.
+    """
+    out: list[list[Tensor] | None] = [None] * len(prompts)
+    with torch.no_grad(), steering(lm, steering_) as dial:
+        for chunk in batches([len(prompt) for prompt in prompts], batch_size, steering_):
+            dose = None if steering_ is None else steering_.dose[chunk].to(lm.device)
+            scored = _score(lm, [prompts[i] for i in chunk], [choices[i] for i in chunk], batch_size, dose, dial)
+            for i, log_probs in zip(chunk, scored, strict=True):
+                out[i] = log_probs
+            on_prompts(len(chunk))
+    return out
+
+
+def _score(
+    lm: LM, prompts: list, choices: list, batch_size: int, dose: Tensor | None, dial: Dial
+) -> list[list[Tensor]]:
+    device = lm.device
+    # A window is counted in cache columns: left padding between the prefix and the rest would push the prefix out.
+    shared = 0 if lm.windowed else shared_prefix(prompts)
+    own = [p[shared:] for p in prompts]
+    longest = max(map(len, own))
+    ids = torch.tensor([p[:1] * (longest - len(p)) + p for p in own], device=device)
+    mask = torch.tensor([[1] * shared + [0] * (longest - len(p)) + [1] * len(p) for p in own], device=device)
+    position = mask.cumsum(1).sub(1).clamp(min=0)
+    cache = DynamicCache()
+    if shared:
+        cache = lm.prefix(prompts[0][:shared], dial, dose)
+        if dose is None:
+            cache.batch_repeat_interleave(len(prompts))
+    if dose is not None:
+        dial.turn(dose, mask[:, shared:].bool())
+    hidden = lm.decoder(
+        input_ids=ids, attention_mask=mask, position_ids=position[:, shared:], past_key_values=cache, use_cache=True
+    ).last_hidden_state[:, -1]
+    first = lm.head(hidden).log_softmax(-1)
+
+    answers = [(row, answer) for row, options in enumerate(choices) for answer in options]
+    log_probs = [first[row, answer[:1]] for row, answer in answers]
+    longer = sorted((i for i, (_, answer) in enumerate(answers) if len(answer) > 1), key=lambda i: len(answers[i][1]))
+    for start in range(0, len(longer), batch_size):
+        part = longer[start : start + batch_size]
+        rest = _rest(lm, [answers[i] for i in part], cache, mask, position[:, -1], dose, dial)
+        for i, more in zip(part, rest, strict=True):
+            log_probs[i] = torch.cat([log_probs[i], more])
+    scored: list[list[Tensor]] = [[] for _ in prompts]
+    for (row, _), values in zip(answers, log_probs, strict=True):
+        scored[row].append(values.cpu())
+    return scored
+
+
+def _rest(lm, answers, cache, mask, last, dose, dial) -> list[Tensor]:
+    """Log-probabilities of the second and later tokens of (row, answer) pairs, each from its row's keys and values."""
+    rows = torch.tensor([row for row, _ in answers], device=lm.device)
+    longest = max(len(answer) for _, answer in answers) - 1
+    # Padding on the right is seen by nothing that is read.
+    ids = torch.tensor([a[:-1] + a[-1:] * (longest - len(a) + 1) for _, a in answers], device=lm.device)
+    went_on = DynamicCache()
+    for index, layer in enumerate(cache.layers):
+        went_on.update(layer.keys[rows], layer.values[rows], index)
+    if dose is not None:
+        dial.turn(dose[rows])
+    hidden = lm.decoder(
+        input_ids=ids,
+        attention_mask=torch.cat([mask[rows], mask.new_ones(len(rows), longest)], dim=1),
+        position_ids=last[rows, None] + 1 + torch.arange(longest, device=lm.device),
+        past_key_values=went_on,
+        use_cache=True,
+    ).last_hidden_state
+    lengths = [len(answer) - 1 for _, answer in answers]
+    states = torch.cat([h[:n] for h, n in zip(hidden, lengths, strict=True)])
+    targets = torch.tensor([token for _, answer in answers for token in answer[1:]], device=lm.device)
+    return list((-token_nll(lm, states, targets)).split(lengths))
