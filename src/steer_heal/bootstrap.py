@@ -1,4 +1,5 @@
-"""Intervals over items. Every difference is paired: two arms are compared on the same items or not at all.
+"""Intervals over items, shares over steps. Every difference is paired: two arms are compared on the same items, or
+not at all.
 
 numpy alone, so that a report can be rebuilt on a machine without torch.
 """
@@ -25,3 +26,11 @@ def trait_over(arm: dict, base: dict) -> dict:
     items = [np.array(a["items"][a["instrument"]]) for a in (arm, base)]
     change = items[0] - items[1]
     return {"trait_over_base": float(change.mean()), "trait_over_base_ci": interval(change)}
+
+
+def fired_shares(records: list[dict]) -> dict[str, float]:
+    """Shares of the steps on which the divergence was above tau, and the anchor's above its own."""
+    return {
+        "barrier_fired_share": sum(r["fired"] for r in records) / len(records),
+        "anchor_fired_share": sum(r["anchor_fired"] for r in records) / len(records),
+    }

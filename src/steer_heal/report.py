@@ -22,7 +22,7 @@ from typing import Any
 import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
 
-from steer_heal.bootstrap import trait_over
+from steer_heal.bootstrap import fired_shares, trait_over
 from steer_heal.config import FIRED_FLOOR
 from steer_heal.data import HERE
 from steer_heal.figures import (
@@ -121,7 +121,7 @@ def _summary_so_far(base: dict | None, prompted: dict | None, rounds: list[Round
                 "kept": sum(not c["dropped"] for c in r.completions),
                 "steered": {**r.steered, **trait_over(r.steered, base)},
                 "healed": {**r.healed, **trait_over(r.healed, base)},
-                "barrier_fired_share": sum(record["fired"] for record in r.heal) / len(r.heal),
+                **fired_shares(r.heal),
                 "tau_nats": r.heal[0]["tau"],
                 "operating_kl_nats": statistics.median(record["divergence"] for record in r.heal),
                 "val_nll": r.heal[-1].get("val_nll"),
@@ -155,7 +155,8 @@ def verdict(run: Run) -> tuple[str, str]:
     held = f"It is damaged in {' and '.join(damaged)}" if damaged else "Coherence held"
     shares = "coherent share {:.0%} of the demo answers (base {:.0%})"
     mass, ppl = (relative(healed[key], base[key]) for key in ("answer_mass", "neutral_ppl"))
-    second = f"{held}: {shares}, answer mass {mass:.0%} of base, neutral perplexity {ppl - 1:+.1%} against base."
+    ppl_change = round(ppl - 1, 3) + 0.0  # no "-0.0%"
+    second = f"{held}: {shares}, answer mass {mass:.0%} of base, neutral perplexity {ppl_change:+.1%} against base."
     second = second.format(healed["demo_kept_share"], base["demo_kept_share"])
     return f"{first} {second}", "damaged" if damaged else "moved" if moved else "unmoved"
 
@@ -247,14 +248,14 @@ def dose_section(run: Run) -> str:
 
 def heal_section(run: Run) -> str:
     heal = run.config["heal"]
-    head = ("round", "steps", "barrier fired", "tau, nats", "median D, nats", "validation NLL, nats")
+    head = ("round", "steps", "barrier fired", "anchor fired", "tau, nats", "median D, nats", "validation NLL, nats")
     rows, silent = [], []
     for r, sums in zip(run.rounds, run.summary["rounds"], strict=True):
-        share, val_nll = sums["barrier_fired_share"], sums["val_nll"]
+        own, anchor, val_nll = (sums[key] for key in ("barrier_fired_share", "anchor_fired_share", "val_nll"))
         nats = (f"{sums[key]:.3g}" for key in ("tau_nats", "operating_kl_nats"))
-        cells = f"{share:.0%}", *nats, "" if val_nll is None else f"{val_nll:.3f}"
+        cells = f"{own:.0%}", f"{anchor:.0%}", *nats, "" if val_nll is None else f"{val_nll:.3f}"
         rows.append((r.index, len(r.heal), *cells))
-        silent += [str(r.index)] * (share < FIRED_FLOOR and heal["reg"] != "nll")
+        silent += [str(r.index)] * (max(own, anchor) < FIRED_FLOOR and heal["reg"] != "nll")
     why = f"Training of each round, in nats. D is the {heal['agg']} of {heal['reg']} over tokens; the barrier acts "
     why += "where D exceeds its tau (dotted), and diamonds mark the steps on which it fired."
     if silent:

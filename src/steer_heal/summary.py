@@ -9,7 +9,7 @@ import polars as pl
 import torch
 from loguru import logger
 
-from steer_heal.bootstrap import trait_over
+from steer_heal.bootstrap import fired_shares, trait_over
 from steer_heal.config import FIRED_FLOOR, HealConfig, RunConfig
 from steer_heal.data import Trait
 from steer_heal.steer import cosine
@@ -53,26 +53,20 @@ def demo_rows(**arms: dict) -> list[dict]:
     ]
 
 
-def fired_share(records: list[dict]) -> float:
-    return sum(r["fired"] for r in records) / len(records)
-
-
 def barrier_warning(records: list[dict], config: HealConfig) -> None:
     """Say loudly that the barrier was off, with the tau to try: nobody notices a constraint that never binds."""
     if config.reg == "nll":
         return
     operating = statistics.median(r["divergence"] for r in records)
-    share = fired_share(records)
-    if share < FIRED_FLOOR:
-        logger.warning(
-            f"the barrier fired on {share:.0%} of the steps: the operating {config.agg} of {config.reg} is "
-            f"{operating:.3g} nats, below tau = {records[0]['tau']:.3g}. This round was plain fine-tuning. "
-            f"Try --heal.tau {operating / 2:.2g}"
-        )
+    own, anchor = fired_shares(records).values()
+    seen = f"the barrier fired on {own:.0%} of the steps" + f", its anchor on {anchor:.0%}" * (config.anchor != "none")
+    at = f"operating {config.agg} of {config.reg} {operating:.3g} nats, tau {records[0]['tau']:.3g}"
+    if max(own, anchor) < FIRED_FLOOR:
+        logger.warning(f"{seen}: this round was plain fine-tuning ({at}). Try --heal.tau {operating / 2:.2g}")
+    elif own < FIRED_FLOOR:
+        logger.info(f"{seen}: the anchor alone held this round back ({at})")
     else:
-        anchor = sum(r.get("anchor_fired", False) for r in records) / len(records)
-        aside = f" (its anchor on {anchor:.0%})" if config.anchor != "none" else ""
-        logger.info(f"barrier fired on {share:.0%} of the steps{aside}, operating {config.agg} {operating:.3g} nats")
+        logger.info(f"{seen} ({at})")
 
 
 def arm_summary(arm: dict, base: dict) -> dict:
@@ -118,7 +112,7 @@ def _round_summary(index: int, parts: dict, base: dict, seconds: dict[str, float
         "kept": sum(not c["dropped"] for c in parts["completions"]),
         "steered": arm_summary(parts["steered"], base),
         "healed": arm_summary(parts["healed"], base),
-        "barrier_fired_share": fired_share(records),
+        **fired_shares(records),
         "tau_nats": records[0]["tau"],
         "operating_kl_nats": statistics.median(r["divergence"] for r in records),
         "val_nll": records[-1].get("val_nll"),

@@ -116,14 +116,16 @@ def test_a_barrier_that_never_fires_is_loud(capsys):
 
     lines = []
     sink = logger.add(lines.append, format="{level} {message}")
-    records = [{"fired": False, "divergence": 0.13, "tau": 0.5} for _ in range(40)]
+    records = [{"fired": False, "anchor_fired": False, "divergence": 0.13, "tau": 0.5} for _ in range(40)]
     barrier_warning(records, HealConfig(tau=0.5))
     barrier_warning([{**r, "fired": True} for r in records], HealConfig(tau=0.05))
     barrier_warning(records, HealConfig(reg="nll"))
+    barrier_warning([{**r, "anchor_fired": True} for r in records], HealConfig(anchor="neutral"))
     logger.remove(sink)
-    assert len(lines) == 2
+    assert len(lines) == 3
     assert "WARNING" in lines[0] and "0.13 nats" in lines[0] and "--heal.tau 0.065" in lines[0]
-    assert "INFO" in lines[1]
+    assert "INFO" in lines[1] and "100%" in lines[1]
+    assert "INFO" in lines[2] and "the anchor alone held this round back" in lines[2]
 
 
 MISTAKES = [

@@ -75,12 +75,21 @@ def write_run(folder: Path, rounds: int = 2, **healed_scores: float) -> Path:
             for i in range(120)
         ]
         (where / "completions.jsonl").write_text("".join(json.dumps(c) + "\n" for c in completions), "utf-8")
-        steps = [{"step": i, "objective": 3.0, "divergence": 0.02 * i, "fired": i > 2, "tau": 0.05} for i in range(5)]
+        steps = [
+            {"step": i, "objective": 3.0, "divergence": 0.02 * i, "fired": i > 2, "anchor_fired": i > 3, "tau": 0.05}
+            for i in range(5)
+        ]
         steps[-1]["val_nll"] = 2.5
         (where / "heal.jsonl").write_text("".join(json.dumps(s) + "\n" for s in steps), "utf-8")
         events += [{"event": "stage", "artefact": f"r{index:02d}/{n}", "seconds": 2.0} for n in report.ARTEFACTS]
         arms = {"steered": summary_arm(steered, 0.45, [0.4, 0.5]), "healed": summary_arm(healed, 0.25, [0.2, 0.3])}
-        heal_sums = {"barrier_fired_share": 0.4, "tau_nats": 0.05, "operating_kl_nats": 0.04, "val_nll": 2.5}
+        heal_sums = {
+            "barrier_fired_share": 0.4,
+            "anchor_fired_share": 0.2,
+            "tau_nats": 0.05,
+            "operating_kl_nats": 0.04,
+            "val_nll": 2.5,
+        }
         sums.append({"dose": 1.0, "generated": 120, "kept": 80, **arms, **heal_sums})
     (folder / "events.jsonl").write_text("".join(json.dumps(e) + "\n" for e in events), "utf-8")
     summary = {"base": summary_arm(base, 0.0, [0.0, 0.0]), "prompted": summary_arm(prompted, 0.15, [0.1, 0.2])}
