@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
-from steer_heal.lm import LM, Dial, Steering, batches, shared_prefix, steering, token_nll
+from steer_heal.lm import LM, Dial, Steering, batches, left_padded, steering, token_nll
 
 
 def choice_log_probs(
@@ -46,14 +46,7 @@ def choice_log_probs(
 def _score(
     lm: LM, prompts: list, choices: list, batch_size: int, dose: Tensor | None, dial: Dial
 ) -> list[list[Tensor]]:
-    device = lm.device
-    # A window is counted in cache columns: left padding between the prefix and the rest would push the prefix out.
-    shared = 0 if lm.windowed else shared_prefix(prompts)
-    own = [p[shared:] for p in prompts]
-    longest = max(map(len, own))
-    ids = torch.tensor([p[:1] * (longest - len(p)) + p for p in own], device=device)
-    mask = torch.tensor([[1] * shared + [0] * (longest - len(p)) + [1] * len(p) for p in own], device=device)
-    position = mask.cumsum(1).sub(1).clamp(min=0)
+    shared, ids, mask, position = left_padded(lm, prompts)
     cache = DynamicCache()
     if shared:
         cache = lm.prefix(prompts[0][:shared], dial, dose)
@@ -62,7 +55,7 @@ def _score(
     if dose is not None:
         dial.turn(dose, mask[:, shared:].bool())
     hidden = lm.decoder(
-        input_ids=ids, attention_mask=mask, position_ids=position[:, shared:], past_key_values=cache, use_cache=True
+        input_ids=ids, attention_mask=mask, position_ids=position, past_key_values=cache, use_cache=True
     ).last_hidden_state[:, -1]
     first = lm.head(hidden).log_softmax(-1)
 

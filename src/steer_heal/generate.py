@@ -23,7 +23,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
-from steer_heal.lm import LM, Steering, batches, shared_prefix, steering
+from steer_heal.lm import LM, Steering, batches, left_padded, steering
 from steer_heal.packing import packed
 
 COMPACT_SHARE = 0.8  # rows are dropped from the batch when fewer than this share still write
@@ -140,16 +140,8 @@ def free_memory(device: torch.device) -> int:
 
 
 def _decode_batch(lm, head, prompts, rows, dose, dial, max_new_tokens, sampling) -> list[Completion]:
-    device = lm.device
-    # A window is counted in cache columns: left padding between the prefix and the rest would push the prefix out.
-    shared = 0 if lm.windowed else shared_prefix(prompts)
-    own = [p[shared:] for p in prompts]
-    longest = max(map(len, own))
-    # Padding is a real token: a zero embedding would divide another library's hooks by zero.
-    ids = torch.tensor([p[:1] * (longest - len(p)) + p for p in own], device=device)
-    mask = torch.tensor([[1] * shared + [0] * (longest - len(p)) + [1] * len(p) for p in own], device=device)
-    position = mask.cumsum(1).sub(1).clamp(min=0)[:, shared:]
-    cache = Cache(layers=[_Buffer(shared + longest + max_new_tokens) for _ in lm.blocks])
+    shared, ids, mask, position = left_padded(lm, prompts)
+    cache = Cache(layers=[_Buffer(mask.shape[1] + max_new_tokens) for _ in lm.blocks])
     if shared:
         start = lm.prefix(prompts[0][:shared], dial, dose)
         for layer, prefix in zip(cache.layers, start.layers, strict=True):
@@ -177,7 +169,7 @@ def _decode_batch(lm, head, prompts, rows, dose, dial, max_new_tokens, sampling)
         if writing.float().mean() < COMPACT_SHARE:
             stay = writing.nonzero()[:, 0]
             slots = slots[stay]
-            stay = stay.to(device)
+            stay = stay.to(lm.device)
             ids, mask, position = ids[stay], mask[stay], position[stay]
             dose = None if dose is None else dose[stay]
             cache.batch_select_indices(stay)

@@ -245,6 +245,28 @@ def shared_prefix(prompts: list[list[int]]) -> int:
     return length if length >= SHARE_FROM and len(prompts) > 1 else 0
 
 
+class Padded(NamedTuple):
+    """Prompts of different lengths in one call, padded on the left, so that all end in the last column."""
+
+    shared: int
+    """tokens that all begin with; they are not in `ids`, their keys and values come from `LM.prefix`"""
+    ids: Int[Tensor, "b t"]
+    mask: Int[Tensor, "b s"]
+    """1 for real tokens, the shared ones included"""
+    position: Int[Tensor, "b t"]
+
+
+def left_padded(lm: LM, prompts: list[list[int]]) -> Padded:
+    # A window is counted in cache columns: left padding between the prefix and the rest would push the prefix out.
+    shared = 0 if lm.windowed else shared_prefix(prompts)
+    own = [p[shared:] for p in prompts]
+    longest = max(map(len, own))
+    # Padding is a real token: a zero embedding would divide another library's hooks by zero.
+    ids = torch.tensor([p[:1] * (longest - len(p)) + p for p in own], device=lm.device)
+    mask = torch.tensor([[1] * shared + [0] * (longest - len(p)) + [1] * len(p) for p in own], device=lm.device)
+    return Padded(shared, ids, mask, mask.cumsum(1).sub(1).clamp(min=0)[:, shared:])
+
+
 class SharedPrefix(DynamicLayer):
     """Cache layer for one forward pass: keys and values of the shared prefix ahead of each row's own."""
 
