@@ -1,31 +1,87 @@
-"""Intervals over items, shares over steps. Every difference is paired: two arms are compared on the same items, or
-not at all.
+"""Intervals over items and over seeds. Every difference is paired: two arms are compared on the same items, or not
+at all.
 
 numpy alone, so that a report can be rebuilt on a machine without torch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
 RESAMPLES = 10_000
 SEED = 20260606  # the same resamples for every arm and every rebuild: intervals do not move
+SPLITS = 200  # random halvings of the probes
 
 
 def interval(values: Sequence[float] | np.ndarray) -> list[float]:
     """95% percentile bootstrap interval of the mean over items."""
+    return interval_of(lambda draw: np.asarray(values, dtype=np.float64)[draw].mean(1), len(values))
+
+
+def interval_of(statistic: Callable[[np.ndarray], np.ndarray], items: int) -> list[float]:
+    """95% percentile bootstrap interval of any statistic: item numbers [resamples, items] to values [resamples]."""
+    draw = np.random.default_rng(SEED).integers(0, items, (RESAMPLES, items))
+    return [float(q) for q in np.quantile(statistic(draw), (0.025, 0.975))]
+
+
+def across_seeds(values: np.ndarray) -> dict:
+    """Mean and 95% interval of a difference over seeds [s] and items [n], resampling both: values [s, n].
+
+    The items are the same ones for every seed, so a resample draws seeds and items and crosses them.
+    """
     values = np.asarray(values, dtype=np.float64)
-    draw = np.random.default_rng(SEED).integers(0, len(values), (RESAMPLES, len(values)))
-    return [float(q) for q in np.quantile(values[draw].mean(1), (0.025, 0.975))]
+    draw = np.random.default_rng(SEED)
+    weights = [draw.multinomial(n, [1 / n] * n, RESAMPLES) / n for n in values.shape]
+    means = np.einsum("rs,sn,rn->r", weights[0], values, weights[1], optimize=True)
+    return {"mean": float(values.mean()), "ci": [float(q) for q in np.quantile(means, (0.025, 0.975))]}
+
+
+def paired(arm: dict, base: dict, key: str) -> np.ndarray:
+    """Item by item, how far an arm is above another. Raises ValueError when they were not asked the same."""
+    if arm["asked"][key] != base["asked"][key]:
+        raise ValueError(f"arms {arm['arm']!r} and {base['arm']!r} were measured on different {key} items")
+    return np.array(arm["items"][key], dtype=np.float64) - np.array(base["items"][key], dtype=np.float64)
 
 
 def trait_over(arm: dict, base: dict) -> dict:
     """How far the arm's trait score is above base's, on the trait's instrument: mean and 95% interval, nats."""
-    items = [np.array(a["items"][a["instrument"]]) for a in (arm, base)]
-    change = items[0] - items[1]
+    change = paired(arm, base, arm["instrument"])
     return {"trait_over_base": float(change.mean()), "trait_over_base_ci": interval(change)}
+
+
+def log_mean_over(arm: np.ndarray, base: np.ndarray) -> dict:
+    """Change of the log of a mean probability over items, nats, with its 95% interval."""
+
+    def change(draw: np.ndarray) -> np.ndarray:
+        return np.log(arm[draw].mean(1)) - np.log(base[draw].mean(1))
+
+    everything = np.arange(len(arm))[None]
+    return {"nats": float(change(everything)[0]), "ci": interval_of(change, len(arm))}
+
+
+def reliability(scores: np.ndarray) -> float:
+    """Split-half reliability of an instrument over arms: scores [arms, items].
+
+    The arms' means over a random half of the items are correlated with those over the other half; the average
+    correlation of many halvings is stepped up to the full length by Spearman and Brown's formula.
+    """
+    items = scores.shape[1]
+    draw = np.random.default_rng(SEED)
+    found = []
+    for _ in range(SPLITS):
+        order = draw.permutation(items)
+        halves = scores[:, order[: items // 2]].mean(1), scores[:, order[items // 2 :]].mean(1)
+        found.append(correlation(*halves))
+    half = max(0.0, float(np.mean(found)))  # halves that disagree are no better than halves that share nothing
+    return 2 * half / (1 + half)
+
+
+def correlation(a: np.ndarray, b: np.ndarray) -> float:
+    """Pearson's; NaN when one of them does not vary."""
+    spread = np.std(a) * np.std(b)
+    return float(np.mean((a - np.mean(a)) * (b - np.mean(b))) / spread) if spread > 0 else float("nan")
 
 
 def fired_shares(records: list[dict]) -> dict[str, float]:

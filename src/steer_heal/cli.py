@@ -12,7 +12,9 @@ import tyro
 from loguru import logger
 from tyro.conf import Positional
 
-from steer_heal.config import DEFAULT_PRESET, PRESETS, RunConfig, UserError, check
+from steer_heal.config import DEFAULT_PRESET, PRESETS, EvalConfig, ModelConfig, RunConfig, UserError, check
+
+EVERYTHING = EvalConfig()
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -66,6 +68,7 @@ def app(chosen: str) -> tyro.extras.SubcommandApp:
         """Steer, distil, heal and bake a trait into a model, round after round."""
         from steer_heal import data, lite, loop, rundir
         from steer_heal import report as reporting
+        from steer_heal.foundations import check_profile
         from steer_heal.heal import check_optimiser
         from steer_heal.loading import load
 
@@ -75,6 +78,7 @@ def app(chosen: str) -> tyro.extras.SubcommandApp:
         trait = data.load_trait(config.trait)
         if config.steer.method.startswith(lite.PREFIX):
             lite.check_method(config.steer.method)
+        check_profile(config.eval)
         folder = rundir.reopen(config, trait) if config.resume else None
         lm = load(config.model)  # before a folder is made: a model that cannot be loaded leaves nothing behind
         check_optimiser(config.heal, lm.device)
@@ -91,6 +95,44 @@ def app(chosen: str) -> tyro.extras.SubcommandApp:
             f"  2. load it without steer-heal:  PeftModel.from_pretrained(base_model, '{folder.path}/adapter')\n"
             f"  3. steer another trait, in your own .toml (see README):  {sys.argv[0]} run {preset} --trait mine.toml"
         )
+
+    @verbs.command(name="eval")
+    def evaluate(
+        target: Positional[str],
+        round: int | None = None,
+        gate: float = 1.0,
+        trait: str | None = None,
+        json: str | None = None,
+        base: str = "",
+        quant: Literal["none", "nf4"] = "none",
+        dtype: Literal["float32", "bfloat16"] = "float32",
+        device: Literal["auto", "cpu", "cuda"] = "auto",
+        eval: EvalConfig = EVERYTHING,
+    ) -> None:
+        """The instruments alone: base, both personas as prompts and, of an adapter or a run, the student.
+
+        Args:
+            target: a run folder, a PEFT adapter's folder, or a model (hub id, folder, .gguf, smollm2-135m).
+            round: of a run: the student after this round (from 0); the last finished one when not given.
+            gate: how much of the adapter acts: 0 is the base, 1 the student.
+            trait: built-in trait or .toml file; of a run its own, else love.
+            json: file for every figure with its interval.
+            base: of an adapter: its base model, when the one it names is not the one to load.
+            quant: of a model or adapter: nf4 holds the base in 4 bits. A run is loaded as it was made.
+            dtype: of a model or adapter: type of the weights that are not quantised.
+            device: of a model or adapter.
+            eval: how much of every instrument is read.
+        """
+        from json import dumps
+
+        from steer_heal.alone import evaluate_alone
+        from steer_heal.foundations import check_profile
+
+        check_profile(eval)
+        model = ModelConfig(base, quant, dtype, device)
+        record = evaluate_alone(target, round, gate, trait, model, eval)
+        if json is not None:
+            Path(json).write_text(dumps(record, indent=1), "utf-8")
 
     @verbs.command
     def results(out: str = "outputs") -> None:
@@ -134,7 +176,7 @@ def app(chosen: str) -> tyro.extras.SubcommandApp:
 
     @verbs.command
     def bench(
-        what: Positional[Literal["generate", "heal", "filter"]],
+        what: Positional[Literal["generate", "heal", "filter", "eval"]],
         preset: str = "smollm2-135m",
         rows: int = 64,
         tokens: int = 64,
@@ -147,12 +189,14 @@ def app(chosen: str) -> tyro.extras.SubcommandApp:
 
         heal: a training step with full logits, plain fine-tuning and ours, and what folded rounds cost.
 
+        eval: every instrument against a plain loop with one forward pass an item and answer.
+
         filter: precision and recall on labelled completions; --figure FILE.html draws them over the threshold.
         """
         from json import dumps
 
         from steer_heal import bench as measuring
-        from steer_heal import healbench
+        from steer_heal import evalbench, healbench
 
         if preset not in PRESETS:
             raise UserError(_unknown_preset(preset))
@@ -163,6 +207,8 @@ def app(chosen: str) -> tyro.extras.SubcommandApp:
                 measured = healbench.heal()
             case "filter":
                 measured = measuring.filter(preset)
+            case "eval":
+                measured = evalbench.instruments_bench(preset)
         if json is not None:
             Path(json).write_text(dumps(measured, indent=1), "utf-8")
         if figure is not None and what == "filter":

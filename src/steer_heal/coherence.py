@@ -210,7 +210,8 @@ def _judged(text: str, surprise: Surprise, limits: FilterConfig) -> dict:
     return {"text": text, **asdict(scores), "incoherence": scores.incoherence, "dropped": verdict(scores, limits)}
 
 
-BREAKS = ("word_repeat", "char_repeat", "compress", "incoherence")  # what may begin in the middle of a text
+LOOPS = ("word_repeat", "char_repeat", "compress")  # what a text that goes round in circles is dropped for
+BREAKS = (*LOOPS, "incoherence")  # what may begin in the middle of a text
 TRIM_LEAST = 16  # tokens; a shorter front teaches nothing
 SENTENCE_END = re.compile(r"(?:[.!?\u2026][\"')\]\u201d\u2019]*\s*|\n\s*)$")
 

@@ -188,6 +188,20 @@ class EvalConfig:
     """length limit of a demo answer, tokens"""
     neutral: int = 40
     """neutral texts for perplexity"""
+    off_target: int = 16
+    """probes of each of five traits that should stay put; 0: none"""
+    canary: int = 60
+    """plain questions with one right answer of four; 0: none"""
+    profile: Literal["vignettes", "tiny-mfv", "none"] = "vignettes"
+    """moral-foundation profile: on our scenes, or on those of tiny-mfv through that package (`just vendor`)"""
+    scenes: int = 20
+    """profile: scenes of each of the seven concerns"""
+    person: Literal["see", "do"] = "see"
+    """profile: see: somebody else does it; do: you do it yourself"""
+    ends_only: tuple[Literal["off_target", "canary", "profile"], ...] = ("profile",)
+    """instruments read on base, on the two prompted arms and after the last round, not in every round"""
+    equal_doses: int = 6
+    """doses on which the coherence cost of plain steering is read, for the arm steered at equal coherence; 0: no arm"""
     batch_size: int = 32
     """sequences a forward pass; results do not depend on it"""
 
@@ -254,6 +268,12 @@ def check(config: RunConfig) -> None:
             "heal.patience needs completions to validate on: give heal.val_share, e.g. 0.125",
         ),
         (config.heal.fold_rank >= 0, f"heal.fold_rank is {config.heal.fold_rank}: it must be 0 or more"),
+        (config.eval.off_target >= 0, f"eval.off_target is {config.eval.off_target}: it must be 0 or more"),
+        (config.eval.canary >= 0, f"eval.canary is {config.eval.canary}: it must be 0 or more"),
+        (
+            config.eval.equal_doses == 0 or config.eval.equal_doses >= 2,
+            f"eval.equal_doses is {config.eval.equal_doses}: it must be 0 or at least 2",
+        ),
         (0 <= config.heal.val_share < 1, f"heal.val_share is {config.heal.val_share}: it must be at least 0, below 1"),
     ]
     demands.append(
@@ -267,7 +287,7 @@ def check(config: RunConfig) -> None:
         "dose": ("steps", "prompts"),
         "distil": ("n_keep", "budget", "min_train", "max_new_tokens", "top_k"),
         "heal": ("epochs", "train_bs", "grad_accum", "r", "max_len", "log_every"),
-        "eval": ("contrast", "yes_no", "demos", "demo_tokens", "neutral", "batch_size"),
+        "eval": ("contrast", "yes_no", "demos", "demo_tokens", "neutral", "scenes", "batch_size"),
     }
     for section, names in counts.items():
         for name in names:
@@ -300,6 +320,7 @@ PRESETS: dict[str, RunConfig] = {
             anchor_prompts=24,
             anchor_bs=1,
             tau=0.15,  # this model operates at an rmse of 0.1 to 0.2 nats
+            barrier="dual",
             lam=1.0,
             lr=4e-4,
             epochs=3,
@@ -308,7 +329,7 @@ PRESETS: dict[str, RunConfig] = {
             r=16,
             alpha=32,
         ),
-        eval=EvalConfig(demo_tokens=32, neutral=20),
+        eval=EvalConfig(demo_tokens=32, neutral=24, off_target=8, ends_only=("canary", "profile"), equal_doses=4),
     ),
     "tiny-random": RunConfig(
         model=ModelConfig(path="random:tiny", quant="none", dtype="float32", device="cpu"),
@@ -320,7 +341,9 @@ PRESETS: dict[str, RunConfig] = {
         # A random model writes rubbish at any dose: the thresholds only ask that it be no worse than random.
         filter=FilterConfig(incoherence=1e9, word_repeat=0.9, char_repeat=0.9, compress=0.05, min_words=1),
         heal=HealConfig(tau=0.001, lam=1.0, r=4, alpha=8, train_bs=4, grad_accum=2, epochs=2, lr=2e-2),
-        eval=EvalConfig(contrast=8, yes_no=8, demos=4, demo_tokens=8, neutral=4),
+        eval=EvalConfig(
+            contrast=8, yes_no=8, demos=4, demo_tokens=8, neutral=4, off_target=2, canary=6, scenes=1, equal_doses=2
+        ),
     ),
 }
 DEFAULT_PRESET = "gemma-3-1b"

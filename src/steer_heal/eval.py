@@ -1,52 +1,48 @@
-"""Instruments: did the trait move, did coherence hold.
+"""Instruments: did the trait move, did coherence hold, did other traits stay put.
 
 All are deterministic, read log-probabilities or greedy text, and compare arms (base, prompted, steered, healed) on the
-same items. An arm is a view of the model plus, perhaps, a system prompt or a steering vector.
+same items.
 
 * Contrast (primary): a question with two answers that differ in the trait alone; the score is the log-probability per
   token of the trait answer minus that of its opposite, in nats per token. It needs no instruction following, so it
   works from 135M parameters up.
 * Yes/no self-report (secondary): log-odds of yes against no times the question's polarity, in nats. The probability
   mass on the two answers is a canary for coherence whatever the trait does.
-* Coherence: greedy demo answers judged by the filter, and perplexity of neutral text.
+* Off target: contrast probes of five traits that have no business to move, in the same unit.
+* Coherence: greedy demo answers judged by the filter, perplexity of neutral text, plain questions with one answer.
+* Profile: see `foundations`.
 """
 
 from __future__ import annotations
 
+import hashlib
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
 
 import numpy as np
-import torch
 
+from steer_heal.arms import Arm
 from steer_heal.bake import Student
 from steer_heal.bootstrap import interval
 from steer_heal.choices import choice_log_probs
-from steer_heal.coherence import judge
+from steer_heal.coherence import LOOPS, judge
 from steer_heal.config import EvalConfig, FilterConfig
-from steer_heal.data import Trait, YesNo, neutral
+from steer_heal.data import Contrast, Trait, YesNo, canary, neutral, off_target
+from steer_heal.foundations import Reading, described, read_profile
 from steer_heal.generate import decode
-from steer_heal.lm import LM, AnyVector, Row, Steering, row_nll
+from steer_heal.lm import LM, Row, row_nll
 
+CORE = ("contrast", "yes_no", "neutral", "demos")
+EXTRA = ("off_target", "canary", "profile")
 YES = ("Yes", "yes", "YES", " Yes", " yes", " YES")
 NO = ("No", "no", "NO", " No", " no", " NO")
 YES_NO_FORM = "{question} Answer with one word, yes or no."
 
 
-@dataclass(frozen=True)
-class Arm:
-    """Which model is measured: gate of the adapter history, system prompt, steering vector and dose."""
-
-    name: str
-    history: float = 1.0
-    now: float = 1.0
-    system: str | None = None
-    vector: AnyVector | None = None
-    dose: float = 0.0
-
-    def steering(self, rows: int) -> Steering | None:
-        return None if self.vector is None else Steering(self.vector, torch.full((rows,), self.dose))
+def instruments(config: EvalConfig, at_end: bool) -> tuple[str, ...]:
+    """What is read on an arm: everything on base, on prompted and after the last round; less in between."""
+    off = {"off_target": config.off_target == 0, "canary": config.canary == 0, "profile": config.profile == "none"}
+    return CORE + tuple(name for name in EXTRA if not off[name] and (at_end or name not in config.ends_only))
 
 
 def evaluate(
@@ -55,82 +51,165 @@ def evaluate(
     trait: Trait,
     config: EvalConfig,
     limits: FilterConfig,
-    on_items: Callable[[int], None] = lambda items: None,
+    which: Iterable[str] = CORE,
+    on_read: Callable[[int], None] = lambda instruments: None,
 ) -> dict:
-    """All instruments on one arm.
+    """Some instruments on one arm.
 
-    Returns the arm's means with 95% intervals, the per-item scores under "items" (so that later arms are compared item
-    by item), and the demo answers with their scores under "demos".
+    Returns the arm's means with 95% intervals; under "items" the score of every item and under "asked" a fingerprint
+    of the items, so that later arms are compared item by item or not at all; and the demo answers under "demos".
     """
-    lm = student.lm
-    with student.view(history=arm.history, now=arm.now):
-        contrast = contrast_scores(lm, arm, trait, config)
-        on_items(len(contrast))
-        log_odds, mass = yes_no_scores(lm, arm, trait.yes_no[: config.yes_no], config.batch_size)
-        log_odds = trait.direction * log_odds
-        on_items(len(mass))
-        neutral_nll = neutral_scores(lm, arm, config)
-        on_items(len(neutral_nll))
-        asked = [lm.prompt(p, arm.system) for p in trait.demo_prompts[: config.demos]]
-        written = decode(lm, asked, config.demo_tokens, config.batch_size, arm.steering(len(asked)), on_batch=on_items)
-    plain = [lm.prompt(p) for p in trait.demo_prompts[: config.demos]]
-    with student.view(history=0.0, now=0.0):
-        demos = judge(lm, [Row(p, c.ids) for p, c in zip(plain, written, strict=True)], limits, config.batch_size)
-    demos = [{"prompt": p, **d} for p, d in zip(trait.demo_prompts, demos, strict=False)]
-    primary = contrast if trait.instrument == "contrast" else log_odds
-    return {
-        "arm": arm.name,
-        "instrument": trait.instrument,
-        "dose": arm.dose,
-        "trait_nats": float(primary.mean()),
-        "trait_ci": interval(primary),
-        "yes_no_nats": float(log_odds.mean()),
-        "yes_no_ci": interval(log_odds),
-        "answer_mass": float(mass.mean()),
-        "answer_mass_ci": interval(mass),
-        "demo_kept_share": sum(not d["dropped"] for d in demos) / len(demos),
-        "demo_ppl": math.exp(np.mean([math.log(d["ppl"]) for d in demos])),
-        "neutral_ppl": math.exp(neutral_nll.mean()),
-        "items": {
-            "contrast": contrast.tolist(),
-            "yes_no": log_odds.tolist(),
-            "mass": mass.tolist(),
-            "neutral_nll": neutral_nll.tolist(),
-        },
-        "demos": demos,
-    }
+    found: dict = {"arm": arm.name, "instrument": trait.instrument, "dose": arm.dose, "items": {}, "asked": {}}
+    for name in which:
+        with student.view(history=arm.history, now=arm.now):
+            read = _read(student.lm, arm, trait, config, name)
+        if name == "demos":
+            found["demos"] = judged_demos(student, trait, config, limits, read)
+            read = demo_items(found["demos"])
+        elif name == "profile":
+            found["profile"] = described(read, config.profile)
+            read = {"profile": (read.p, read.scenes)}
+        for key, (scores, questions) in read.items():
+            found["items"][key], found["asked"][key] = scores.tolist(), fingerprint(questions)
+        on_read(1)
+    return found | measures(found)
 
 
-def contrast_scores(lm: LM, arm: Arm, trait: Trait, config: EvalConfig) -> np.ndarray:
+Read = dict[str, tuple[np.ndarray, list[str]]]  # items of an instrument: their scores, and what was asked
+
+
+def _read(lm: LM, arm: Arm, trait: Trait, config: EvalConfig, name: str) -> Read | Reading | list[list[int]]:
+    """One instrument on the model as it stands; of the demos, the answers' tokens."""
+    size = config.batch_size
+    match name:
+        case "contrast":
+            probes = trait.contrast[: config.contrast]
+            return {name: (trait.direction * contrast_scores(lm, arm, probes, size), pair_texts(probes))}
+        case "yes_no":
+            asked = trait.yes_no[: config.yes_no]
+            log_odds, mass = yes_no_scores(lm, arm, asked, size)
+            texts = [p.question for p in asked]
+            return {name: (trait.direction * log_odds, texts), "mass": (mass, texts)}
+        case "neutral":
+            return {"neutral_nll": (neutral_scores(lm, arm, config), list(neutral()[: config.neutral]))}
+        case "off_target":
+            found = {other: probes[: config.off_target] for other, probes in off_target().items()}
+            probes = tuple(probe for some in found.values() for probe in some)
+            scores = np.split(contrast_scores(lm, arm, probes, size), np.cumsum([*map(len, found.values())])[:-1])
+            named = zip(found.items(), scores, strict=True)
+            return {f"off:{other}": (part, pair_texts(some)) for (other, some), part in named}
+        case "canary":
+            asked = spread(canary(), config.canary)
+            return {name: (canary_scores(lm, arm, asked, size), [q["question"] for q in asked])}
+        case "profile":
+            return read_profile(lm, arm, config)
+        case "demos":
+            prompts = [lm.prompt(p, arm.system) for p in trait.demo_prompts[: config.demos]]
+            return [a.ids for a in decode(lm, prompts, config.demo_tokens, size, arm.steering(len(prompts)))]
+
+
+def pair_texts(probes: tuple[Contrast, ...]) -> list[str]:
+    return [f"{p.question}|{p.trait}|{p.opposite}" for p in probes]
+
+
+MEANS = {
+    "contrast": "contrast_nats",
+    "yes_no": "yes_no_nats",
+    "mass": "answer_mass",
+    "canary": "canary_share",
+    "demo_kept": "demo_kept_share",
+    "demo_looped": "demo_looped_share",
+}
+PERPLEXITIES = {"neutral_nll": "neutral_ppl", "demo_log_ppl": "demo_ppl"}
+
+
+def measures(found: dict) -> dict:
+    """Means of what was read, with 95% intervals ("trait_ci" belongs to "trait_nats", and so on)."""
+    items = {name: np.array(scores) for name, scores in found["items"].items()}
+    means = {key: items[name] for name, key in MEANS.items() if name in items}
+    if found["instrument"] in items:
+        means["trait_nats"] = items[found["instrument"]]
+    out = {key: float(scores.mean()) for key, scores in means.items()}
+    out |= {interval_key(key): interval(scores) for key, scores in means.items()}
+    return out | {key: math.exp(items[name].mean()) for name, key in PERPLEXITIES.items() if name in items}
+
+
+def interval_key(key: str) -> str:
+    return f"{key.removesuffix('_nats').removesuffix('_share')}_ci"
+
+
+def contrast_scores(lm: LM, arm: Arm, probes: tuple[Contrast, ...], batch_size: int) -> np.ndarray:
     """Log-probability per token of the trait answer minus its opposite, nats per token, one a probe."""
-    probes = trait.contrast[: config.contrast]
     prompts = [lm.prompt(p.question, arm.system) for p in probes]
     answers = [[lm.answer(p.trait), lm.answer(p.opposite)] for p in probes]
-    scored = choice_log_probs(lm, prompts, answers, config.batch_size, arm.steering(len(probes)))
+    scored = choice_log_probs(lm, prompts, answers, batch_size, arm.steering(len(probes)))
     per_token = np.array([[answer.double().mean().item() for answer in pair] for pair in scored])
-    return trait.direction * (per_token[:, 0] - per_token[:, 1])
+    return per_token[:, 0] - per_token[:, 1]
 
 
 def yes_no_scores(lm: LM, arm: Arm, probes: tuple[YesNo, ...], batch_size: int) -> tuple[np.ndarray, np.ndarray]:
-    """(polarity * log-odds of yes in nats, probability mass on yes and no), one each a probe."""
-    rows = [Row(lm.prompt(YES_NO_FORM.format(question=p.question), arm.system), [0]) for p in probes]
-    states = torch.cat(lm.states(rows, batch_size, arm.steering(len(rows))))
-    with torch.no_grad():
-        logp = lm.head(states).log_softmax(-1)
-    yes, no = (logp[:, first_tokens(lm, spellings)].logsumexp(-1).double().cpu() for spellings in (YES, NO))
-    polarity = torch.tensor([1.0 if p.trait_answer == "yes" else -1.0 for p in probes], dtype=torch.float64)
-    return (polarity * (yes - no)).numpy(), (yes.exp() + no.exp()).numpy()
+    """(polarity * log-odds of yes in nats, probability mass on yes and no), one each a probe.
 
-
-def first_tokens(lm: LM, spellings: tuple[str, ...]) -> list[int]:
-    """The distinct first tokens of the spellings, those aside that stand for a bare space or a single letter."""
-    first = {lm.answer(s)[0] for s in spellings}
-    return sorted(t for t in first if len(lm.tokenizer.decode([t]).strip()) > 1) or sorted(first)
+    An answer's probability is the sum over its spellings, each by all of its tokens.
+    """
+    prompts = [lm.prompt(YES_NO_FORM.format(question=p.question), arm.system) for p in probes]
+    spelled = [[list(ids) for ids in dict.fromkeys(tuple(lm.answer(s)) for s in word)] for word in (YES, NO)]
+    either = [[*spelled[0], *spelled[1]]] * len(prompts)
+    scored = choice_log_probs(lm, prompts, either, batch_size, arm.steering(len(prompts)))
+    log_p = np.array([[answer.double().sum().item() for answer in options] for options in scored])
+    with np.errstate(invalid="ignore"):  # a broken model's NaN is told by the verdict
+        yes, no = (np.logaddexp.reduce(part, axis=1) for part in np.split(log_p, [len(spelled[0])], axis=1))
+    polarity = np.array([1.0 if p.trait_answer == "yes" else -1.0 for p in probes])
+    return polarity * (yes - no), np.exp(yes) + np.exp(no)
 
 
 def neutral_scores(lm: LM, arm: Arm, config: EvalConfig) -> np.ndarray:
     """Mean NLL per token of each neutral text, nats; read as plain text after the first token, without a chat frame."""
-    texts = [lm.tokenizer(text).input_ids for text in neutral()[: config.neutral]]  # with a BOS where the model has one
-    rows = [Row(ids[:1], ids[1:]) for ids in texts]
+    rows = neutral_rows(lm, config.neutral)
     nll = row_nll(lm, rows, config.batch_size, arm.steering(len(rows)))
     return np.array([row.double().mean().item() for row in nll])
+
+
+def neutral_rows(lm: LM, texts: int) -> list[Row]:
+    """Neutral texts as rows whose prompt is the first token (a BOS where the model has one)."""
+    return [Row(ids[:1], ids[1:]) for ids in (lm.tokenizer(text).input_ids for text in neutral()[:texts])]
+
+
+def canary_scores(lm: LM, arm: Arm, questions: list[dict], batch_size: int) -> np.ndarray:
+    """1 where the right answer is the likeliest of the four, 0 where it is not, NaN where none can be told."""
+    prompts = [lm.prompt(q["question"], arm.system) for q in questions]
+    answers = [[lm.answer(a) for a in (q["right"], *q["wrong"])] for q in questions]
+    scored = choice_log_probs(lm, prompts, answers, batch_size, arm.steering(len(prompts)))
+    log_p = np.array([[answer.double().sum().item() for answer in options] for options in scored])
+    return np.where(np.isfinite(log_p).all(1), (log_p[:, :1] > log_p[:, 1:]).all(1), np.nan)
+
+
+def spread(rows: tuple[dict, ...], count: int) -> list[dict]:
+    """`count` rows at equal distances, so that every kind is among them."""
+    return [rows[i * len(rows) // count] for i in range(min(count, len(rows)))]
+
+
+def judged_demos(
+    student: Student, trait: Trait, config: EvalConfig, limits: FilterConfig, answers: list[list[int]]
+) -> list[dict]:
+    """Greedy answers with what the filter and the pristine base make of them, after their prompt without a persona."""
+    prompts = trait.demo_prompts[: config.demos]
+    with student.view(history=0.0, now=0.0):
+        rows = [Row(student.lm.prompt(p), ids) for p, ids in zip(prompts, answers, strict=True)]
+        judged = judge(student.lm, rows, limits, config.batch_size)
+    return [{"prompt": p, **d} for p, d in zip(prompts, judged, strict=True)]
+
+
+def demo_items(demos: list[dict]) -> Read:
+    """Per answer: whether the filter would keep it, whether it loops, log of its perplexity under base."""
+    scores = {
+        "demo_kept": [float(not d["dropped"]) for d in demos],
+        "demo_looped": [float(d["dropped"] in LOOPS) for d in demos],
+        "demo_log_ppl": [math.log(d["ppl"]) for d in demos],
+    }
+    return {name: (np.array(values), [d["prompt"] for d in demos]) for name, values in scores.items()}
+
+
+def fingerprint(texts: Iterable[str]) -> str:
+    """Names a list of items: arms are compared on equal ones only."""
+    return hashlib.blake2b("\n".join(texts).encode(), digest_size=6).hexdigest()

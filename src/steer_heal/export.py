@@ -26,11 +26,7 @@ def export(folder: Path, to: Path, round_: int | None, merge: bool) -> None:
     if to.exists() and (not to.is_dir() or any(to.iterdir())):
         raise UserError(f"--to {str(to)!r} is not an empty folder: choose a new one")
     run = read_run(folder)
-    done = len(run.rounds)
-    if done == 0 or not 0 <= (round_ if round_ is not None else done - 1) < done:
-        finished = f"rounds 0 to {done - 1} are" if done else "no round is"
-        raise UserError(f"--round {round_}: {finished} finished in {str(folder)!r}")
-    rounds = done if round_ is None else round_ + 1
+    rounds = finished_rounds(folder, run.config["rounds"], round_)
     student = student_after(folder, run.config, rounds, float_weights=merge)
     to.parent.mkdir(parents=True, exist_ok=True)
     if to.exists():
@@ -42,6 +38,17 @@ def export(folder: Path, to: Path, round_: int | None, merge: bool) -> None:
         student.save(to, student.history)
     trait = json.loads((folder / "trait.json").read_text("utf-8"))
     RunDir(to).replace_text("README.md", model_card(run.summary, run.config, trait, rounds, merge))
+
+
+def finished_rounds(folder: Path, planned: int, round_: int | None) -> int:
+    """How many rounds make the student after `round_`, the last finished one if None. Raises UserError if it is not."""
+    done = 0
+    while done < planned and (folder / f"r{done:02d}" / "healed.json").is_file():
+        done += 1
+    if done == 0 or not 0 <= (round_ if round_ is not None else done - 1) < done:
+        finished = f"rounds 0 to {done - 1} are" if done else "no round is"
+        raise UserError(f"--round {round_}: {finished} finished in {str(folder)!r}")
+    return done if round_ is None else round_ + 1
 
 
 def student_after(folder: Path, config: dict, rounds: int, float_weights: bool = False) -> Student:

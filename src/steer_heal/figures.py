@@ -12,6 +12,8 @@ from plotly.subplots import make_subplots
 
 # Okabe-Ito hues: told apart by colour-blind readers, visible on white and on black.
 COLOURS = {"base": "#808890", "prompted": "#c88a04", "steered": "#d55e00", "healed": "#009e73"}
+COLOURS |= {"negative": "#7a5c3e", "equal": "#cc79a7"}
+SYMBOLS = {"base": "diamond", "prompted": "cross", "negative": "x", "steered": "square", "healed": "circle"}
 DIVERGENCE_COLOUR, ANCHOR_COLOUR = "#4a8fd0", "#b06fae"
 HOVER_CHARS, HOVER_WIDTH = 300, 44
 
@@ -25,18 +27,41 @@ def trajectory_figure(summary: dict) -> go.Figure:
         label = f"{name} {y:+.3f} [{low:+.3f}, {high:+.3f}]<extra></extra>"
         _line(fig, ends, [y, y], COLOURS[name], name, dash, hovertemplate=label)
         fig.add_hrect(y0=low, y1=high, fillcolor=COLOURS[name], opacity=0.13, line_width=0, layer="below")
-    for name, shift in (("steered", -0.03), ("healed", 0.03)):  # side by side, or the error bars hide each other
-        arms = [r[name] for r in summary["rounds"]]
+    # side by side, or the error bars hide each other
+    for name, shift in (("steered", -0.03), ("equal", 0.0), ("healed", 0.03)):
+        arms = [r[name] for r in summary["rounds"] if name in r]
+        if not arms:
+            continue
         y = np.array([a["trait_over_base"] for a in arms])
         low, high = np.array([a["trait_over_base_ci"] for a in arms]).T
         bars = {"array": (high - y).tolist(), "arrayminus": (y - low).tolist(), "thickness": 1.3, "width": 4}
-        label = f"round %{{customdata[0]}} {name} %{{y:+.3f}} [%{{customdata[1]:+.3f}}, %{{customdata[2]:+.3f}}]"
+        shown = {"equal": "steered, equal cost"}.get(name, name)
+        label = f"round %{{customdata[0]}} {shown} %{{y:+.3f}} [%{{customdata[1]:+.3f}}, %{{customdata[2]:+.3f}}]"
         hover = {"customdata": [[i, *a["trait_over_base_ci"]] for i, a in enumerate(arms)]}
         hover["hovertemplate"] = f"{label}<extra></extra>"
         _arm(fig, [i + shift for i in range(len(arms))], y.tolist(), name, error_y=bars, **hover)
     fig.update_xaxes(title="round", tickvals=list(range(len(summary["rounds"]))), range=ends)
     fig.update_yaxes(title="trait over base, nats/token")
     return _styled(fig, 400)
+
+
+def map_figure(arms: list[tuple[str, dict]]) -> go.Figure:
+    """Care against authority: one node an arm, log mean probabilities over the scenes, nats."""
+    fig = go.Figure()
+    for name, arm in arms:
+        profile = arm["profile"]
+        x, y = profile["auth_nats"], profile["care_nats"]
+        dots = {
+            "size": 11,
+            "color": COLOURS.get(name.split()[0], DIVERGENCE_COLOUR),
+            "symbol": SYMBOLS[name.split()[0]],
+        }
+        label = f"{name}: care {y:.2f}, authority {x:.2f}<extra></extra>"
+        more = {"text": [name], "textposition": "top center", "showlegend": False, "hovertemplate": label}
+        fig.add_scatter(x=[x], y=[y], mode="markers+text", marker=dots, name=name, **more)
+    fig.update_xaxes(title="authority, nats")
+    fig.update_yaxes(title="care, nats")
+    return _styled(fig, 380)
 
 
 def coherence_figure(summary: dict, key: str, bound: float) -> go.Figure:
@@ -120,8 +145,14 @@ def _line(
 
 def _arm(fig: go.Figure, x: list, y: list, name: str, **more: Any) -> None:
     """An arm per round; dash and symbol differ too, for readers who do not see the hues."""
-    dash, symbol = {"steered": ("dash", "square"), "healed": ("solid", "circle")}[name]
-    _line(fig, x, y, COLOURS[name], name, dash, 2.5, mode="lines+markers", marker={"size": 8, "symbol": symbol}, **more)
+    dash, symbol, shown = {
+        "steered": ("dash", "square", "steered"),
+        "equal": ("dot", "triangle-up", "steered, equal cost"),
+        "healed": ("solid", "circle", "healed"),
+    }[name]
+    _line(
+        fig, x, y, COLOURS[name], shown, dash, 2.5, mode="lines+markers", marker={"size": 8, "symbol": symbol}, **more
+    )
 
 
 def _styled(fig: go.Figure, height: int) -> go.Figure:

@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from steer_heal import data, lite
+from steer_heal.arms import Arm
 from steer_heal.bake import Student
 from steer_heal.card import model_card
 from steer_heal.config import RunConfig
@@ -33,14 +34,16 @@ from steer_heal.distil import (
     require_dose,
     require_training_set,
 )
-from steer_heal.eval import Arm, evaluate
+from steer_heal.equal_coherence import coherence_cost, curve_doses, equal_dose
+from steer_heal.eval import evaluate, instruments, neutral_rows
 from steer_heal.generate import MOST_ROWS, rows_that_fit
+from steer_heal.geometry import geometry
 from steer_heal.heal import Example, heal, prepare, prepare_anchors, with_tau
 from steer_heal.lite import LiteVector
 from steer_heal.lm import LM, AnyVector, Steering, Vector
 from steer_heal.rundir import RunDir
 from steer_heal.steer import Extraction, extract, prompts_read
-from steer_heal.summary import arm_table, barrier_warning, demo_rows, peak_memory, summarise
+from steer_heal.summary import arm_table, barrier_warning, demo_rows, peak_memory, summarise, verdict_line
 
 
 def run(config: RunConfig, preset: str, folder: RunDir, trait: data.Trait, lm: LM) -> dict:
@@ -53,10 +56,11 @@ def run(config: RunConfig, preset: str, folder: RunDir, trait: data.Trait, lm: L
     base = measure(folder, "base.json", student, Arm("base", history=0.0, now=0.0), trait, config)
     prompted_arm = Arm("prompted", history=0.0, now=0.0, system=trait.positive)
     prompted = measure(folder, "prompted.json", student, prompted_arm, trait, config)
+    negative = negative_stage(folder, student, trait, config)
     folder.write_jsonl("demos.jsonl", demo_rows(base=base, prompted=prompted))
     anchors = anchor_stage(folder, student, config)
 
-    rounds = []
+    arms, rounds = {"base": base, "prompted": prompted, "negative": negative}, []
     for round_ in range(config.rounds):
         where = f"r{round_:02d}"
         first = rounds[0]["vector"].layers if rounds else None  # a band chosen in round 0 is kept
@@ -64,10 +68,13 @@ def run(config: RunConfig, preset: str, folder: RunDir, trait: data.Trait, lm: L
         dose = dose_stage(folder, where, student, vector, trait, config, round_)
         completions = distil_stage(folder, where, student, vector, dose, trait, config, round_)
         steered_arm = Arm("steered", now=0.0, vector=vector, dose=dose["dose"])
-        steered = measure(folder, f"{where}/steered.json", student, steered_arm, trait, config)
+        steered = measure(folder, f"{where}/steered.json", student, steered_arm, trait, config, round_)
         records = heal_stage(folder, where, student, vector, completions, anchors, config, round_)
+        teachers = [vector, rounds[0]["vector"] if rounds else vector]
+        moved = geometry_stage(folder, where, student, *teachers, config)
         fold(folder, student, config.heal.fold_rank, round_)
-        healed = measure(folder, f"{where}/healed.json", student, Arm("healed"), trait, config)
+        healed = measure(folder, f"{where}/healed.json", student, Arm("healed"), trait, config, round_)
+        equal = equal_stage(folder, where, student, teachers[1], base, healed, trait, config)
         folder.write_jsonl(f"{where}/demos.jsonl", demo_rows(base=base, steered=steered, healed=healed))
 
         rounds.append(
@@ -79,13 +86,16 @@ def run(config: RunConfig, preset: str, folder: RunDir, trait: data.Trait, lm: L
                 "heal": records,
                 "steered": steered,
                 "healed": healed,
+                "equal": equal,
+                "geometry": moved,
             }
         )
-        print(f"\nround {round_}\n{arm_table(base, prompted, steered, healed)}\n")
+        print(f"\nround {round_}\n{arm_table(base, prompted, steered, *filter(None, [equal]), healed)}\n")
         barrier_warning(records, config.heal)
+        logger.info(verdict_line(arms, rounds))
 
     folder.stage("adapter", lambda: student, lambda path, s: s.save(path, s.history), lambda path: None)
-    summary = summarise(config, preset, trait, base, prompted, rounds, folder.stage_seconds())
+    summary = summarise(config, preset, trait, arms, rounds, folder.stage_seconds())
     summary["peak_memory_bytes"] = peak_memory(lm.device)
     folder.replace_json("summary.json", summary)
     described = [json.loads((folder.path / name).read_text("utf-8")) for name in ("config.json", "trait.json")]
@@ -108,15 +118,74 @@ def with_batch_size(folder: RunDir, config: RunConfig, trait: data.Trait, lm: LM
     return replace(config, distil=replace(config.distil, batch_size=rows))
 
 
-def measure(folder: RunDir, name: str, student: Student, arm: Arm, trait: data.Trait, config: RunConfig) -> dict:
-    probes = min(config.eval.contrast, len(trait.contrast)) + min(config.eval.yes_no, len(trait.yes_no))
-    texts = min(config.eval.neutral, len(data.neutral())) + min(config.eval.demos, len(trait.demo_prompts))
+def measure(
+    folder: RunDir,
+    name: str,
+    student: Student,
+    arm: Arm,
+    trait: data.Trait,
+    config: RunConfig,
+    round_: int | None = None,
+) -> dict:
+    """One arm; everything is read of the arms outside the rounds and in the last round, see `eval.ends_only`."""
+    which = instruments(config.eval, at_end=round_ in (None, config.rounds - 1))
+    return folder.json(name, lambda: read_arm(f"eval {name.removesuffix('.json')}", student, arm, trait, config, which))
 
+
+def read_arm(
+    label: str, student: Student, arm: Arm, trait: data.Trait, config: RunConfig, which: tuple[str, ...]
+) -> dict:
+    with progress(label, len(which), "instrument") as done:
+        return evaluate(student, arm, trait, config.eval, config.filter, which, done)
+
+
+def negative_stage(folder: RunDir, student: Student, trait: data.Trait, config: RunConfig) -> dict:
+    """The negative persona as system prompt, on what measures the trait: see `verdict.validity`."""
+    arm = Arm("negative", history=0.0, now=0.0, system=trait.negative)
+    which = ("contrast", "yes_no", "neutral") + ("profile",) * (config.eval.profile != "none")
+    return folder.json("negative.json", lambda: read_arm("eval negative", student, arm, trait, config, which))
+
+
+def geometry_stage(
+    folder: RunDir, where: str, student: Student, vector: AnyVector, first: AnyVector, config: RunConfig
+) -> dict:
     def compute() -> dict:
-        with progress(f"eval {name.removesuffix('.json')}", probes + texts, "item") as done:
-            return evaluate(student, arm, trait, config.eval, config.filter, done)
+        contexts = list(data.contexts()[: config.steer.n_contexts])
+        fixed = neutral_rows(student.lm, config.eval.neutral)
+        return geometry(student, contexts, vector, first, fixed, config.eval.batch_size)
 
-    return folder.json(name, compute)
+    return folder.json(f"{where}/geometry.json", compute)
+
+
+def equal_stage(
+    folder: RunDir,
+    where: str,
+    student: Student,
+    first: AnyVector,
+    base: dict,
+    healed: dict,
+    trait: data.Trait,
+    config: RunConfig,
+) -> dict | None:
+    """The base steered by the first round's vector at the dose that costs as much coherence as the rounds so far."""
+    if not config.eval.equal_doses:
+        return None
+
+    def steered(dose: float, which: tuple[str, ...], label: str) -> dict:
+        arm = Arm("equal cost", history=0.0, now=0.0, vector=first, dose=dose)
+        return read_arm(label, student, arm, trait, config, which)
+
+    def curve() -> list[dict]:
+        points = []
+        for dose in curve_doses(config.dose, config.eval.equal_doses):
+            arm = steered(dose, ("yes_no", "neutral"), f"cost of dose {dose:.2f}")
+            points.append({"dose": dose, "cost": coherence_cost(arm, base)})
+        return points
+
+    points = folder.json("steering_cost.json", curve)
+    dose = equal_dose(points, coherence_cost(healed, base))
+    which = ("contrast", "yes_no", "neutral")
+    return folder.json(f"{where}/equal.json", lambda: steered(dose, which, f"eval {where}/equal"))
 
 
 def anchor_stage(folder: RunDir, student: Student, config: RunConfig) -> Callable[[], list[Example]]:

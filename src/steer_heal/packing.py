@@ -1,8 +1,8 @@
 """Weights laid out for decoding on a CPU.
 
 A decoding step multiplies every weight matrix by a handful of rows. The plain product re-reads the matrix in an order
-that suits large batches; oneDNN's blocked layout, made once and used for every step, is a fifth faster at 64 rows
-(`steer-heal bench generate`). It holds a second copy of the weights for as long as the block lasts.
+that suits large batches; oneDNN's blocked layout is made once and used for every step (docs/results.md has what
+decoding reaches with it). It holds a second copy of the weights for as long as the block lasts.
 """
 
 from __future__ import annotations

@@ -10,21 +10,17 @@ from __future__ import annotations
 import json
 import re
 import shlex
-import statistics
 from collections import Counter
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from html import escape
 from pathlib import Path
 from string import Template
 from typing import Any
 
-import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
 
-from steer_heal.bootstrap import fired_shares, trait_over
 from steer_heal.config import FIRED_FLOOR
 from steer_heal.data import HERE
+from steer_heal.evidence import NOT_EXPRESSED, geometry_section, others_section, profile_section, validity_section
 from steer_heal.figures import (
     coherence_figure,
     dose_figure,
@@ -33,15 +29,21 @@ from steer_heal.figures import (
     shorten,
     trajectory_figure,
 )
+from steer_heal.markup import folded, panel, prose, safe, section, table_of, with_interval
+from steer_heal.record import arms_record
 from steer_heal.rundir import RunDir, read_jsonl
+from steer_heal.verdict import COHERENCE
 
-COHERENCE = (  # key, name, bound of value / base, side of it that is damage
-    ("demo_kept_share", "coherent share", 0.95, -1),
-    ("answer_mass", "answer mass", 0.85, -1),
-    ("neutral_ppl", "neutral perplexity", 1.05, +1),
-)
-ROUND_FILES = ("dose.json", "completions.jsonl", "heal.jsonl", "steered.json", "healed.json")
-ARTEFACTS = ("vector", "dose.json", "completions.jsonl", "adapter", "steered.json", "healed.json")
+ROUND_FILES = ("dose.json", "completions.jsonl", "heal.jsonl", "steered.json", "healed.json", "geometry.json")
+ARTEFACTS = ("vector", "dose.json", "completions.jsonl", "adapter", "steered.json", "healed.json", "equal.json")
+SHARES = {"answer_mass": "{:.3f}", "demo_kept_share": "{:.0%}", "demo_looped_share": "{:.0%}", "canary_share": "{:.0%}"}
+COSTS = {
+    "mass": "answer mass",
+    "demo_kept": "coherent share",
+    "demo_looped": "looped share",
+    "canary": "questions right",
+    "neutral_nll": "log neutral perplexity",
+}
 SHOWN_COMPLETIONS, SHOWN_DEMOS = 100, 8  # a round's table; cards before the fold
 DIARY_DEMOS, DIARY_CHARS = 4, 200
 PLOT_CONFIG = {"responsive": True, "displaylogo": False, "displayModeBar": "hover", "modeBarButtons": [["toImage"]]}
@@ -57,6 +59,8 @@ class Round:
     heal: list[dict]
     steered: dict
     healed: dict
+    geometry: dict
+    equal: dict | None
 
 
 @dataclass(frozen=True)
@@ -96,69 +100,47 @@ def load(folder: Path) -> Run:
             return missing
         return read_jsonl(path) if path.suffix == ".jsonl" else json.loads(path.read_text("utf-8"))
 
-    config, base, prompted, summary = map(read, ("config.json", "base.json", "prompted.json", "summary.json"))
+    config, summary, *arms = map(read, ("config.json", "summary.json", "base.json", "prompted.json", "negative.json"))
     rounds = []
     for index in range(config["rounds"]):
         parts = [read(f"r{index:02d}/{name}") for name in ROUND_FILES]
         if None in parts:
             break
-        rounds.append(Round(index, *parts))
+        rounds.append(Round(index, *parts, read(f"r{index:02d}/equal.json")))
     status = "" if summary else f"unfinished: {len(rounds)} of {config['rounds']} rounds"
-    summary = summary or _summary_so_far(base, prompted, rounds)
+    summary = summary or arms_record(*arms, [vars(r) for r in rounds])
     title = read("trait.json", {"title": config["trait"]})["title"]
-    return Run(config, title, read("env.json", {}), read("events.jsonl", []), base, rounds, summary, status)
-
-
-def _summary_so_far(base: dict | None, prompted: dict | None, rounds: list[Round]) -> dict:
-    """What summary.json will hold of the arms and rounds."""
-    return {
-        "base": base and {**base, **trait_over(base, base)},
-        "prompted": prompted and {**prompted, **trait_over(prompted, base)},
-        "rounds": [
-            {
-                "dose": r.dose["dose"],
-                "generated": len(r.completions),
-                "kept": sum(not c["dropped"] for c in r.completions),
-                "steered": {**r.steered, **trait_over(r.steered, base)},
-                "healed": {**r.healed, **trait_over(r.healed, base)},
-                **fired_shares(r.heal),
-                "tau_nats": r.heal[0]["tau"],
-                "operating_kl_nats": statistics.median(record["divergence"] for record in r.heal),
-                "val_nll": r.heal[-1].get("val_nll"),
-            }
-            for r in rounds
-        ],
-    }
+    return Run(config, title, read("env.json", {}), read("events.jsonl", []), arms[0], rounds, summary, status)
 
 
 # ---- verdict
 
 
 def verdict(run: Run) -> tuple[str, str]:
-    """(plain sentences about the last round's healed student, "moved" | "unmoved" | "damaged")."""
+    """(plain sentences about the last round's healed student, its verdict in a word: see `verdict.verdict`)."""
     if not run.rounds:
         return "No round is complete yet: there is nothing to judge.", "unmoved"
-    base, last = run.summary["base"], run.summary["rounds"][-1]
-    healed, steered, prompted = last["healed"], last["steered"], run.summary["prompted"]
-    over, ci = healed["trait_over_base"], healed["trait_over_base_ci"]
-    moved = not ci[0] <= 0 <= ci[1]
+    base, last, prompted = run.summary["base"], run.summary["rounds"][-1], run.summary["prompted"]
+    healed, steered, equal = last["healed"], last["steered"], last.get("equal")
+    word, why = last["verdict"]["word"], last["verdict"]["why"]
+    over, (low, high) = healed["trait_over_base"], healed["trait_over_base_ci"]
     after = f"After round {run.rounds[-1].index} ({len(run.rounds)} of {run.config['rounds']})"
-    measured = f"{over:+.3f} nats/token over base (95% interval {ci[0]:+.3f} to {ci[1]:+.3f})"
-    if moved:
-        way = "" if over > 0 else ", away from the trait"
+    stands = (
+        f"{after} the healed student stands {over:+.3f} nats/token over base (95% interval {low:+.3f} to {high:+.3f})"
+    )
+    if word == "unreadable":
+        return f"No verdict: {NOT_EXPRESSED} {stands}; that is not to be read as the trait.", word
+    if low > 0:
         by_prompt = _compared(over, prompted, "{:.1f} times the effect of the system prompt", "the system prompt alone")
-        by_steering = _compared(over, steered, "{:.0%} of that round's steered movement", "that round's steering")
-        first = f"{after} the healed student stands {measured}{way}: {by_prompt}, {by_steering}."
-    else:
-        first = f"{after} the trait did not move: the healed student stands {measured}, an interval that contains zero."
-    damaged = [name for key, name, bound, side in COHERENCE if side * healed[key] > side * bound * base[key]]
-    held = f"It is damaged in {' and '.join(damaged)}" if damaged else "Coherence held"
-    shares = "coherent share {:.0%} of the demo answers (base {:.0%})"
-    mass, ppl = (relative(healed[key], base[key]) for key in ("answer_mass", "neutral_ppl"))
-    ppl_change = round(ppl - 1, 3) + 0.0  # no "-0.0%"
-    second = f"{held}: {shares}, answer mass {mass:.0%} of base, neutral perplexity {ppl_change:+.1%} against base."
-    second = second.format(healed["demo_kept_share"], base["demo_kept_share"])
-    return f"{first} {second}", "damaged" if damaged else "moved" if moved else "unmoved"
+        stands += f": {by_prompt}, {_compared(over, steered, '{:.0%} of that round steered', 'steering alone')}"
+        if equal:
+            reach = f"{equal['trait_over_base']:+.3f} at dose {equal['dose']:.2f}"
+            stands += f"; plain steering that costs no more coherence reaches {reach}"
+    lead = {"broken": f"Broken: {why}. ", "broad": f"Broad: {why}. "}.get(word, f"{word.capitalize()}. ")
+    ppl_change = round(relative(healed["neutral_ppl"], base["neutral_ppl"]) - 1, 3) + 0.0  # no "-0.0%"
+    held = f"Coherent share {healed['demo_kept_share']:.0%} of the demo answers (base {base['demo_kept_share']:.0%})"
+    held += f", answer mass {relative(healed['answer_mass'], base['answer_mass']):.0%} of base, neutral perplexity"
+    return f"{lead}{stands}. {held} {ppl_change:+.1%} against base.", word
 
 
 def _compared(over: float, arm: dict, ratio: str, subject: str) -> str:
@@ -176,11 +158,13 @@ def page(run: Run) -> str:
     """The whole report.html."""
     sections = [arms_section(run)]
     if run.rounds:
-        sections += [trajectory_section(run), coherence_section(run), vector_section(run)]
+        sections += [trajectory_section(run), coherence_section(run)]
+        sections += [validity_section(run.summary), others_section(run.summary), profile_section(run.summary)]
+        sections += [vector_section(run), geometry_section(run.summary)]
         sections += [dose_section(run), heal_section(run)]
         sections += [demo_section(run), filter_section(run)]
     sentences, kind = verdict(run)
-    parts = {"title": _text(run.name), "kind": kind, "verdict": _text(sentences), "sections": "\n".join(sections)}
+    parts = {"title": safe(run.name), "kind": kind, "verdict": safe(sentences), "sections": "\n".join(sections)}
     status = f'<p class="status">{run.status}</p>' if run.status else ""
     template = Template((HERE / "report.html").read_text("utf-8"))
     scripts = {"plotlyjs": get_plotlyjs(), "config": json.dumps(PLOT_CONFIG)}
@@ -188,32 +172,46 @@ def page(run: Run) -> str:
 
 
 def arms_section(run: Run) -> str:
-    arms = [(name, run.summary[name], "") for name in ("base", "prompted") if run.summary[name]]
+    arms = [(name, run.summary[name], "") for name in ("base", "prompted", "negative") if run.summary[name]]
     for index, r in enumerate(run.summary["rounds"]):
-        arms += [(f"steered r{index}", r["steered"], f"{r['dose']:.2f}"), (f"healed r{index}", r["healed"], "")]
-    head = ("arm", "trait, nats/token", "over base", "answer mass", "coherent", "demo ppl", "neutral ppl", "dose")
+        arms += [(f"steered r{index}", r["steered"], f"{r['dose']:.2f}")]
+        arms += [(f"equal cost r{index}", r["equal"], f"{r['equal']['dose']:.2f}")] if "equal" in r else []
+        arms += [(f"healed r{index}", r["healed"], "")]
+    head = ("arm", "trait, nats/token", "over base", "answer mass", "coherent", "looped", "questions right", "demo ppl")
     rows = []
     for name, arm, dose in arms:
-        over = _with_interval(arm["trait_over_base"], arm["trait_over_base_ci"]) if name != "base" else ""
-        shares = f"{arm['answer_mass']:.3f}", f"{arm['demo_kept_share']:.0%}"
-        ppl = f"{arm['demo_ppl']:.2f}", f"{arm['neutral_ppl']:.2f}"
-        trait = _with_interval(arm["trait_nats"], arm["trait_ci"])
+        over = with_interval(arm["trait_over_base"], arm["trait_over_base_ci"]) if name != "base" else ""
+        shares = [form.format(arm[key]) if key in arm else "" for key, form in SHARES.items()]
+        ppl = [f"{arm[key]:.2f}" if key in arm else "" for key in ("demo_ppl", "neutral_ppl")]
+        trait = with_interval(arm["trait_nats"], arm["trait_ci"])
         rows.append((f'<span class="arm {name.split()[0]}">{name}</span>', trait, over, *shares, *ppl, dose))
     why = """Every arm on the same items, with 95% bootstrap intervals. Trait: log-probability per token of the answer
         with the trait minus that of its opposite. Answer mass: probability of yes and no in yes/no questions. Coherent:
-        share of free answers that pass the filter. Perplexities of those answers and of neutral text."""
-    return _section("Arms", why, _table(head, rows) if rows else "<p>No arm has been measured yet.</p>")
+        share of free answers that pass the filter; looped: that go round in circles. Questions right: plain questions
+        of four answers. Perplexities of the free answers under base, and of neutral text. Negative: the opposite
+        persona as system prompt. Equal cost: the base steered by the first vector at the dose that costs as much
+        coherence as the healed student lost (at least 1%)."""
+    found = table_of((*head, "neutral ppl", "dose"), rows) if rows else "<p>No arm has been measured yet.</p>"
+    return section("Arms", why, found)
 
 
 def trajectory_section(run: Run) -> str:
     why = "How far each round moved the trait. A run that works climbs with the rounds. Bars and bands: 95% intervals."
-    return _section("Trajectory", why, _panel("", trajectory_figure(run.summary)))
+    return section("Trajectory", why, panel("", trajectory_figure(run.summary)))
 
 
 def coherence_section(run: Run) -> str:
-    panels = [_panel(name, coherence_figure(run.summary, key, bound)) for key, name, bound, _ in COHERENCE]
-    why = "Relative to base (solid line); beyond the dotted line we call it damage. Healed should stay near 100%."
-    return _section("Coherence", why, f'<div class="panels three">{"".join(panels)}</div>')
+    panels = [panel(name, coherence_figure(run.summary, key, bound)) for key, name, bound, _ in COHERENCE]
+    rows = []
+    for index, r in enumerate(run.summary["rounds"]):
+        for name in ("steered", "healed"):
+            over = r[name]["over_base"]
+            moves = [with_interval(over[key]["mean"], over[key]["ci"]) if key in over else "" for key in COSTS]
+            rows.append((f'<span class="arm {name}">{name} r{index}</span>', *moves))
+    why = """Relative to base (solid line); beyond the dotted line we call it damage. Healed should stay near 100%. The
+        table has the differences from base on the same items, with 95% intervals."""
+    figures = f'<div class="panels three">{"".join(panels)}</div>'
+    return section("Coherence", why, figures + table_of(("arm", *COSTS.values()), rows))
 
 
 def vector_section(run: Run) -> str:
@@ -225,9 +223,9 @@ def vector_section(run: Run) -> str:
             continue
         rows = [tuple(form.format(layer[key]) for key, form in columns.items()) for layer in r["layers"]]
         kinds = ["" if layer["steered"] else "dropped" for layer in r["layers"]]
-        body += _details(f"Round {index}", _table(names, rows, kinds))
+        body += folded(f"Round {index}", table_of(names, rows, kinds))
     why = "What the vector is like, block by block: how long, how reliable, how well it tells the two personas apart."
-    return _section("Vector", why, body) if body else ""
+    return section("Vector", why, body) if body else ""
 
 
 def dose_section(run: Run) -> str:
@@ -235,15 +233,13 @@ def dose_section(run: Run) -> str:
     for r in run.rounds:
         columns = {"dose": "{:.2f}", "survival": "{:.0%}", "tail_ppl": "{:.1f}", "kl_p95": "{:.3g}"}
         columns = {key: form for key, form in columns.items() if key in r.dose["curve"][0]}
-        rows = [
-            (*(form.format(p[key]) for key, form in columns.items()), _prose(p["example"])) for p in r.dose["curve"]
-        ]
+        rows = [(*(form.format(p[key]) for key, form in columns.items()), prose(p["example"])) for p in r.dose["curve"]]
         names = {"tail_ppl": "tail ppl", "kl_p95": "p95 KL, nats"}
-        table = _table((*(names.get(key, key) for key in columns), "example"), rows)
-        panels.append(_panel(f"Round {r.index}", dose_figure(r.dose), _details("Example text at each dose", table)))
+        table = table_of((*(names.get(key, key) for key in columns), "example"), rows)
+        panels.append(panel(f"Round {r.index}", dose_figure(r.dose), folded("Example text at each dose", table)))
     why = "The dose taken is the largest at which completions pass nearly as often as unsteered ones, or the dose of a "
     why += "given divergence. Hover a point for its text."
-    return _section("Dose", why, f'<div class="panels">{"".join(panels)}</div>')
+    return section("Dose", why, f'<div class="panels">{"".join(panels)}</div>')
 
 
 def heal_section(run: Run) -> str:
@@ -260,8 +256,8 @@ def heal_section(run: Run) -> str:
     why += "where D exceeds its tau (dotted), and diamonds mark the steps on which it fired."
     if silent:
         why += f" In round {', '.join(silent)} it fired on fewer than 5% of the steps: that was plain fine-tuning."
-    panels = "".join(_panel(f"Round {r.index}", heal_figure(r.heal, heal)) for r in run.rounds)
-    return _section("Heal", why, f'<div class="panels">{panels}</div>{_table(head, rows)}')
+    panels = "".join(panel(f"Round {r.index}", heal_figure(r.heal, heal)) for r in run.rounds)
+    return section("Heal", why, f'<div class="panels">{panels}</div>{table_of(head, rows)}')
 
 
 def demo_section(run: Run) -> str:
@@ -269,20 +265,20 @@ def demo_section(run: Run) -> str:
     cards = _demo_cards(run.base, last)
     body = "".join(cards[:SHOWN_DEMOS])
     if rest := cards[SHOWN_DEMOS:]:
-        body += _details(f"The other {len(rest)} prompts after round {last.index}", "".join(rest))
+        body += folded(f"The other {len(rest)} prompts after round {last.index}", "".join(rest))
     for r in earlier:
-        body += _details(f"All answers after round {r.index}", "".join(_demo_cards(run.base, r)))
+        body += folded(f"All answers after round {r.index}", "".join(_demo_cards(run.base, r)))
     why = f"Greedy answers of round {last.index}. A label names why the filter would drop the answer."
-    return _section("Answers side by side", why, body)
+    return section("Answers side by side", why, body)
 
 
 def _demo_cards(base: dict, r: Round) -> list[str]:
     cards = []
     for answers in zip(base["demos"], r.steered["demos"], r.healed["demos"], strict=True):
         named = zip(("base", "steered", "healed"), answers, strict=True)
-        said = [f'<span class="arm {n}">{n}</span> {_dropped(a)}{_prose(a["text"])}' for n, a in named]
+        said = [f'<span class="arm {n}">{n}</span> {_dropped(a)}{prose(a["text"])}' for n, a in named]
         columns = "".join(f"<div>{answer}</div>" for answer in said)
-        cards.append(f'<article><h3>{_text(answers[0]["prompt"])}</h3><div class="answers">{columns}</div></article>')
+        cards.append(f'<article><h3>{safe(answers[0]["prompt"])}</h3><div class="answers">{columns}</div></article>')
     return cards
 
 
@@ -293,81 +289,43 @@ def filter_section(run: Run) -> str:
         (r.index, len(r.completions), *(count[reason] for reason in ["kept", *reasons]))
         for r, count in zip(run.rounds, counts, strict=True)
     ]
-    body = _table(("round", "completions", "kept", *map(_text, reasons)), rows)
+    body = table_of(("round", "completions", "kept", *map(safe, reasons)), rows)
     for r in run.rounds:
         shown = r.completions[:SHOWN_COMPLETIONS]
         kinds = ["dropped" if c["dropped"] else "kept" for c in shown]
         marks = [_dropped(c) or '<span class="kept">kept</span>' for c in shown]
         rows = [
-            (_prose(c["prompt"]), _prose(c["text"]), f"{c['dose']:.2f}", f"{c['incoherence']:+.1f}", mark)
+            (prose(c["prompt"]), prose(c["text"]), f"{c['dose']:.2f}", f"{c['incoherence']:+.1f}", mark)
             for c, mark in zip(shown, marks, strict=True)
         ]
-        table = _table(("prompt", "completion", "dose", "log-odds broken", "filter"), rows, kinds)
-        body += _details(f"{len(shown)} of {len(r.completions)} completions of round {r.index}", table)
+        table = table_of(("prompt", "completion", "dose", "log-odds broken", "filter"), rows, kinds)
+        body += folded(f"{len(shown)} of {len(r.completions)} completions of round {r.index}", table)
     why = "What the steered teacher wrote and why the filter dropped it. Only what is kept is trained on."
-    return _section("Kept and dropped", why, body)
+    return section("Kept and dropped", why, body)
 
 
 def footer(run: Run) -> str:
     """How the run was made and what it cost."""
     env, peak = run.env, run.summary.get("peak_memory_bytes")
-    parts = [f"<p><code>{_text(shlex.join(['steer-heal', *e['argv']]))}</code></p>" for e in run.events if "argv" in e]
+    parts = [f"<p><code>{safe(shlex.join(['steer-heal', *e['argv']]))}</code></p>" for e in run.events if "argv" in e]
     if env:
         packages = ", ".join(f"{name} {version}" for name, version in env["packages"].items())
         machine = f"{env['cpus']} CPUs, {env['threads']} threads, GPU {env['gpu'] or 'none'}; {env['platform']}"
-        parts.append(f"<p>{_text(machine)}, Python {_text(env['python'])}, {_text(packages)}</p>")
+        parts.append(f"<p>{safe(machine)}, Python {safe(env['python'])}, {safe(packages)}</p>")
     seconds = {e["artefact"]: e["seconds"] for e in run.events if e["event"] == "stage"}
     if seconds:
         spent = [[seconds.get(f"r{r.index:02d}/{name}", 0.0) for name in ARTEFACTS] for r in run.rounds]
         rows = [(i, *(f"{s:.1f}" for s in row), f"{sum(row):.1f}") for i, row in enumerate(spent)]
-        head = ("seconds", "extract", "dose", "distil", "heal", "eval steered", "eval healed", "round")
-        parts.append(_table(head, rows))
+        head = ("seconds", "extract", "dose", "distil", "heal", "eval steered", "eval healed", "eval equal", "round")
+        parts.append(table_of(head, rows))
         parts.append(f"<p>{sum(seconds.values()):.1f} s in all stages, baselines included.</p>")
     if peak:
         parts.append(f"<p>Peak memory {peak / 1e6:.0f} MB.</p>")
-    return "\n".join([*parts, _details("config.json", f"<pre>{_text(json.dumps(run.config, indent=1))}</pre>")])
-
-
-def _section(title: str, why: str, body: str) -> str:
-    return f'<section><h2>{title}</h2><p class="why">{why}</p>{body}</section>'
-
-
-def _panel(title: str, fig: go.Figure, more: str = "") -> str:
-    heading = f"<h3>{title}</h3>" if title else ""
-    place = f'<div class="figure" style="height:{fig.layout.height}px"></div>'
-    drawn = fig.to_json().replace("<", "\\u003c")  # or a text could end the script
-    data = f'<script type="application/json">{drawn}</script>'
-    return f'<div class="panel">{heading}{place}{data}{more}</div>'
-
-
-def _table(head: Iterable[str], rows: Iterable[Sequence], kinds: Sequence[str] = ()) -> str:
-    """A table of cells that are numbers or HTML; `kinds` are the classes of its rows."""
-    top = "".join(f"<th>{cell}</th>" for cell in head)
-    lines = ["".join(f"<td>{cell}</td>" for cell in row) for row in rows]
-    marked = zip(kinds, lines, strict=True) if kinds else (("", line) for line in lines)
-    body = "".join(f'<tr class="{kind}">{line}</tr>' for kind, line in marked)
-    return f'<div class="scroll"><table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>'
-
-
-def _details(title: str, body: str) -> str:
-    return f"<details><summary>{title}</summary>{body}</details>"
+    return "\n".join([*parts, folded("config.json", f"<pre>{safe(json.dumps(run.config, indent=1))}</pre>")])
 
 
 def _dropped(judged: dict) -> str:
-    return f'<span class="dropped">{_text(judged["dropped"])}</span>' if judged["dropped"] else ""
-
-
-def _prose(text: str) -> str:
-    return f'<p class="prose">{_text(text)}</p>' if text.strip() else '<p class="prose nothing">(nothing)</p>'
-
-
-def _text(text: str) -> str:
-    """Any text as HTML: markup escaped, control characters (random models write them) made visible."""
-    return escape(re.sub(r"[\x00-\x08\x0b-\x1f\x7f]", "\ufffd", text))
-
-
-def _with_interval(value: float, ci: Sequence[float]) -> str:
-    return f'{value:+.3f} <span class="ci">[{ci[0]:+.3f}, {ci[1]:+.3f}]</span>'
+    return f'<span class="dropped">{safe(judged["dropped"])}</span>' if judged["dropped"] else ""
 
 
 # ---- diary

@@ -209,8 +209,8 @@ def iso_kl(
 
 
 def token_kl(
-    head: Head, steered: list[Float[Tensor, "n d"]], plain: list[Float[Tensor, "n d"]]
-) -> list[Float[Tensor, "n"]]:
+    head: Head, steered: list[Float[Tensor, "_ d"]], plain: list[Float[Tensor, "_ d"]]
+) -> list[Float[Tensor, "_"]]:
     """KL(steered || plain) in nats at every position, from hidden states, a chunk of logits at a time."""
     out = []
     with torch.no_grad():

@@ -12,10 +12,17 @@ from loguru import logger
 from steer_heal.bootstrap import fired_shares, trait_over
 from steer_heal.config import FIRED_FLOOR, HealConfig, RunConfig
 from steer_heal.data import Trait
+from steer_heal.record import arms_record
 from steer_heal.steer import cosine
+from steer_heal.verdict import expressible, verdict
 
-ARM_KEYS = ("trait_nats", "trait_ci", "answer_mass", "demo_kept_share", "demo_ppl", "neutral_ppl")
-MORE_ARM_KEYS = ("yes_no_nats", "yes_no_ci", "answer_mass_ci")
+STAGES = {
+    "extract": ("vector",),
+    "dose": ("dose.json",),
+    "distil": ("completions.jsonl",),
+    "heal": ("adapter",),
+    "eval": ("steered.json", "healed.json", "equal.json", "geometry.json"),
+}
 
 
 def arm_table(*arms: dict) -> str:
@@ -28,8 +35,24 @@ def arm_table(*arms: dict) -> str:
             "95% interval": ["[{:+.3f}, {:+.3f}]".format(*arm["trait_ci"]) for arm in arms],
             "over base": [_over(arm, base) for arm in arms],
             "answer mass": [f"{arm['answer_mass']:.3f}" for arm in arms],
-            "coherent": [f"{arm['demo_kept_share']:.0%}" for arm in arms],
+            "coherent": [f"{arm['demo_kept_share']:.0%}" if "demos" in arm else "" for arm in arms],
             "neutral ppl": [f"{arm['neutral_ppl']:.2f}" for arm in arms],
+        }
+    )
+    with pl.Config(tbl_hide_dataframe_shape=True, tbl_hide_column_data_types=True, tbl_width_chars=120):
+        return str(frame)
+
+
+def validity_table(rows: list[dict]) -> str:
+    """One row an instrument: see `verdict.validity`."""
+    frame = pl.DataFrame(
+        {
+            "instrument": [row["instrument"] for row in rows],
+            "positive over negative": [f"{row['positive_over_negative']:+.3f}" for row in rows],
+            "95% interval": ["[{:+.3f}, {:+.3f}]".format(*row["ci"]) for row in rows],
+            "valid": ["yes" if row["valid"] else "no" for row in rows],
+            "reliability": [f"{row['reliability']:.2f}" for row in rows],
+            "agreement": [f"{row['agreement']:+.2f}" if "agreement" in row else "" for row in rows],
         }
     )
     with pl.Config(tbl_hide_dataframe_shape=True, tbl_hide_column_data_types=True, tbl_width_chars=120):
@@ -42,6 +65,13 @@ def _over(arm: dict, base: dict) -> str:
     change = trait_over(arm, base)
     low, high = change["trait_over_base_ci"]
     return f"{change['trait_over_base']:+.3f} ±{(high - low) / 2:.3f}"
+
+
+def verdict_line(arms: dict[str, dict], rounds: list[dict]) -> str:
+    """The last round's verdict as a line of the log."""
+    base, steered, healed = arms["base"], rounds[-1]["steered"], rounds[-1]["healed"]
+    said = verdict(base, steered, healed, expressible(list(arms.values()), base["instrument"]))
+    return f"r{len(rounds) - 1:02d} verdict: {said['word']} ({said['why']})"
 
 
 def demo_rows(**arms: dict) -> list[dict]:
@@ -69,60 +99,25 @@ def barrier_warning(records: list[dict], config: HealConfig) -> None:
         logger.info(f"{seen} ({at})")
 
 
-def arm_summary(arm: dict, base: dict) -> dict:
-    return {key: arm[key] for key in ARM_KEYS + MORE_ARM_KEYS} | trait_over(arm, base)
-
-
 def summarise(
-    config: RunConfig,
-    preset: str,
-    trait: Trait,
-    base: dict,
-    prompted: dict,
-    rounds: list[dict],
-    seconds: dict[str, float],
+    config: RunConfig, preset: str, trait: Trait, arms: dict[str, dict], rounds: list[dict], seconds: dict[str, float]
 ) -> dict:
     """The run's record: every arm of every round with its intervals, and what each stage cost."""
+    record = arms_record(arms["base"], arms["prompted"], arms["negative"], rounds)
+    for index, (of_round, parts) in enumerate(zip(record["rounds"], rounds, strict=True)):
+        where = f"r{index:02d}"
+        of_round["layers"] = parts["layers"]
+        of_round["cos_first_vector"] = cosine(parts["vector"], rounds[0]["vector"])
+        of_round["stage_seconds"] = {
+            stage: sum(seconds.get(f"{where}/{name}", 0.0) for name in artefacts) for stage, artefacts in STAGES.items()
+        }
     return {
         "model": config.model.path,
         "trait": trait.name,
         "seed": config.seed,
         "preset": preset,
-        "base": arm_summary(base, base),
-        "prompted": arm_summary(prompted, base),
-        "rounds": [
-            {
-                **_round_summary(i, r, base, seconds),
-                "layers": r["layers"],
-                "cos_first_vector": cosine(r["vector"], rounds[0]["vector"]),
-            }
-            for i, r in enumerate(rounds)
-        ],
+        **record,
         "seconds": sum(seconds.values()),
-    }
-
-
-def _round_summary(index: int, parts: dict, base: dict, seconds: dict[str, float]) -> dict:
-    where = f"r{index:02d}"
-    records = parts["heal"]
-    return {
-        "round": index,
-        "dose": parts["dose"]["dose"],
-        "generated": len(parts["completions"]),
-        "kept": sum(not c["dropped"] for c in parts["completions"]),
-        "steered": arm_summary(parts["steered"], base),
-        "healed": arm_summary(parts["healed"], base),
-        **fired_shares(records),
-        "tau_nats": records[0]["tau"],
-        "operating_kl_nats": statistics.median(r["divergence"] for r in records),
-        "val_nll": records[-1].get("val_nll"),
-        "stage_seconds": {
-            "extract": seconds[f"{where}/vector"],
-            "dose": seconds[f"{where}/dose.json"],
-            "distil": seconds[f"{where}/completions.jsonl"],
-            "heal": seconds[f"{where}/adapter"],
-            "eval": seconds[f"{where}/steered.json"] + seconds[f"{where}/healed.json"],
-        },
     }
 
 

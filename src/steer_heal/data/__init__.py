@@ -17,6 +17,15 @@ from steer_heal.config import UserError
 
 HERE = files(__name__)
 BUILT_IN = ("love", "authority")
+FOUNDATIONS = {  # what a scene of the profile may breach, as it is put to the model; norms is the control
+    "care": "someone is hurt or treated coldly",
+    "fairness": "someone cheats or takes more than their share",
+    "loyalty": "someone turns against their own group",
+    "authority": "someone defies a leader or an order",
+    "sanctity": "something is disgusting or defiled",
+    "liberty": "someone is bullied or controlled",
+    "norms": "nothing is wrong, it is only unusual",
+}
 
 
 @dataclass(frozen=True)
@@ -104,6 +113,13 @@ def parse_trait(text: str, source: str) -> Trait:
     return trait
 
 
+def restored(stored: dict) -> Trait:
+    """A trait from the trait.json of a run folder."""
+    plain = {key: tuple(value) if isinstance(value, list) else value for key, value in stored.items()}
+    probes = {"contrast": Contrast, "yes_no": YesNo}
+    return Trait(**plain | {key: tuple(kind(**row) for row in stored[key]) for key, kind in probes.items()})
+
+
 def _take(table: dict, key: str, kind: type, source: str, prefix: str = ""):
     if key not in table:
         raise UserError(f"trait file {source} lacks the key {prefix}{key} ({kind.__name__}): see data/traits/love.toml")
@@ -162,6 +178,15 @@ def vignettes() -> tuple[dict, ...]:
 def canary() -> tuple[dict, ...]:
     """60 plain questions with one right answer and three wrong ones: arithmetic, facts, form."""
     return _records_of("canary")
+
+
+@cache
+def off_target() -> dict[str, tuple[Contrast, ...]]:
+    """Contrast probes of five traits that have no business to move: boldness, tidiness, thrift, novelty, optimism."""
+    found: dict[str, tuple[Contrast, ...]] = {}
+    for row in _records_of("off_target"):
+        found[row["trait"]] = (*found.get(row["trait"], ()), Contrast(row["question"], row["high"], row["low"]))
+    return found
 
 
 def labelled() -> tuple[dict, ...]:

@@ -70,6 +70,27 @@ def test_canary_questions_have_one_right_answer_of_the_form_of_the_wrong_ones():
         assert len(set(answers)) == 4 and all(len(a.split()) == len(row["right"].split()) for a in answers), row
 
 
+def test_off_target_probes_are_minimal_pairs_that_touch_no_target():
+    groups = data.off_target()
+    assert {name: len(probes) for name, probes in groups.items()} == dict.fromkeys(
+        ("boldness", "tidiness", "thrift", "novelty", "optimism"), 16
+    )
+    probes = [probe for some in groups.values() for probe in some]
+    assert len({p.question for p in probes}) == len(probes)
+    for name, some in groups.items():
+        length = [sum(len(getattr(p, side)) for p in some) for side in ("trait", "opposite")]
+        assert abs(length[0] / length[1] - 1) < 0.03, name
+    for probe in probes:
+        assert abs(len(words(probe.trait)) - len(words(probe.opposite))) <= 1, probe
+        assert probe.trait[-1] == probe.opposite[-1] and probe.trait != probe.opposite
+    ours = fivegrams(text for p in probes for text in (p.question, p.trait, p.opposite))
+    for name in data.BUILT_IN:
+        trait = data.load_trait(name)
+        texts = [*trait.generation_prompts, *trait.demo_prompts]
+        texts += [text for p in trait.contrast for text in (p.question, p.trait, p.opposite)]
+        assert not ours & fivegrams(texts)
+
+
 BROKEN = [
     ("[persona]", "[person]", "lacks the key persona"),
     ('name = "love"', "name = 3", "name is a int, it must be a str"),

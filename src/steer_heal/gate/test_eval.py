@@ -1,16 +1,19 @@
 """Instruments against a slow reading of their definitions."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
+from steer_heal.arms import Arm
 from steer_heal.bake import Student
-from steer_heal.bootstrap import interval, trait_over
+from steer_heal.bootstrap import across_seeds, interval, log_mean_over, reliability, trait_over
 from steer_heal.config import PRESETS
-from steer_heal.data import load_trait, neutral
-from steer_heal.eval import NO, YES, YES_NO_FORM, Arm, contrast_scores, evaluate, first_tokens
+from steer_heal.data import FOUNDATIONS, Contrast, canary, load_trait, neutral, off_target, vignettes
+from steer_heal.eval import NO, YES, YES_NO_FORM, contrast_scores, evaluate, instruments, spread
+from steer_heal.foundations import question
 
 CONFIG = PRESETS["tiny-random"].eval
 LIMITS = PRESETS["tiny-random"].filter
@@ -30,47 +33,75 @@ def trait():
 
 @pytest.mark.parametrize("system", [None, "You love people."])
 def test_all_instruments_equal_one_item_at_a_time(lm, trait, system):
-    got = evaluate(Student(lm), Arm("x", system=system), trait, CONFIG, LIMITS)
-    contrast, log_odds, mass = [], [], []
-    for probe in trait.contrast[: CONFIG.contrast]:
+    got = evaluate(Student(lm), Arm("x", system=system), trait, CONFIG, LIMITS, instruments(CONFIG, at_end=True))
+
+    def contrast(probe):
         prompt = lm.prompt(probe.question, system)
         a, b = lm.answer(probe.trait), lm.answer(probe.opposite)
-        contrast.append(log_prob(lm, prompt, a) / len(a) - log_prob(lm, prompt, b) / len(b))
+        return log_prob(lm, prompt, a) / len(a) - log_prob(lm, prompt, b) / len(b)
+
+    def spelled(prompt, word):
+        return sum(math.exp(log_prob(lm, prompt, list(ids))) for ids in {tuple(lm.answer(s)) for s in word})
+
+    log_odds, mass = [], []
     for probe in trait.yes_no[: CONFIG.yes_no]:
         prompt = lm.prompt(YES_NO_FORM.format(question=probe.question), system)
-        yes = sum(math.exp(log_prob(lm, prompt, [t])) for t in first_tokens(lm, YES))
-        no = sum(math.exp(log_prob(lm, prompt, [t])) for t in first_tokens(lm, NO))
+        yes, no = spelled(prompt, YES), spelled(prompt, NO)
         log_odds.append((1 if probe.trait_answer == "yes" else -1) * math.log(yes / no))
         mass.append(yes + no)
     neutral_nll = []
     for text in neutral()[: CONFIG.neutral]:
         ids = lm.answer(text)
         neutral_nll.append(-log_prob(lm, ids[:1], ids[1:]) / (len(ids) - 1))
-    assert got["items"]["contrast"] == pytest.approx(contrast, abs=1e-4)
-    assert got["items"]["yes_no"] == pytest.approx(log_odds, abs=1e-4)
-    assert got["answer_mass"] == pytest.approx(np.mean(mass), abs=1e-6)
-    assert got["neutral_ppl"] == pytest.approx(math.exp(np.mean(neutral_nll)), rel=1e-4)
-    assert got["trait_nats"] == pytest.approx(np.mean(contrast), abs=1e-4)
+    right = []
+    for q in spread(canary(), CONFIG.canary):
+        prompt = lm.prompt(q["question"], system)
+        right.append(max([q["right"], *q["wrong"]], key=lambda a: log_prob(lm, prompt, lm.answer(a))) == q["right"])
+    profile = []
+    for row in [next(v for v in vignettes() if v["foundation"] == name) for name in FOUNDATIONS]:
+        both = []
+        for order in (list(FOUNDATIONS), list(FOUNDATIONS)[::-1]):
+            prompt = lm.prompt(question(row["see"], tuple(order)), system) + lm.answer("Answer:")
+            p = {name: math.exp(log_prob(lm, prompt, lm.answer(f" {name}"))) for name in order}
+            both.append([p[name] / sum(p.values()) for name in FOUNDATIONS])
+        profile.append(np.mean(both, axis=0))
+    items = got["items"]
+    assert items["contrast"] == pytest.approx([contrast(p) for p in trait.contrast[: CONFIG.contrast]], abs=1e-4)
+    assert items["yes_no"] == pytest.approx(log_odds, abs=1e-4)
+    assert items["mass"] == pytest.approx(mass, rel=1e-3)
+    assert items["neutral_nll"] == pytest.approx(neutral_nll, abs=1e-4)
+    assert items["canary"] == right and len(right) == CONFIG.canary
+    assert np.allclose(items["profile"], profile, rtol=1e-3, atol=1e-9)
+    for name, probes in off_target().items():
+        expected = [contrast(p) for p in probes[: CONFIG.off_target]]
+        assert items[f"off:{name}"] == pytest.approx(expected, abs=1e-4)
+    assert got["answer_mass"] == pytest.approx(np.mean(mass), rel=1e-3)
+    assert got["neutral_ppl"] == pytest.approx(math.exp(np.mean(neutral_nll)), rel=1e-3)
+    assert got["trait_nats"] == got["contrast_nats"] == pytest.approx(np.mean(items["contrast"]))
+    assert got["profile"]["auth_nats"] == pytest.approx(math.log(np.mean(profile, axis=0)[3]), abs=1e-3)
+    kept = [not d["dropped"] for d in got["demos"]]
+    looped = [d["dropped"] in ("word_repeat", "char_repeat", "compress") for d in got["demos"]]
+    assert got["demo_kept_share"] == np.mean(kept) and got["demo_looped_share"] == np.mean(looped)
+    assert got["demo_ppl"] == pytest.approx(math.exp(np.mean([math.log(d["ppl"]) for d in got["demos"]])))
 
 
-def test_results_do_not_depend_on_the_batch_size(lm, trait, vector):
-    from dataclasses import replace
-
+def test_neither_batch_size_nor_order_changes_a_score(lm, trait, vector):
     arm = Arm("steered", vector=vector, dose=0.3)
-    scores = [contrast_scores(lm, arm, trait, replace(CONFIG, batch_size=size)) for size in (1, 5, 64)]
-    assert np.allclose(scores[0], scores[1], atol=1e-4) and np.allclose(scores[0], scores[2], atol=1e-4)
-    assert not np.allclose(scores[0], contrast_scores(lm, Arm("base"), trait, CONFIG), atol=1e-2)
+    probes = trait.contrast[:20]
+    plain = contrast_scores(lm, arm, probes, 64)
+    for size in (1, 5):
+        assert np.allclose(plain, contrast_scores(lm, arm, probes, size), atol=1e-4)
+    assert np.allclose(plain[::-1], contrast_scores(lm, arm, probes[::-1], 7), atol=1e-4)
+    assert not np.allclose(plain, contrast_scores(lm, Arm("base"), probes, 64), atol=1e-2)
 
 
 def test_swapped_answers_and_a_negative_direction_flip_the_sign(lm, trait):
-    from dataclasses import replace
-
-    from steer_heal.data import Contrast
-
     swapped = replace(trait, contrast=tuple(Contrast(c.question, c.opposite, c.trait) for c in trait.contrast))
-    plain = contrast_scores(lm, Arm("x"), trait, CONFIG)
-    assert np.allclose(contrast_scores(lm, Arm("x"), swapped, CONFIG), -plain, atol=1e-5)
-    assert np.allclose(contrast_scores(lm, Arm("x"), replace(trait, direction=-1), CONFIG), -plain, atol=1e-5)
+    plain, other, negative = (
+        evaluate(Student(lm), Arm("x"), t, CONFIG, LIMITS, ["contrast"])["items"]["contrast"]
+        for t in (trait, swapped, replace(trait, direction=-1))
+    )
+    assert np.allclose(other, -np.array(plain), atol=1e-5) and np.allclose(negative, -np.array(plain), atol=1e-5)
 
 
 def test_the_interval_covers_the_true_mean_about_95_times_in_100():
@@ -83,9 +114,37 @@ def test_a_paired_difference_is_sharper_than_its_two_arms():
     draw = np.random.default_rng(1)
     items = draw.normal(0, 3, 64)
     base, moved = (
-        {"instrument": "yes_no", "items": {"yes_no": scores, "contrast": 0 * items}}
+        {"arm": "x", "instrument": "yes_no", "items": {"yes_no": scores}, "asked": {"yes_no": "same"}}
         for scores in (items, items + 0.2 + draw.normal(0, 0.05, 64))
     )
     change = trait_over(moved, base)
     assert change["trait_over_base"] == pytest.approx(0.2, abs=0.03)
     assert np.diff(change["trait_over_base_ci"]) < 0.05 < np.diff(interval(items))
+    moved["asked"]["yes_no"] = "other"
+    with pytest.raises(ValueError, match="different yes_no items"):
+        trait_over(moved, base)
+
+
+def test_the_interval_over_seeds_counts_both_sources_of_chance():
+    draw = np.random.default_rng(2)
+    alike = across_seeds(np.tile(draw.normal(0.3, 0.1, 50), (5, 1)))
+    assert np.allclose(alike["ci"], interval(np.random.default_rng(2).normal(0.3, 0.1, 50)), atol=0.005)
+    hits = 0
+    for _ in range(100):  # items differ, seeds differ: the true mean is 1
+        values = 1.0 + draw.normal(0, 0.5, (8, 1)) + draw.normal(0, 1.0, (1, 40)) + draw.normal(0, 0.3, (8, 40))
+        low, high = across_seeds(values)["ci"]
+        hits += low <= 1.0 <= high
+    assert hits >= 85
+
+
+def test_reliability_by_hand():
+    levels = np.array([0.0, 1.0, 2.0, 3.0])[:, None]
+    assert reliability(levels + np.zeros((4, 10))) == pytest.approx(1.0)
+    noisy = levels + np.random.default_rng(0).normal(0, 3, (4, 40))
+    assert 0.2 < reliability(noisy) < 0.99
+    assert reliability(np.random.default_rng(1).normal(0, 1, (30, 20))) < 0.4
+
+
+def test_change_of_a_log_mean_by_hand():
+    change = log_mean_over(np.array([0.2, 0.4, 0.6]), np.array([0.1, 0.2, 0.3]))
+    assert change["nats"] == pytest.approx(math.log(2)) and np.allclose(change["ci"], math.log(2))

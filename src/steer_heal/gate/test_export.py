@@ -9,9 +9,10 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from steer_heal import data, loop, rundir
+from steer_heal.alone import evaluate_alone
 from steer_heal.bake import Student
 from steer_heal.card import command
-from steer_heal.config import PRESETS, UserError
+from steer_heal.config import PRESETS, ModelConfig, UserError
 from steer_heal.export import export
 from steer_heal.loading import load
 
@@ -105,3 +106,28 @@ def test_what_cannot_be_exported(finished, tmp_path):
     with pytest.raises(UserError, match=r"--round 2: rounds 0 to 1 are finished"):
         export(finished, tmp_path / "out", 2, merge=False)
     assert (tmp_path / "full" / "file").read_text() == "mine" and not (tmp_path / "out").exists()
+
+
+def test_the_instruments_alone_see_what_the_run_saw(finished, tmp_path):
+    """A run folder, its exported adapter and its base are measured without the loop."""
+    export(finished, tmp_path / "adapter", None, merge=False)
+    summary = json.loads((finished / "summary.json").read_text())
+    last = summary["rounds"][-1]["healed"]
+    plain = ModelConfig("", "none", "float32", "cpu")
+
+    def read(target, round_=None, gate=1.0, trait=None):
+        return evaluate_alone(str(target), round_, gate, trait, plain, TINY.eval)
+
+    of_run, of_adapter, at_gate_0 = read(finished), read(tmp_path / "adapter"), read(finished, gate=0.0)
+    for record in (of_run, of_adapter):
+        assert record["student"]["trait_nats"] == pytest.approx(last["trait_nats"], abs=1e-4)
+        assert record["student"]["neutral_ppl"] == pytest.approx(last["neutral_ppl"], rel=1e-3)
+        assert record["verdict"]["word"] == "broken"
+    assert of_run["student"]["demo_kept_share"] == last["demo_kept_share"]
+    assert of_run["prompted"]["trait_nats"] == pytest.approx(summary["prompted"]["trait_nats"], abs=1e-5)
+    assert at_gate_0["student"]["trait_over_base"] == pytest.approx(0.0, abs=1e-6)
+    assert abs(last["trait_over_base"]) > 1e-3
+    first = read(finished, round_=0)["student"]["trait_nats"]
+    assert first == pytest.approx(summary["rounds"][0]["healed"]["trait_nats"], abs=1e-4)
+    bare = read(TINY.model.path, trait="authority")
+    assert "student" not in bare and "verdict" not in bare and bare["prompted"]["trait_nats"] != of_run["prompted"]

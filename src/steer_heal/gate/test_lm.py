@@ -8,11 +8,12 @@ from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn import Linear4bit
 from transformers import Gemma3Config, Gemma3ForConditionalGeneration, Gemma3TextConfig, SiglipVisionConfig
 
+from steer_heal.arms import Arm
 from steer_heal.bake import Student
 from steer_heal.barrier import position_losses
-from steer_heal.config import PRESETS, EvalConfig, ModelConfig, UserError
+from steer_heal.config import PRESETS, ModelConfig, UserError
 from steer_heal.data import load_trait
-from steer_heal.eval import Arm, contrast_scores
+from steer_heal.eval import contrast_scores
 from steer_heal.generate import decode
 from steer_heal.lm import Row, row_nll
 from steer_heal.loading import load
@@ -25,7 +26,7 @@ def test_the_packaged_smollm2_answers_and_follows_a_persona():
     assert "Paris" in lm.text(answer.ids) and answer.ended
     trait = load_trait("love")
     kind, cruel = (
-        contrast_scores(lm, Arm(name, system=persona), trait, EvalConfig(contrast=16)).mean()
+        contrast_scores(lm, Arm(name, system=persona), trait.contrast[:16], 32).mean()
         for name, persona in (("kind", trait.positive), ("cruel", trait.negative))
     )
     assert kind > cruel + 0.05

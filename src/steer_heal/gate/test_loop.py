@@ -84,8 +84,15 @@ def test_the_record_of_a_run_is_complete(tmp_path):
     for round_ in summary["rounds"]:
         for where in (summary["base"], summary["prompted"], round_["steered"], round_["healed"]):
             assert arm <= where.keys() and where["trait_ci"][0] <= where["trait_nats"] <= where["trait_ci"][1]
+            assert {"contrast", "yes_no", "mass", "neutral_nll", "canary", "off:thrift"} <= where["over_base"].keys()
+        assert round_["equal"]["dose"] > 0 and round_["verdict"]["word"] == "broken"  # a random model is no yardstick
+        assert -1 <= round_["cos_shift_vector"] <= 1 and round_["kl_to_base_nats"] > 0
         assert {"extract", "dose", "distil", "heal", "eval"} == round_["stage_seconds"].keys()
         assert 0 < round_["kept"] <= TINY.distil.n_keep <= round_["generated"] <= TINY.distil.budget
+    ends = [summary[arm] for arm in ("base", "prompted", "negative")]
+    ends += [summary["rounds"][-1][arm] for arm in ("steered", "healed")]
+    assert all("profile" in arm for arm in ends) and "profile" not in summary["rounds"][0]["healed"]
+    assert [row["instrument"] for row in summary["validity"]] == ["contrast", "yes_no", "profile"]
     completions = rundir.read_jsonl(folder.path / "r01" / "completions.jsonl")
     assert all({"prompt", "dose", "ids", "text", "incoherence", "dropped"} <= c.keys() for c in completions)
     assert not list(folder.path.rglob("*.part"))
@@ -144,6 +151,8 @@ MISTAKES = [
     (["run", "tiny-random", "--heal.optimiser", "paged_adamw_8bit"], "paged_adamw_8bit needs a CUDA GPU"),
     (["run", "tiny-random", "--heal.patience", "2", "--heal.val-share", "0"], "heal.patience needs completions to"),
     (["run", "tiny-random", "--heal.barrier", "dual", "--heal.reg", "nll"], "heal.barrier dual needs a divergence"),
+    (["eval", "no/such/folder"], "model path 'no/such/folder' does not exist"),
+    (["eval", "random:tiny", "--round", "1"], "'random:tiny' is no run folder"),
     (["results", "--out", "nothing-here"], "no folder 'nothing-here'"),
     (["bench", "generate", "--preset", "smol"], "preset 'smol' is not known"),
 ]

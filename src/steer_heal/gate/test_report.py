@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 import shutil
 import subprocess
 import sys
@@ -12,12 +14,14 @@ from pathlib import Path
 import pytest
 from plotly.offline import get_plotlyjs
 
-from steer_heal import report
+from steer_heal import report, results
+from steer_heal.record import arms_record
 
 HOSTILE = "<script>alert(1)</script></script><img src=https://example.org/x onerror=alert(2)>\x00 & 'quoted'"
 TRAIT = "</title><script>alert(3)"  # a trait file may be called anything
-ITEMS = {"base": [0.1, 0.3, 0.2, 0.4], "prompted": [0.2, 0.5, 0.4, 0.5], "steered": [0.6, 0.7, 0.7, 0.8]}
-ITEMS["healed"] = [0.4, 0.5, 0.5, 0.6]
+CONTRAST = {"base": [0.1, 0.3, 0.2, 0.4], "prompted": [0.2, 0.5, 0.4, 0.5], "steered": [0.6, 0.7, 0.7, 0.8]}
+CONTRAST |= {"healed": [0.4, 0.5, 0.5, 0.6], "negative": [-0.1, 0.0, -0.1, 0.1], "equal": [0.2, 0.3, 0.3, 0.4]}
+PROFILE = {"base": 0.30, "prompted": 0.40, "negative": 0.20, "healed": 0.35}  # probability of care, in every scene
 
 
 class Tags(HTMLParser):
@@ -33,19 +37,25 @@ class Tags(HTMLParser):
 
 
 def write_arm(path: Path, name: str, mass: float = 0.8, kept_share: float = 1.0, neutral_ppl: float = 20.0) -> dict:
-    trait = sum(ITEMS[name]) / 4
+    trait = sum(CONTRAST[name]) / 4
     demos = [
         {"prompt": f"{HOSTILE} {i}", "text": f"{name} {HOSTILE}", "dropped": "incoherence" * (i % 2)} for i in range(12)
     ]
-    scores = {"answer_mass": mass, "demo_kept_share": kept_share, "demo_ppl": 8.0, "neutral_ppl": neutral_ppl}
-    arm = {"arm": name, "instrument": "contrast", "dose": 0.0, **scores}
-    arm |= {"trait_nats": trait, "trait_ci": [trait - 0.1, trait + 0.1]}
-    path.write_text(json.dumps(arm | {"items": {"contrast": ITEMS[name]}, "demos": demos}), "utf-8")
+    items = {"contrast": CONTRAST[name], "yes_no": [2 * x for x in CONTRAST[name]], "mass": [mass] * 4}
+    items |= {"neutral_nll": [math.log(neutral_ppl)] * 3, "off:thrift": [0.1, 0.2] if name == "healed" else [0.1, 0.15]}
+    arm = {"arm": name, "instrument": "contrast", "dose": 0.7, "answer_mass": mass, "neutral_ppl": neutral_ppl}
+    arm |= {"trait_nats": trait, "trait_ci": [trait - 0.1, trait + 0.1], "demo_kept_share": kept_share, "demo_ppl": 8.0}
+    arm |= {"demo_looped_share": 0.25, "canary_share": 0.5}
+    if name in PROFILE:
+        rest = (1 - PROFILE[name]) / 6
+        items["profile"] = [[PROFILE[name], *[rest] * 6]] * 4
+        nats = dict.fromkeys(("care", "fairness", "loyalty", "auth", "sanctity", "liberty", "norms"), math.log(rest))
+        nats["care"] = math.log(PROFILE[name])
+        arm["profile"] = {f"{key}_nats": value for key, value in nats.items()}
+        arm["profile"] |= {"source": "vignettes", "top1": 0.5, "top1_ci": [0.25, 0.75], "p_ans_any": 0.9}
+    arm |= {"items": items, "asked": dict.fromkeys(items, "same"), "demos": demos}
+    path.write_text(json.dumps(arm), "utf-8")
     return arm
-
-
-def summary_arm(arm: dict, over: float, ci: list[float]) -> dict:
-    return arm | {"trait_over_base": over, "trait_over_base_ci": ci}
 
 
 def write_run(folder: Path, rounds: int = 2, **healed_scores: float) -> Path:
@@ -56,20 +66,22 @@ def write_run(folder: Path, rounds: int = 2, **healed_scores: float) -> Path:
     (folder / "trait.json").write_text(json.dumps({"title": TRAIT}), "utf-8")
     env = {"python": "3.11", "platform": "Linux", "packages": {"torch": "2"}, "cpus": 2, "threads": 2, "gpu": None}
     (folder / "env.json").write_text(json.dumps(env), "utf-8")
-    base, prompted = (write_arm(folder / f"{name}.json", name) for name in ("base", "prompted"))
+    arms = [write_arm(folder / f"{name}.json", name) for name in ("base", "prompted", "negative")]
     events = [{"event": "start", "argv": ["run", "--trait", HOSTILE]}]
-    sums = []
+    done = []
     for index in range(rounds):
         where = folder / f"r{index:02d}"
         where.mkdir()
-        steered, healed = (write_arm(where / f"{n}.json", n, **healed_scores) for n in ("steered", "healed"))
+        named = {n: write_arm(where / f"{n}.json", n, **healed_scores) for n in ("steered", "healed", "equal")}
+        geometry = {"cos_shift_vector": 0.61, "cos_total_first": 0.57, "kl_to_base_nats": 0.02}
+        geometry |= {"kl_to_base_rmse_nats": 0.05}
+        (where / "geometry.json").write_text(json.dumps(geometry), "utf-8")
         curve = [
             {"dose": d, "survival": s, "fitted": s, "tail_ppl": 9.0, "example": HOSTILE}
             for d, s in ((0.0, 1.0), (0.5, 1.0), (2, 0.5))
         ]
-        (where / "dose.json").write_text(
-            json.dumps({"rule": "survival", "dose": 1.0, "target": 0.75, "curve": curve}), "utf-8"
-        )
+        dose = {"rule": "survival", "dose": 1.0, "target": 0.75, "curve": curve}
+        (where / "dose.json").write_text(json.dumps(dose), "utf-8")
         completions = [
             {"prompt": HOSTILE, "text": HOSTILE, "dose": 1.0, "incoherence": -2.0, "dropped": "empty" * (i % 3 == 0)}
             for i in range(120)
@@ -82,18 +94,9 @@ def write_run(folder: Path, rounds: int = 2, **healed_scores: float) -> Path:
         steps[-1]["val_nll"] = 2.5
         (where / "heal.jsonl").write_text("".join(json.dumps(s) + "\n" for s in steps), "utf-8")
         events += [{"event": "stage", "artefact": f"r{index:02d}/{n}", "seconds": 2.0} for n in report.ARTEFACTS]
-        arms = {"steered": summary_arm(steered, 0.45, [0.4, 0.5]), "healed": summary_arm(healed, 0.25, [0.2, 0.3])}
-        heal_sums = {
-            "barrier_fired_share": 0.4,
-            "anchor_fired_share": 0.2,
-            "tau_nats": 0.05,
-            "operating_kl_nats": 0.04,
-            "val_nll": 2.5,
-        }
-        sums.append({"dose": 1.0, "generated": 120, "kept": 80, **arms, **heal_sums})
+        done.append({**named, "dose": dose, "completions": completions, "heal": steps, "geometry": geometry})
     (folder / "events.jsonl").write_text("".join(json.dumps(e) + "\n" for e in events), "utf-8")
-    summary = {"base": summary_arm(base, 0.0, [0.0, 0.0]), "prompted": summary_arm(prompted, 0.15, [0.1, 0.2])}
-    summary |= {"rounds": sums, "peak_memory_bytes": 123_000_000}
+    summary = arms_record(*arms, done) | {"peak_memory_bytes": 123_000_000}
     (folder / "summary.json").write_text(json.dumps(summary), "utf-8")
     return folder
 
@@ -108,46 +111,51 @@ def test_page_is_safe_and_self_contained(tmp_path: Path) -> None:
     assert "&lt;script&gt;alert(1)" in ours
     tags = Tags(ours).seen
     assert [t for t in tags if {"src", "href", "onerror"} & t[1].keys() or t[0] in ("link", "iframe", "base")] == []
-    figures = 1 + 3 + 2 + 2  # trajectory, coherence, dose and heal per round
+    figures = 1 + 3 + 1 + 2 + 2  # trajectory, coherence, map, dose and heal per round
     assert sum(tag == "script" and "type" in attrs for tag, attrs in tags) == figures
     assert sum(tag == "script" and "type" not in attrs for tag, attrs in tags) == 2
     assert sum(tag == "tr" and attrs.get("class") in ("kept", "dropped") for tag, attrs in tags) == 2 * 100
-    assert "123 MB" in ours and "24.0 s in all stages" in ours
+    assert "123 MB" in ours and "28.0 s in all stages" in ours
 
 
-def test_verdict_has_the_numbers_of_the_summary(tmp_path: Path) -> None:
+def test_verdict_has_the_numbers_of_the_arms(tmp_path: Path) -> None:
     run = report.load(write_run(tmp_path, mass=0.72, kept_share=0.97, neutral_ppl=20.6))
     text, kind = report.verdict(run)
-    assert kind == "moved"
-    assert "+0.250 nats/token over base (95% interval +0.200 to +0.300)" in text
+    assert kind == "moved" and text.startswith("Moved. After round 1 (2 of 2) the healed student stands +0.250 nats")
     assert "1.7 times the effect of the system prompt (+0.150)" in text  # 0.25 / 0.15
-    assert "56% of that round's steered movement (+0.450)" in text  # 0.25 / 0.45
-    assert "Coherence held: coherent share 97% of the demo answers (base 100%)" in text
+    assert "56% of that round steered (+0.450)" in text  # 0.25 / 0.45
+    assert "plain steering that costs no more coherence reaches +0.050 at dose 0.70" in text
+    assert "Coherent share 97% of the demo answers (base 100%)" in text
     assert "answer mass 90% of base, neutral perplexity +3.0% against base" in text
 
 
-@pytest.mark.parametrize(
-    ("scores", "where"),
-    [
-        ({"mass": 0.67}, "answer mass"),
-        ({"kept_share": 0.94}, "coherent share"),
-        ({"neutral_ppl": 21.1}, "neutral perplexity"),
-        ({"mass": 0.1, "neutral_ppl": 90.0}, "answer mass and neutral perplexity"),
-    ],
-)
-def test_verdict_names_the_damage(tmp_path: Path, scores: dict, where: str) -> None:
-    text, kind = report.verdict(report.load(write_run(tmp_path, **scores)))
-    assert kind == "damaged" and f"It is damaged in {where}:" in text
+def test_verdict_names_the_damage(tmp_path: Path) -> None:
+    text, kind = report.verdict(report.load(write_run(tmp_path, mass=0.1, neutral_ppl=90.0)))
+    assert kind == "broken"
+    assert text.startswith("Broken: answer mass 12% of base; neutral perplexity 450% of base.")
 
 
-def test_verdict_says_when_nothing_moved(tmp_path: Path) -> None:
+def test_no_verdict_from_an_instrument_that_is_not_valid(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setitem(CONTRAST, "negative", [0.6, 0.1, 0.8, 0.1])
+    folder = write_run(tmp_path)
+    text, kind = report.verdict(report.load(folder))
+    assert kind == "unreadable" and "No verdict: this model cannot express this trait" in text
+    assert "No verdict is drawn from it" in report.build(folder).read_text("utf-8")
+
+
+def test_a_prompt_without_effect_is_no_yardstick(tmp_path: Path) -> None:
     run = report.load(write_run(tmp_path))
-    healed, prompted = run.summary["rounds"][-1]["healed"], run.summary["prompted"]
-    prompted["trait_over_base_ci"] = [-0.1, 0.4]
+    run.summary["prompted"]["trait_over_base_ci"] = [-0.1, 0.4]
     assert "the system prompt alone did not move it measurably (+0.150)" in report.verdict(run)[0]
-    healed["trait_over_base_ci"] = [-0.01, 0.5]
-    text, kind = report.verdict(run)
-    assert kind == "unmoved" and "the trait did not move" in text and "times the effect" not in text
+
+
+def test_the_evidence_is_on_the_page(tmp_path: Path) -> None:
+    page = report.build(write_run(tmp_path)).read_text("utf-8")
+    rows = [re.sub(r"(<[^>]*>|\s)+", " ", row) for row in page.split("<tr")]
+    assert any("contrast" in row and "+0.425 [" in row and "yes" in row for row in rows)  # positive over negative
+    assert any("healed r1" in row and "+0.025 [" in row for row in rows)  # thrift over base
+    assert any("healed r1" in row and "+0.154 [" in row for row in rows)  # log 0.35/0.30, care
+    assert any("+0.61" in row and "+0.57" in row and "0.0200" in row for row in rows)
 
 
 def test_unfinished_run(tmp_path: Path) -> None:
@@ -187,3 +195,19 @@ def test_diary_shows_the_voice_round_by_round(tmp_path: Path) -> None:
 def test_importing_the_report_loads_no_model_code() -> None:
     code = "import sys, steer_heal.report; sys.exit(bool({'torch', 'transformers', 'peft'} & sys.modules.keys()))"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_runs_that_differ_in_their_seed_are_one_row(tmp_path: Path, monkeypatch) -> None:
+    for seed, shift in ((1, 0.0), (2, 0.1), (3, 0.2)):
+        monkeypatch.setitem(CONTRAST, "healed", [x + shift for x in (0.4, 0.5, 0.5, 0.6)])
+        folder = tmp_path / f"20260101-000000_model_love_s{seed}"
+        folder.mkdir()
+        write_run(folder)
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | {"seed": seed}))
+    (row,) = results.over_seeds(tmp_path).to_dicts()
+    assert row["run"] == "3 seeds of model_love"
+    mean, low, high = (float(x) for x in re.findall(r"[+-][0-9.]+", row["healed"]))
+    assert mean == pytest.approx(0.35, abs=0.001) and 0.25 <= low < 0.3 and 0.4 < high <= 0.45
+    (folder / "config.json").write_text(json.dumps(config | {"seed": 3, "rounds": 2, "heal": {"reg": "kl_fwd"}}))
+    assert results.over_seeds(tmp_path)["run"].to_list() == ["2 seeds of model_love"]

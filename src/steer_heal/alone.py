@@ -1,0 +1,74 @@
+"""The instruments alone, on any model, adapter or run."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from steer_heal.arms import Arm
+from steer_heal.bake import Student
+from steer_heal.config import EvalConfig, FilterConfig, ModelConfig, RunConfig, UserError
+from steer_heal.data import Trait, load_trait, restored
+from steer_heal.eval import instruments
+from steer_heal.export import finished_rounds, student_after
+from steer_heal.loading import load
+from steer_heal.loop import read_arm
+from steer_heal.record import arm_record
+from steer_heal.summary import arm_table, validity_table
+from steer_heal.verdict import expressible, validity, verdict
+
+
+@dataclass(frozen=True)
+class Target:
+    """What is measured: a base model, and perhaps a student on it."""
+
+    student: Student
+    trait: Trait
+    limits: FilterConfig
+    has_adapter: bool
+
+
+def evaluate_alone(
+    target: str, round_: int | None, gate: float, trait: str | None, model: ModelConfig, config: EvalConfig
+) -> dict:
+    """Measure and print base, both prompted arms and, of an adapter or a run, the student at the gate.
+
+    Returns the record of every arm, the validity of the instruments and, of a student, the verdict.
+
+    Raises UserError when the target is nothing that can be measured.
+    """
+    found = opened(target, round_, trait, model)
+    run_config = RunConfig(eval=config, filter=found.limits)
+    which = instruments(config, at_end=True)
+    systems = {"base": None, "prompted": found.trait.positive, "negative": found.trait.negative}
+    wanted = [Arm(name, history=0.0, now=0.0, system=system) for name, system in systems.items()]
+    wanted += [Arm("student", history=gate, now=0.0)] * found.has_adapter
+    arms = [read_arm(f"eval {arm.name}", found.student, arm, found.trait, run_config, which) for arm in wanted]
+    base, *_, last = arms
+    record: dict = {arm["arm"]: arm_record(arm, base) for arm in arms} | {"validity": validity(arms)}
+    print(f"\n{arm_table(*arms)}\n\n{validity_table(record['validity'])}")
+    if found.has_adapter:
+        record |= {"gate": gate, "verdict": verdict(base, last, last, expressible(arms, found.trait.instrument))}
+        print(f"verdict: {record['verdict']['word']} ({record['verdict']['why']})")
+    return record
+
+
+def opened(target: str, round_: int | None, trait: str | None, model: ModelConfig) -> Target:
+    folder = Path(target).expanduser()
+    if (folder / "trait.json").is_file():
+        config = json.loads((folder / "config.json").read_text("utf-8"))
+        rounds = finished_rounds(folder, config["rounds"], round_)
+        of_run = restored(json.loads((folder / "trait.json").read_text("utf-8")))
+        limits = FilterConfig(**config["filter"])
+        return Target(student_after(folder, config, rounds), load_trait(trait) if trait else of_run, limits, True)
+    if round_ is not None:
+        raise UserError(f"--round {round_}: {target!r} is no run folder (it has no trait.json)")
+    described = folder / "adapter_config.json"
+    if described.is_file():
+        base = model.path or json.loads(described.read_text("utf-8"))["base_model_name_or_path"]
+        student = Student(load(replace(model, path=base)))
+        student.load_round(folder)
+        student.fold()
+        return Target(student, load_trait(trait or "love"), FilterConfig(), True)
+    return Target(Student(load(replace(model, path=target))), load_trait(trait or "love"), FilterConfig(), False)

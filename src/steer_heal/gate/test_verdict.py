@@ -1,0 +1,237 @@
+"""Verdicts and validity on arms whose answers are known by hand, and on models whose logits are set by hand."""
+
+import math
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+
+from steer_heal import foundations
+from steer_heal.arms import Arm
+from steer_heal.bake import Student
+from steer_heal.config import PRESETS, DoseConfig
+from steer_heal.data import FOUNDATIONS, load_trait
+from steer_heal.equal_coherence import LEAST_COST, coherence_cost, curve_doses, equal_dose
+from steer_heal.eval import evaluate, yes_no_scores
+from steer_heal.lm import LM, Head
+from steer_heal.record import arm_record, arms_record
+from steer_heal.verdict import care_over_authority, validity, verdict
+
+CONFIG = PRESETS["tiny-random"].eval
+LIMITS = PRESETS["tiny-random"].filter
+
+
+def arm(contrast, mass=0.8, kept=0.9, ppl=20.0, off=0.0, **more):
+    items = {"contrast": contrast, "yes_no": [3 * c for c in contrast], "off:thrift": [off - 0.01, off + 0.01] * 8}
+    measures = {
+        "answer_mass": mass,
+        "demo_kept_share": kept,
+        "neutral_ppl": ppl,
+        "trait_nats": float(np.mean(contrast)),
+    }
+    return {
+        "arm": "x",
+        "instrument": "contrast",
+        "items": items,
+        "asked": dict.fromkeys(items, "same"),
+        **measures,
+        **more,
+    }
+
+
+SPREAD = np.linspace(-0.1, 0.1, 20)
+BASE, STEERED, MOVED = arm((0.0 + SPREAD).tolist()), arm((0.6 + 2 * SPREAD).tolist()), arm((0.4 + 2 * SPREAD).tolist())
+STILL = arm((0.01 + np.tile([-0.2, 0.2], 10)).tolist())
+
+VERDICTS = [
+    (MOVED, STEERED, True, "moved"),
+    (STILL, STEERED, True, "undone"),
+    (STILL, STILL, True, "unmoved"),
+    (arm((-0.4 + SPREAD).tolist()), STILL, True, "unmoved"),
+    (arm((0.4 + SPREAD).tolist(), off=0.41), STEERED, True, "broad"),
+    (arm((0.4 + SPREAD).tolist(), off=-0.5), STEERED, True, "broad"),
+    (arm((0.4 + SPREAD).tolist(), off=0.3), STEERED, True, "moved"),
+    (MOVED, STEERED, False, "unreadable"),
+    (arm((0.4 + SPREAD).tolist(), mass=0.67), STEERED, True, "broken"),  # 84% of base
+    (arm((0.4 + SPREAD).tolist(), ppl=21.1), STEERED, True, "broken"),
+    (arm((0.4 + SPREAD).tolist(), kept=0.84), STEERED, True, "broken"),
+    (arm((0.4 + SPREAD).tolist(), kept=0.84, off=0.5), STILL, False, "broken"),  # first of all checks
+    (arm((0.4 + SPREAD).tolist(), ppl=math.nan), STEERED, True, "broken"),
+]
+
+
+@pytest.mark.parametrize(("healed", "steered", "valid", "word"), VERDICTS)
+def test_every_verdict_and_their_order(healed, steered, valid, word):
+    assert verdict(BASE, steered, healed, valid)["word"] == word
+
+
+def test_a_floor_is_absolute_whatever_the_base_was():
+    poor = arm((0.0 + SPREAD).tolist(), mass=0.01, kept=0.1, ppl=5000.0)
+    healed = arm((0.4 + SPREAD).tolist(), mass=0.02, kept=0.2, ppl=4000.0)  # better than its base in everything
+    found = verdict(poor, STEERED, healed, True)
+    assert found["word"] == "broken"
+    assert found["why"].count("below the floor") == 2 and "neutral perplexity 4000, above 200" in found["why"]
+
+
+def test_validity_of_an_instrument_by_hand():
+    positive, negative = arm((0.3 + SPREAD).tolist()), arm((-0.1 + 2 * SPREAD).tolist())
+    contrast, yes_no = validity([BASE, positive, negative])
+    assert contrast["valid"] and contrast["positive_over_negative"] == pytest.approx(0.4)
+    change = 0.4 - SPREAD
+    assert contrast["halves"] == pytest.approx([change[0::2].mean(), change[1::2].mean()])
+    assert yes_no["positive_over_negative"] == pytest.approx(1.2) and yes_no["agreement"] == pytest.approx(1.0)
+    back = validity([BASE, negative, positive])[0]
+    assert not back["valid"]
+    noise = arm((0.02 + np.tile([-0.5, 0.5], 10)).tolist())
+    assert not validity([BASE, noise, BASE])[0]["valid"]
+
+
+def test_an_unfinished_run_has_the_record_of_what_is_there():
+    assert arms_record(None, None, None, []) == {
+        "base": None,
+        "prompted": None,
+        "negative": None,
+        "validity": [],
+        "rounds": [],
+    }
+    found = arms_record(BASE, MOVED, None, [])
+    assert found["prompted"]["trait_over_base"] == pytest.approx(0.4) and found["rounds"] == []
+
+
+def test_profile_changes_by_hand():
+    names = list(FOUNDATIONS)
+
+    def seen(care, authority):
+        p = np.full((5, 7), (1 - care - authority) / 5)
+        p[:, names.index("care")], p[:, names.index("authority")] = care, authority
+        return BASE | {"items": BASE["items"] | {"profile": p.tolist()}, "asked": BASE["asked"] | {"profile": "same"}}
+
+    base, moved = seen(0.2, 0.2), seen(0.4, 0.1)
+    assert np.allclose(care_over_authority(moved), math.log(4))
+    over = arm_record(moved, base)["profile_over_base"]
+    assert over["care"]["nats"] == pytest.approx(math.log(2)) and over["authority"]["nats"] == pytest.approx(
+        -math.log(2)
+    )
+    assert over["care_over_authority"]["ci"] == pytest.approx([math.log(4)] * 2)
+
+
+def test_the_dose_of_equal_cost_by_hand():
+    assert coherence_cost(arm([0.0], mass=0.6, ppl=22.0), BASE) == pytest.approx(0.25)
+    assert coherence_cost(arm([0.0], mass=0.9, ppl=19.0), BASE) == 0.0
+    curve = [{"dose": 1.0, "cost": 0.1}, {"dose": 2.0, "cost": 0.5}, {"dose": 4.0, "cost": 0.9}]
+    assert equal_dose(curve, 0.3) == pytest.approx(1.5)
+    assert equal_dose(curve, 0.05) == pytest.approx(0.5)
+    assert equal_dose(curve, 0.0) == pytest.approx(LEAST_COST / 0.1)  # healing was free: steering gets a little
+    assert equal_dose(curve, 2.0) == 4.0
+    dips = [{"dose": 1.0, "cost": 0.4}, {"dose": 2.0, "cost": 0.2}, {"dose": 3.0, "cost": 0.6}]
+    assert equal_dose(dips, 0.3) == pytest.approx(2.25)  # the largest dose that is cheap enough
+    doses = curve_doses(DoseConfig(lowest=0.4, highest=3.2), 5)
+    assert doses == pytest.approx([0.2, 0.4, 0.8, 1.6, 3.2])
+
+
+class HandSet(LM):
+    """The tiny model with its logits replaced: what follows a token is read from a table, whatever came before."""
+
+    table: torch.Tensor
+
+    @property
+    def head(self):
+        model, table = self.model, self.table
+        keys = self.decoder.norm(model.get_input_embeddings()(torch.arange(len(table)))[:, None])[:, 0]
+
+        def product(states):
+            return table[torch.cdist(states.reshape(-1, states.shape[-1]), keys).argmin(-1)].view(
+                *states.shape[:-1], -1
+            )
+
+        return Head(model.get_input_embeddings().weight, None, product)
+
+
+@pytest.fixture
+def hand_set(lm):
+    def build(table):
+        with torch.no_grad():
+            for block in lm.blocks:  # the residual stream is the embedding of the last token alone
+                block.self_attn.o_proj.weight.zero_()
+                block.mlp.down_proj.weight.zero_()
+        model = HandSet(lm.model, lm.tokenizer, lm.name, lm.end_tokens)
+        object.__setattr__(model, "table", table)
+        return model
+
+    return build
+
+
+def test_log_odds_and_mass_of_hand_set_logits(lm, hand_set):
+    """After the prompt P(Yes) = 0.5 * 0.9 (two tokens) and P(No) = 0.2; all else is spread thin."""
+    size = len(lm.tokenizer)
+    tag = lm.prompt("x")[-1]
+    yes, no = lm.answer("Yes"), lm.answer("No")
+    assert yes[0] != no[0] and tag not in (yes[0], no[0])
+    p = torch.full((size, size), 1e-12)
+    p[tag, yes[0]], p[tag, no[0]] = 0.5, 0.2
+    for word, sure in ((yes, 0.9), (no, 1.0)):
+        for before, after in pairwise(word):
+            p[before, after] = sure ** (1 / (len(word) - 1))
+    p += (1 - p.sum(1, keepdim=True)) / size * (torch.arange(size)[:, None] != tag)  # the rest anywhere
+    p[tag, -1] += 1 - p[tag].sum()
+    model = hand_set(p.clamp(min=1e-30).log())
+    trait = load_trait("love")
+    probes = trait.yes_no[:6]
+    log_odds, mass = yes_no_scores(model, Arm("x"), probes, 4)
+    share = {"yes": 0.5 * (0.9 if len(yes) > 1 else 1.0), "no": 0.2}
+    sign = np.array([1 if probe.trait_answer == "yes" else -1 for probe in probes])
+    assert np.allclose(log_odds, sign * math.log(share["yes"] / share["no"]), atol=0.02)
+    assert np.allclose(mass, share["yes"] + share["no"], atol=0.01)
+    assert {1, -1} == set(sign)
+
+
+def test_a_liking_for_a_place_in_the_list_cancels(lm, monkeypatch):
+    """A model that takes the first option with 0.4 and every other with 0.1, but care with twice that in one scene."""
+    marked = "limp"
+
+    def fake(_lm, prompts, choices, _size, _steering):
+        out = []
+        for prompt, options in zip(prompts, choices, strict=True):
+            text = lm.tokenizer.decode(prompt)
+            first = min(FOUNDATIONS, key=lambda name: text.index(f"- {name}:"))
+            p = {name: 0.4 if name == first else 0.1 for name in FOUNDATIONS}
+            p["care"] *= 2 if marked in text else 1
+            out.append(
+                [
+                    torch.tensor([0.0] * (len(o) - 1) + [math.log(q / 2)])
+                    for o, q in zip(options, p.values(), strict=True)
+                ]
+            )
+        return out
+
+    monkeypatch.setattr(foundations, "choice_log_probs", fake)
+    reading = foundations.read_profile(lm, Arm("x"), CONFIG.__class__(scenes=5))
+    names = list(FOUNDATIONS)
+    plain = np.array([0.25, 0.1, 0.1, 0.1, 0.1, 0.1, 0.25])
+    for scene, p, mass in zip(reading.scenes, reading.p, reading.mass, strict=True):
+        if marked not in scene:
+            assert np.allclose(p, plain) and mass == pytest.approx(0.5)
+        else:
+            care = (0.8 / 1.4 + 0.2 / 1.1) / 2
+            assert p[names.index("care")] == pytest.approx(care) and mass == pytest.approx((0.7 + 0.55) / 2)
+    assert sum(marked in scene for scene in reading.scenes) == 1
+    found = foundations.described(reading, "vignettes")
+    assert found["care_nats"] == pytest.approx(math.log(reading.p[:, 0].mean()))
+    assert found["auth_nats"] == pytest.approx(math.log(reading.p[:, 3].mean()))
+    assert found["p_ans_any"] == pytest.approx(reading.mass.mean())
+
+
+@pytest.mark.parametrize("kind", ["uniform", "one token", "nan"])
+def test_a_collapsed_model_is_broken_whatever_its_ratios(lm, hand_set, kind):
+    size = len(lm.tokenizer)
+    table = torch.zeros(size, size)
+    if kind == "one token":
+        table[:, lm.answer("Yes")[0]] = 40.0
+    if kind == "nan":
+        table += math.nan
+    trait = load_trait("love")
+    found = evaluate(Student(hand_set(table)), Arm("healed"), trait, CONFIG, LIMITS)
+    found["demo_kept_share"] = 1.0  # whatever the filter thought
+    flattering = found | {"trait_nats": 0.0, "answer_mass": found["answer_mass"], "neutral_ppl": found["neutral_ppl"]}
+    assert verdict(flattering, found, found, True)["word"] == "broken"

@@ -1,0 +1,48 @@
+"""Pieces of the report's page: sections, tables, figures, and text made safe."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from html import escape
+
+import plotly.graph_objects as go
+
+
+def section(title: str, why: str, body: str) -> str:
+    return f'<section><h2>{title}</h2><p class="why">{why}</p>{body}</section>'
+
+
+def panel(title: str, fig: go.Figure, more: str = "") -> str:
+    heading = f"<h3>{title}</h3>" if title else ""
+    place = f'<div class="figure" style="height:{fig.layout.height}px"></div>'
+    drawn = fig.to_json().replace("<", "\\u003c")  # or a text could end the script
+    data = f'<script type="application/json">{drawn}</script>'
+    return f'<div class="panel">{heading}{place}{data}{more}</div>'
+
+
+def table_of(head: Iterable[str], rows: Iterable[Sequence], kinds: Sequence[str] = ()) -> str:
+    """A table of cells that are numbers or HTML; `kinds` are the classes of its rows."""
+    top = "".join(f"<th>{cell}</th>" for cell in head)
+    lines = ["".join(f"<td>{cell}</td>" for cell in row) for row in rows]
+    marked = zip(kinds, lines, strict=True) if kinds else (("", line) for line in lines)
+    body = "".join(f'<tr class="{kind}">{line}</tr>' for kind, line in marked)
+    return f'<div class="scroll"><table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def folded(title: str, body: str) -> str:
+    return f"<details><summary>{title}</summary>{body}</details>"
+
+
+def prose(text: str) -> str:
+    return f'<p class="prose">{safe(text)}</p>' if text.strip() else '<p class="prose nothing">(nothing)</p>'
+
+
+def safe(text: str) -> str:
+    """Any text as HTML: markup escaped, control characters (random models write them) made visible."""
+    return escape(re.sub(r"[\x00-\x08\x0b-\x1f\x7f]", "\ufffd", text))
+
+
+def with_interval(value: float, ci: Sequence[float], form: str = "{:+.3f}") -> str:
+    low, high = map(form.format, ci)
+    return f'{form.format(value)} <span class="ci">[{low}, {high}]</span>'

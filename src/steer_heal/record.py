@@ -1,0 +1,78 @@
+"""What a run's arms and rounds come to: the part of summary.json that follows from the artefacts.
+
+No torch: a report on an unfinished run takes the same figures from the folder.
+"""
+
+from __future__ import annotations
+
+import statistics
+
+import numpy as np
+
+from steer_heal.bootstrap import fired_shares, interval, log_mean_over, paired, trait_over
+from steer_heal.data import FOUNDATIONS
+from steer_heal.equal_coherence import coherence_cost
+from steer_heal.verdict import care_over_authority, expressible, validity, verdict
+
+NOT_SUMMED = ("arm", "instrument", "dose", "items", "asked", "demos")
+
+
+def arm_record(arm: dict, base: dict) -> dict:
+    """Every measure of an arm with its interval, and how far each stands over base on the same items.
+
+    "over_base" has the mean difference and its 95% interval for every kind of item that both were asked (log
+    perplexities in nats), "profile_over_base" the change of each foundation in nats and of care against authority.
+    """
+    record = {key: value for key, value in arm.items() if key not in NOT_SUMMED} | trait_over(arm, base)
+    common = [key for key in arm["items"] if key in base["items"]]
+    record["over_base"] = {
+        key: {"mean": float(change.mean()), "ci": interval(change)}
+        for key, change in ((key, paired(arm, base, key)) for key in common if key != "profile")
+    }
+    record["coherence_cost"] = coherence_cost(arm, base)
+    if "profile" in common:
+        paired(arm, base, "profile")
+        p, p_base = (np.array(a["items"]["profile"]) for a in (arm, base))
+        change = care_over_authority(arm) - care_over_authority(base)
+        record["profile_over_base"] = {
+            **{name: log_mean_over(p[:, i], p_base[:, i]) for i, name in enumerate(FOUNDATIONS)},
+            "care_over_authority": {"nats": float(change.mean()), "ci": interval(change)},
+        }
+    return record
+
+
+def arms_record(base: dict | None, prompted: dict | None, negative: dict | None, rounds: list[dict]) -> dict:
+    """Arms, rounds, validity of the instruments and verdicts; of an unfinished run, what is there so far.
+
+    A round has {"dose", "completions", "heal", "steered", "healed", "geometry"} and, where it was asked for, "equal",
+    the arm steered at equal coherence.
+    """
+    named = {"base": base, "prompted": prompted, "negative": negative}
+    record: dict = {name: arm and arm_record(arm, base) for name, arm in named.items()}
+    if negative is None:
+        return record | {"validity": [], "rounds": []}
+    record["validity"] = validity([base, prompted, negative, *(r[a] for r in rounds for a in ("steered", "healed"))])
+    valid = expressible([base, prompted, negative], base["instrument"])
+    record["rounds"] = [round_record(index, parts, base, valid) for index, parts in enumerate(rounds)]
+    return record
+
+
+def round_record(index: int, parts: dict, base: dict, valid: bool) -> dict:
+    heal = parts["heal"]
+    record = {
+        "round": index,
+        "verdict": verdict(base, parts["steered"], parts["healed"], valid),
+        "dose": parts["dose"]["dose"],
+        "generated": len(parts["completions"]),
+        "kept": sum(not c["dropped"] for c in parts["completions"]),
+        "steered": arm_record(parts["steered"], base),
+        "healed": arm_record(parts["healed"], base),
+        **fired_shares(heal),
+        "tau_nats": heal[0]["tau"],
+        "operating_kl_nats": statistics.median(r["divergence"] for r in heal),
+        "val_nll": heal[-1].get("val_nll"),
+        **parts["geometry"],
+    }
+    if parts.get("equal"):
+        record["equal"] = arm_record(parts["equal"], base) | {"dose": parts["equal"]["dose"]}
+    return record
