@@ -33,8 +33,8 @@ def validity_section(summary: dict) -> str:
 def _note(row: dict) -> str:
     if row["instrument"] == "profile":
         low, high = row["top1_ci"]
-        return f"base names the foundation in {row['top1']:.0%} of scenes [{low:.0%}, {high:.0%}]; chance 14%"
-    return "" if row["valid"] else prose(f"No verdict is drawn from it: {NOT_EXPRESSED}")
+        return prose(f"base names the foundation in {row['top1']:.0%} of scenes [{low:.0%}, {high:.0%}]; chance 14%")
+    return "" if row["valid"] else prose("The model cannot express the trait here: no verdict is drawn from it.")
 
 
 def others_section(summary: dict) -> str:

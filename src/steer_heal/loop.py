@@ -34,7 +34,7 @@ from steer_heal.distil import (
     require_dose,
     require_training_set,
 )
-from steer_heal.equal_coherence import coherence_cost, curve_doses, equal_dose
+from steer_heal.equal_coherence import allowed_cost, coherence_cost, curve_doses, steered_at
 from steer_heal.eval import evaluate, instruments, neutral_rows
 from steer_heal.generate import MOST_ROWS, rows_that_fit
 from steer_heal.geometry import geometry
@@ -74,7 +74,8 @@ def run(config: RunConfig, preset: str, folder: RunDir, trait: data.Trait, lm: L
         moved = geometry_stage(folder, where, student, *teachers, config)
         fold(folder, student, config.heal.fold_rank, round_)
         healed = measure(folder, f"{where}/healed.json", student, Arm("healed"), trait, config, round_)
-        equal = equal_stage(folder, where, student, teachers[1], base, healed, trait, config)
+        earlier = [done["equal"] for done in rounds]
+        equal = equal_stage(folder, where, student, teachers[1], base, healed, earlier, trait, config)
         folder.write_jsonl(f"{where}/demos.jsonl", demo_rows(base=base, steered=steered, healed=healed))
 
         rounds.append(
@@ -164,6 +165,7 @@ def equal_stage(
     first: AnyVector,
     base: dict,
     healed: dict,
+    earlier: list[dict],
     trait: data.Trait,
     config: RunConfig,
 ) -> dict | None:
@@ -171,21 +173,20 @@ def equal_stage(
     if not config.eval.equal_doses:
         return None
 
-    def steered(dose: float, which: tuple[str, ...], label: str) -> dict:
+    def steered(dose: float, more: tuple[str, ...] = ()) -> dict:
         arm = Arm("equal cost", history=0.0, now=0.0, vector=first, dose=dose)
-        return read_arm(label, student, arm, trait, config, which)
+        read = read_arm(f"steered at {dose:.2f}", student, arm, trait, config, (*more, "yes_no", "neutral"))
+        return read | {"coherence_cost": coherence_cost(read, base)}
 
-    def curve() -> list[dict]:
-        points = []
-        for dose in curve_doses(config.dose, config.eval.equal_doses):
-            arm = steered(dose, ("yes_no", "neutral"), f"cost of dose {dose:.2f}")
-            points.append({"dose": dose, "cost": coherence_cost(arm, base)})
-        return points
+    def costs() -> list[dict]:
+        arms = map(steered, curve_doses(config.dose, config.eval.equal_doses))
+        return [{"dose": arm["dose"], "cost": arm["coherence_cost"]} for arm in arms]
 
-    points = folder.json("steering_cost.json", curve)
-    dose = equal_dose(points, coherence_cost(healed, base))
-    which = ("contrast", "yes_no", "neutral")
-    return folder.json(f"{where}/equal.json", lambda: steered(dose, which, f"eval {where}/equal"))
+    def compute() -> dict:
+        return steered_at(allowed_cost(healed, base), curve, earlier, lambda dose: steered(dose, ("contrast",)))
+
+    curve = folder.json("steering_cost.json", costs)
+    return folder.json(f"{where}/equal.json", compute)
 
 
 def anchor_stage(folder: RunDir, student: Student, config: RunConfig) -> Callable[[], list[Example]]:

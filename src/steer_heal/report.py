@@ -140,7 +140,10 @@ def verdict(run: Run) -> tuple[str, str]:
     ppl_change = round(relative(healed["neutral_ppl"], base["neutral_ppl"]) - 1, 3) + 0.0  # no "-0.0%"
     held = f"Coherent share {healed['demo_kept_share']:.0%} of the demo answers (base {base['demo_kept_share']:.0%})"
     held += f", answer mass {relative(healed['answer_mass'], base['answer_mass']):.0%} of base, neutral perplexity"
-    return f"{lead}{stands}. {held} {ppl_change:+.1%} against base.", word
+    held += f" {ppl_change:+.1%} against base"
+    if "canary_share" in healed:
+        held += f", plain questions right {healed['canary_share']:.0%} (base {base['canary_share']:.0%})"
+    return f"{lead}{stands}. {held}.", word
 
 
 def _compared(over: float, arm: dict, ratio: str, subject: str) -> str:

@@ -126,7 +126,9 @@ def test_verdict_has_the_numbers_of_the_arms(tmp_path: Path) -> None:
     assert "56% of that round steered (+0.450)" in text  # 0.25 / 0.45
     assert "plain steering that costs no more coherence reaches +0.050 at dose 0.70" in text
     assert "Coherent share 97% of the demo answers (base 100%)" in text
-    assert "answer mass 90% of base, neutral perplexity +3.0% against base" in text
+    assert (
+        "answer mass 90% of base, neutral perplexity +3.0% against base, plain questions right 50% (base 50%)." in text
+    )
 
 
 def test_verdict_names_the_damage(tmp_path: Path) -> None:
@@ -140,7 +142,7 @@ def test_no_verdict_from_an_instrument_that_is_not_valid(tmp_path: Path, monkeyp
     folder = write_run(tmp_path)
     text, kind = report.verdict(report.load(folder))
     assert kind == "unreadable" and "No verdict: this model cannot express this trait" in text
-    assert "No verdict is drawn from it" in report.build(folder).read_text("utf-8")
+    assert "no verdict is drawn from it" in report.build(folder).read_text("utf-8")
 
 
 def test_a_prompt_without_effect_is_no_yardstick(tmp_path: Path) -> None:

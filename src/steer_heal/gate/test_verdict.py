@@ -12,7 +12,7 @@ from steer_heal.arms import Arm
 from steer_heal.bake import Student
 from steer_heal.config import PRESETS, DoseConfig
 from steer_heal.data import FOUNDATIONS, load_trait
-from steer_heal.equal_coherence import LEAST_COST, coherence_cost, curve_doses, equal_dose
+from steer_heal.equal_coherence import LEAST_COST, allowed_cost, coherence_cost, curve_doses, equal_dose, steered_at
 from steer_heal.eval import evaluate, yes_no_scores
 from steer_heal.lm import LM, Head
 from steer_heal.record import arm_record, arms_record
@@ -118,16 +118,36 @@ def test_profile_changes_by_hand():
 
 def test_the_dose_of_equal_cost_by_hand():
     assert coherence_cost(arm([0.0], mass=0.6, ppl=22.0), BASE) == pytest.approx(0.25)
-    assert coherence_cost(arm([0.0], mass=0.9, ppl=19.0), BASE) == 0.0
+    assert coherence_cost(arm([0.0], mass=0.9, ppl=19.0), BASE) == pytest.approx(-0.05)
+    assert allowed_cost(arm([0.0], mass=0.9, ppl=19.0), BASE) == LEAST_COST  # healing was free: steering gets a little
     curve = [{"dose": 1.0, "cost": 0.1}, {"dose": 2.0, "cost": 0.5}, {"dose": 4.0, "cost": 0.9}]
     assert equal_dose(curve, 0.3) == pytest.approx(1.5)
     assert equal_dose(curve, 0.05) == pytest.approx(0.5)
-    assert equal_dose(curve, 0.0) == pytest.approx(LEAST_COST / 0.1)  # healing was free: steering gets a little
     assert equal_dose(curve, 2.0) == 4.0
     dips = [{"dose": 1.0, "cost": 0.4}, {"dose": 2.0, "cost": 0.2}, {"dose": 3.0, "cost": 0.6}]
     assert equal_dose(dips, 0.3) == pytest.approx(2.25)  # the largest dose that is cheap enough
     doses = curve_doses(DoseConfig(lowest=0.4, highest=3.2), 5)
     assert doses == pytest.approx([0.2, 0.4, 0.8, 1.6, 3.2])
+
+
+def test_the_arm_of_equal_cost_costs_what_is_allowed():
+    """The true cost is quadratic in the dose, so the straight line between two points misses it at first."""
+
+    def cost(dose):
+        return dose**2 / 10
+
+    asked = []
+
+    def read(dose):
+        asked.append(dose)
+        return {"dose": dose, "coherence_cost": cost(dose)}
+
+    curve = [{"dose": dose, "cost": cost(dose)} for dose in (0.5, 4.0)]
+    found = steered_at(0.4, curve, [], read)
+    assert found["dose"] == pytest.approx(2.0, rel=0.08) and 1 < len(asked) <= 3
+    again = steered_at(0.41, curve, [{"dose": 0.1, "coherence_cost": 0.001}, found], read)
+    assert again is found
+    assert steered_at(5.0, curve, [found], read)["dose"] == 4.0
 
 
 class HandSet(LM):
