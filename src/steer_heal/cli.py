@@ -21,8 +21,12 @@ def main(argv: list[str] | None = None) -> None:
     """Entry point of `steer-heal`. Exit code 2 and one line for what the user can mend."""
     argv = sys.argv[1:] if argv is None else argv
     _log_above_bars()
+    shared: list[str] = []
+    if argv[:1] == ["sweep"] and "--" in argv:  # what all runs of a sweep share
+        cut = argv.index("--")
+        argv, shared = argv[:cut], argv[cut + 1 :]
     try:
-        app(_chosen_preset(argv)).cli(args=argv, prog="steer-heal")
+        app(_chosen_preset(argv), shared).cli(args=argv, prog="steer-heal")
     except UserError as error:
         print(f"steer-heal: {error}", file=sys.stderr)
         sys.exit(2)
@@ -56,8 +60,8 @@ def _log_above_bars() -> None:
     )
 
 
-def app(chosen: str) -> tyro.extras.SubcommandApp:
-    """The verbs; the flags of `run` default to the values of the chosen preset."""
+def app(chosen: str, shared: list[str]) -> tyro.extras.SubcommandApp:
+    """The verbs; flags of `run` default to the values of the chosen preset, `shared` are those of a whole sweep."""
     verbs = tyro.extras.SubcommandApp()
 
     @verbs.command
@@ -95,6 +99,44 @@ def app(chosen: str) -> tyro.extras.SubcommandApp:
             f"  2. load it without steer-heal:  PeftModel.from_pretrained(base_model, '{folder.path}/adapter')\n"
             f"  3. steer another trait, in your own .toml (see README):  {sys.argv[0]} run {preset} --trait mine.toml"
         )
+
+    @verbs.command
+    def sweep(
+        name: Positional[str],
+        grid: tyro.conf.UseAppendAction[tuple[str, ...]] = (),
+        seeds: str = "0",
+        hypothesis: str = "",
+        engine: Literal["local", "ray"] = "local",
+        cpus: int | None = None,
+        gpus: float = 0.0,
+        workers: int | None = None,
+        address: str | None = None,
+        out: str = "outputs",
+    ) -> None:
+        """Many runs: a grid over flags times seeds. The same command again goes on with what is not finished.
+
+        Example: steer-heal sweep agg --grid heal.agg=mean,rmse --seeds 41,42 -- smollm2-135m --rounds 2
+
+        Args:
+            name: of the sweep, a folder under --out.
+            grid: FLAG=VALUE,VALUE of `run`, once a dimension; a pair of numbers is written 0.4+0.6.
+            seeds: seeds of every arm, with commas.
+            hypothesis: one sentence that the sweep is to support or refute; `results` shows it above the arms.
+            engine: local: one after another on this machine; ray: tasks on a cluster, or on a Ray started here.
+            cpus: threads of a run (ray: CPUs that it reserves); all of this machine when not given.
+            gpus: ray: GPUs that a run reserves, e.g. 1 or 0.5.
+            workers: ray started here: runs at once.
+            address: of a Ray cluster, e.g. auto.
+            out: folder that holds sweeps.
+        """
+        from os import cpu_count
+
+        from steer_heal import sweep as sweeping
+
+        threads = cpus or cpu_count()
+        asked = sweeping.plan(name, grid, sweeping.seed_list(seeds), tuple(shared), Path(out), hypothesis)
+        if sweeping.sweep(asked, engine, threads, gpus, address, workers):
+            sys.exit(1)
 
     @verbs.command(name="eval")
     def evaluate(
@@ -135,11 +177,27 @@ def app(chosen: str) -> tyro.extras.SubcommandApp:
             Path(json).write_text(dumps(record, indent=1), "utf-8")
 
     @verbs.command
-    def results(out: str = "outputs") -> None:
-        """All runs under a folder as a table, newest first."""
+    def results(
+        out: str = "outputs",
+        by: tuple[str, ...] = (),
+        csv: str | None = None,
+        json: str | None = None,
+        markdown: str | None = None,
+    ) -> None:
+        """All runs under a folder: one row a run, and every sweep's arms under its hypothesis.
+
+        Example: steer-heal results --by heal.agg heal.tau --markdown table.md
+
+        Args:
+            out: the folder that holds run folders.
+            by: flags of `run`: one row for each of their values, mean and interval over the seeds.
+            csv: file for the table.
+            json: file for the table.
+            markdown: file for the table.
+        """
         from steer_heal import results as listing
 
-        listing.show(Path(out))
+        listing.show(Path(out), by, csv, json, markdown)
 
     @verbs.command
     def report(run: Positional[str]) -> None:
@@ -168,11 +226,18 @@ def app(chosen: str) -> tyro.extras.SubcommandApp:
         print(f"written: {to}")
 
     @verbs.command
-    def chat(run: Positional[str], gate: float = 1.0, max_new_tokens: int = 128) -> None:
-        """Talk to a run's result: base and student answer side by side."""
+    def chat(run: Positional[str], round: int | None = None, gate: float = 1.0, max_new_tokens: int = 128) -> None:
+        """Talk to a run's result: base and student answer side by side, streamed; /help lists the commands.
+
+        Args:
+            run: the run folder.
+            round: the student after this round (from 0); the last finished one when not given.
+            gate: how much of the student: 0 is the base, 1 healed.
+            max_new_tokens: length limit of an answer, tokens.
+        """
         from steer_heal.chat import chat as talk
 
-        talk(Path(run), gate, max_new_tokens)
+        talk(Path(run), gate, max_new_tokens, round)
 
     @verbs.command
     def bench(

@@ -45,6 +45,8 @@ from steer_heal.rundir import RunDir
 from steer_heal.steer import Extraction, extract, prompts_read
 from steer_heal.summary import arm_table, barrier_warning, demo_rows, peak_memory, summarise, verdict_line
 
+FIXED_TEXTS = 12  # neutral texts on which the divergence from base is read, about a thousand tokens
+
 
 def run(config: RunConfig, preset: str, folder: RunDir, trait: data.Trait, lm: LM) -> dict:
     """All rounds of a run; returns the summary that is also in summary.json."""
@@ -152,7 +154,7 @@ def geometry_stage(
 ) -> dict:
     def compute() -> dict:
         contexts = list(data.contexts()[: config.steer.n_contexts])
-        fixed = neutral_rows(student.lm, config.eval.neutral)
+        fixed = neutral_rows(student.lm, min(FIXED_TEXTS, config.eval.neutral))
         return geometry(student, contexts, vector, first, fixed, config.eval.batch_size)
 
     return folder.json(f"{where}/geometry.json", compute)
@@ -212,7 +214,7 @@ def extract_stage(
         with progress(f"{where} extract", prompts_read(config.steer) * len(contexts), "prompt") as done:
             return extract(student.lm, trait.positive, trait.negative, contexts, config.steer, layers, done)
 
-    extraction = folder.stage(f"{where}/vector", compute, _write_vector, _read_vector)
+    extraction = folder.stage(f"{where}/vector", compute, _write_vector, read_vector)
     steered = [r for r in extraction.report if r["steered"]]
     norm, split_half, auc = (
         sum(r[key] for r in steered) / len(steered) for key in ("relative_norm", "split_half", "auc")
@@ -341,7 +343,8 @@ def _write_vector(path: Path, extraction: Extraction) -> None:
     save_file({"direction": vector.direction.contiguous()}, path / "vector.safetensors", described)
 
 
-def _read_vector(path: Path) -> Extraction:
+def read_vector(path: Path) -> Extraction:
+    """A round's vector and its layer report, from its folder."""
     report = json.loads((path / "layers.json").read_text("utf-8"))
     if (path / "lite.safetensors").exists():
         return Extraction(lite.load(path / "lite.safetensors"), report)

@@ -104,7 +104,7 @@ def create(config: RunConfig, preset: str, trait: Trait) -> RunDir:
     run = RunDir(path)
     run.replace_json("trait.json", asdict(trait))
     run.replace_json("env.json", environment())
-    run.replace_json("config.json", {"preset": preset, **_described(config)})  # last: it makes the folder a run
+    run.replace_json("config.json", {"preset": preset, **described(config)})  # last: it makes the folder a run
     run.event("start", argv=sys.argv[1:])
     return run
 
@@ -114,12 +114,8 @@ def reopen(config: RunConfig, trait: Trait) -> RunDir:
     path = Path(config.resume)
     if not (path / "config.json").is_file():
         raise UserError(f"--resume {config.resume}: no run folder there (it has no config.json)")
-    recorded = json.loads((path / "config.json").read_text("utf-8"))
-    now = json.loads(json.dumps(_described(config)))
-    differing = [
-        f"{key}: {old!r} then, {new!r} now"
-        for key, old, new in _differences({k: v for k, v in recorded.items() if k != "preset"}, now)
-    ]
+    now = json.loads(json.dumps(described(config)))
+    differing = [f"{key}: {old!r} then, {new!r} now" for key, old, new in _differences(recorded(path), now)]
     if differing:
         raise UserError(
             f"--resume {config.resume}: the run was started with another config ({'; '.join(differing)}). "
@@ -134,7 +130,14 @@ def reopen(config: RunConfig, trait: Trait) -> RunDir:
     return run
 
 
-def _described(config: RunConfig) -> dict:
+def recorded(folder: Path) -> dict:
+    """The config of a run folder, as `described` has it."""
+    found = json.loads((folder / "config.json").read_text("utf-8"))
+    return {key: value for key, value in found.items() if key != "preset"}
+
+
+def described(config: RunConfig) -> dict:
+    """The config without what only says where it lies."""
     return {key: value for key, value in asdict(config).items() if key not in PLACE_FIELDS}
 
 

@@ -8,7 +8,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from steer_heal import data, loop, rundir
+from steer_heal import chat, data, loop, rundir
 from steer_heal.alone import evaluate_alone
 from steer_heal.bake import Student
 from steer_heal.card import command
@@ -59,10 +59,10 @@ def test_a_merged_model_loads_with_plain_transformers(finished, tmp_path, rounds
         found = model(IDS).logits
     torch.testing.assert_close(found, student_logits(finished, rounds), rtol=1e-4, atol=1e-4)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
-    chat = tokenizer.apply_chat_template(
+    text = tokenizer.apply_chat_template(
         [{"role": "user", "content": "Hi."}], add_generation_prompt=True, tokenize=False
     )
-    assert chat.endswith("<start_of_turn>model\n")
+    assert text.endswith("<start_of_turn>model\n")
 
 
 def test_the_model_card_says_what_was_measured_and_how_it_was_made(finished, tmp_path):
@@ -86,13 +86,14 @@ def test_the_command_on_the_card_makes_the_same_config(tmp_path, monkeypatch):
 
     heal = replace(TINY.heal, tau="auto", band=(0.1, 0.9), lam_round_pow=-0.5)
     config = replace(TINY, seed=4, filter=replace(TINY.filter, trim=True), heal=heal)
+    config = replace(config, eval=replace(TINY.eval, ends_only=("canary", "profile")))
     monkeypatch.setattr(cli, "check", lambda given: seen.append(given) or stop())
     seen = []
 
     def stop():
         raise UserError("seen")
 
-    words = shlex.split(command("tiny-random", json.loads(json.dumps(rundir._described(config)))))
+    words = shlex.split(command("tiny-random", json.loads(json.dumps(rundir.described(config)))))
     with pytest.raises(SystemExit):
         cli.main(words[1:])
     assert seen == [config]
@@ -131,3 +132,34 @@ def test_the_instruments_alone_see_what_the_run_saw(finished, tmp_path):
     assert first == pytest.approx(summary["rounds"][0]["healed"]["trait_nats"], abs=1e-4)
     bare = read(TINY.model.path, trait="authority")
     assert "student" not in bare and "verdict" not in bare and bare["prompted"]["trait_nats"] != of_run["prompted"]
+
+
+def test_chat_dials_the_gate_the_round_and_the_dose(finished, tmp_path, capsys):
+    session = chat.opened(finished, 1.0, 12, None)
+    assert session.round == 1
+    shown = []
+
+    def ask(session):
+        chat.answer(session, "Name a tree.", shown.append)
+        return session.said.pop()["answers"]  # the next one draws the same numbers
+
+    both = ask(session)
+    assert list(both) == ["base", "student after round 1 at gate 1"] and len(set(both.values())) == 2
+    assert "".join(shown).count("[base]") == 1 and both["base"] in "".join(shown)
+    dialled = ask(chat.obey(session, "/gate 0"))
+    assert dialled["base"] == dialled["student after round 1 at gate 0"] == both["base"]
+    earlier = ask(chat.obey(session, "/round 0"))
+    assert earlier["student after round 0 at gate 1"] != both["student after round 1 at gate 1"]
+    steered = ask(chat.obey(session, "/steer 200"))
+    assert list(steered)[1] == "base steered at 200" and steered["base steered at 200"] != both["base"]
+    assert list(ask(chat.obey(session, "/base"))) == ["student after round 1 at gate 1"]
+    assert chat.obey(session, "/gate high") is session and chat.obey(session, "/round 9") is session
+    said = capsys.readouterr().out
+    assert "/gate needs a number" in said and "rounds 0 to 1 are finished" in said
+    chat.answer(session, "Why?", shown.append)
+    chat.obey(session, f"/save {tmp_path}/talk.md")
+    assert "## Why?" in (tmp_path / "talk.md").read_text() and "**base**: " in (tmp_path / "talk.md").read_text()
+
+
+def test_what_a_model_writes_cannot_steer_the_terminal():
+    assert chat.CONTROL.sub("", "a\x1b[2Jb\x07\x9bc\nd\te") == "a[2Jbc\nd\te"

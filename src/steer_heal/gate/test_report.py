@@ -15,6 +15,7 @@ import pytest
 from plotly.offline import get_plotlyjs
 
 from steer_heal import report, results
+from steer_heal.config import UserError
 from steer_heal.record import arms_record
 
 HOSTILE = "<script>alert(1)</script></script><img src=https://example.org/x onerror=alert(2)>\x00 & 'quoted'"
@@ -63,7 +64,7 @@ def write_run(folder: Path, rounds: int = 2, **healed_scores: float) -> Path:
     heal = {"reg": "kl_rev", "agg": "rmse", "tau": 0.05, "anchor_tau": 0.02}
     config = {"trait": TRAIT + ".toml", "rounds": rounds, "seed": 7, "model": {"path": "org/model"}, "heal": heal}
     (folder / "config.json").write_text(json.dumps(config), "utf-8")
-    (folder / "trait.json").write_text(json.dumps({"title": TRAIT}), "utf-8")
+    (folder / "trait.json").write_text(json.dumps({"name": "love", "title": TRAIT}), "utf-8")
     env = {"python": "3.11", "platform": "Linux", "packages": {"torch": "2"}, "cpus": 2, "threads": 2, "gpu": None}
     (folder / "env.json").write_text(json.dumps(env), "utf-8")
     arms = [write_arm(folder / f"{name}.json", name) for name in ("base", "prompted", "negative")]
@@ -96,7 +97,7 @@ def write_run(folder: Path, rounds: int = 2, **healed_scores: float) -> Path:
         events += [{"event": "stage", "artefact": f"r{index:02d}/{n}", "seconds": 2.0} for n in report.ARTEFACTS]
         done.append({**named, "dose": dose, "completions": completions, "heal": steps, "geometry": geometry})
     (folder / "events.jsonl").write_text("".join(json.dumps(e) + "\n" for e in events), "utf-8")
-    summary = arms_record(*arms, done) | {"peak_memory_bytes": 123_000_000}
+    summary = arms_record(*arms, done) | {"peak_memory_bytes": 123_000_000, "seconds": 90.0}
     (folder / "summary.json").write_text(json.dumps(summary), "utf-8")
     return folder
 
@@ -199,17 +200,44 @@ def test_importing_the_report_loads_no_model_code() -> None:
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
+def seeded(out: Path, seed: int, **changed) -> Path:
+    folder = out / f"20260101-00000{seed}_model_love_s{seed}"
+    folder.mkdir(parents=True)
+    write_run(folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"seed": seed} | changed))
+    return folder
+
+
 def test_runs_that_differ_in_their_seed_are_one_row(tmp_path: Path, monkeypatch) -> None:
     for seed, shift in ((1, 0.0), (2, 0.1), (3, 0.2)):
         monkeypatch.setitem(CONTRAST, "healed", [x + shift for x in (0.4, 0.5, 0.5, 0.6)])
-        folder = tmp_path / f"20260101-000000_model_love_s{seed}"
-        folder.mkdir()
-        write_run(folder)
-        config = json.loads((folder / "config.json").read_text())
-        (folder / "config.json").write_text(json.dumps(config | {"seed": seed}))
-    (row,) = results.over_seeds(tmp_path).to_dicts()
-    assert row["run"] == "3 seeds of model_love"
-    mean, low, high = (float(x) for x in re.findall(r"[+-][0-9.]+", row["healed"]))
+        seeded(tmp_path, seed)
+    (row,) = results.arm_table(results.scan(tmp_path), []).to_dicts()
+    assert row["seeds"] == 3 and row["verdict"] == "moved" and row["mass/base"] == "1.000"
+    mean, low, high = (float(x) for x in re.findall(r"[+-][0-9.]+", row["healed"] + row["95% interval"]))
     assert mean == pytest.approx(0.35, abs=0.001) and 0.25 <= low < 0.3 and 0.4 < high <= 0.45
-    (folder / "config.json").write_text(json.dumps(config | {"seed": 3, "rounds": 2, "heal": {"reg": "kl_fwd"}}))
-    assert results.over_seeds(tmp_path)["run"].to_list() == ["2 seeds of model_love"]
+    seeded(tmp_path, 4, heal={"reg": "kl_fwd", "agg": "rmse"})
+    rows = results.arm_table(results.scan(tmp_path), ["heal.reg"]).to_dicts()
+    assert [(row["heal.reg"], row["seeds"]) for row in rows] == [("kl_fwd", 1), ("kl_rev", 3)]
+    with pytest.raises(UserError, match="no flag of `run`"):
+        results.arm_table(results.scan(tmp_path), ["heal.rge"])
+
+
+def test_results_shows_sweeps_under_their_hypothesis_and_writes_tables(tmp_path: Path, capsys) -> None:
+    for seed in (1, 2):
+        seeded(tmp_path / "agg", seed)
+    seeded(tmp_path, 5)
+    (seeded(tmp_path, 6) / "summary.json").unlink()
+    sweep = {"name": "agg", "hypothesis": "rmse holds", "flags": ["heal.agg"], "arms": [], "seeds": [1, 2]}
+    (tmp_path / "agg" / "sweep.json").write_text(json.dumps(sweep))
+    files = {kind: tmp_path / f"table.{kind}" for kind in ("csv", "json", "md")}
+    results.show(tmp_path, (), *map(str, files.values()))
+    said = capsys.readouterr().out
+    assert said.index("H: rmse holds") < said.index("│ rmse") < said.index("20260101-000005_model_love_s5")
+    assert "unfinished: steer-heal run --trait" in said and "--resume" in said and "s6" in said
+    rows = json.loads(files["json"].read_text())
+    assert [row["heal.agg"] for row in rows] == ["rmse", None] and rows[0]["seeds"] == 2
+    assert files["csv"].read_text().startswith("heal.agg,seeds,model") and files["md"].read_text().startswith(
+        "| heal.agg"
+    )

@@ -1,0 +1,74 @@
+"""The same plan on Ray: one task a run. Scheduling, retries and nodes are Ray's; the folders are shared.
+
+A task whose worker dies is tried again and goes on from the run's folder. The shared file system must show the sweep's
+folder under the same path on every node.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from steer_heal.config import UserError
+from steer_heal.sweep import Planned, Sweep, command, same_place, state
+
+RETRIES = 3
+POLL_SECONDS = 2.0
+
+
+def on_ray(
+    asked: Sweep, todo: list[Planned], cpus: int, gpus: float, address: str | None, workers: int | None
+) -> dict[Planned, str]:
+    """Every run as a task that reserves `cpus` and `gpus`; on the cluster at `address`, or on one started here."""
+    try:
+        import ray
+    except ImportError:
+        raise UserError("--engine ray needs Ray: pip install 'steer_heal[cluster]'") from None
+    started = {"num_cpus": cpus * workers} if address is None and workers else {}
+    ray.init(address=address, include_dashboard=False, log_to_driver=False, logging_level="ERROR", **started)
+
+    work = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=RETRIES, max_calls=1)(run_here)
+    folder = asked.folder.resolve()
+    tasks = {work.remote(same_place(run, folder), str(folder), cpus): run for run in todo}
+    states = {run: state(run, folder) for run in todo}
+    shown: dict[Planned, str] = {}
+    waiting = list(tasks)
+    try:
+        while waiting:
+            done, waiting = ray.wait(waiting, timeout=POLL_SECONDS)
+            for task in done:
+                try:
+                    wrong = ray.get(task)
+                except ray.exceptions.RayError as error:
+                    wrong = str(error).strip().splitlines()[-1]
+                states[tasks[task]] = "failed" if wrong else "finished"
+                if wrong:
+                    print(f"failed: {tasks[task].label}: {wrong}")
+            for task in waiting:
+                states[tasks[task]] = "waiting" if state(tasks[task], folder) == "waiting" else "running"
+            if states != shown:
+                shown = dict(states)
+                counts = {how: list(states.values()).count(how) for how in ("finished", "running", "waiting", "failed")}
+                print("  ".join(f"{how} {count}" for how, count in counts.items()), flush=True)
+    except KeyboardInterrupt:
+        for task in waiting:
+            ray.cancel(task, force=True)
+        raise
+    finally:
+        ray.shutdown()
+    return states
+
+
+def run_here(planned: Planned, folder: str, cpus: int) -> str | None:
+    """Do a run in this process with so many threads; what ended it, or None."""
+    import torch
+
+    from steer_heal.cli import main
+
+    torch.set_num_threads(cpus)
+    try:
+        main(command(planned, Path(folder)))
+    except SystemExit as ended:
+        return f"exit code {ended.code}" if ended.code else None
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return None

@@ -1,0 +1,135 @@
+"""Sweeps: the plan, skipping, resuming, going on after a failure, and the same results on Ray."""
+
+import json
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from steer_heal import sweep
+from steer_heal.cli import main
+from steer_heal.config import UserError
+
+QUICK = ("tiny-random", "--rounds", "1", "--eval.profile", "none", "--eval.equal-doses", "0")
+GRID = ("heal.agg=mean,rmse",)
+
+
+def planned(out, grid=GRID, seeds=(1, 2), argv=QUICK):
+    return sweep.plan("agg", grid, seeds, argv, out, "rmse holds what the mean dilutes")
+
+
+def test_the_plan_is_the_grid_times_the_seeds(tmp_path):
+    asked = planned(tmp_path, grid=("heal.agg=mean,rmse", "steer.band=0.3+0.7,auto", "heal.tau=0.1"))
+    assert len(asked.runs) == 2 * 2 * 1 * 2
+    seen = {(run.config.heal.agg, run.config.steer.band, run.config.heal.tau, run.seed) for run in asked.runs}
+    assert seen == {(a, b, 0.1, s) for a in ("mean", "rmse") for b in ((0.3, 0.7), "auto") for s in (1, 2)}
+    assert all(run.config.rounds == 1 and run.config.out == str(tmp_path / "agg") for run in asked.runs)
+    assert asked.runs[0].label == "heal.agg=mean steer.band=0.3+0.7 heal.tau=0.1 seed=1"
+
+
+MISTAKES = [
+    ({"grid": ("heal.agg",)}, "write FLAG=VALUE,VALUE"),
+    ({"grid": ("heal.agg=mean,",)}, "write FLAG=VALUE,VALUE"),
+    ({"grid": ("heal.agg=mean", "heal.agg=rmse")}, "names a flag twice"),
+    ({"argv": ()}, "after -- give a preset"),
+    ({"argv": ("tiny",)}, "after -- give a preset"),
+    ({"grid": ("rounds=0,1",)}, "rounds is 0"),
+]
+
+
+@pytest.mark.parametrize(("changed", "message"), MISTAKES)
+def test_a_plan_that_cannot_work_is_refused_before_anything_runs(tmp_path, changed, message):
+    with pytest.raises(UserError, match=message):
+        planned(tmp_path, **changed)
+    with pytest.raises(UserError, match="it names a folder"):
+        sweep.plan("../up", GRID, (0,), QUICK, tmp_path, "")
+    with pytest.raises(UserError, match="whole numbers"):
+        sweep.seed_list("1,two")
+    assert not list(tmp_path.iterdir())
+
+
+def adapters(folder: Path) -> dict:
+    """The weights of every finished run of a sweep, by aggregate and seed."""
+    found = {}
+    for path in folder.glob("*/summary.json"):
+        config = json.loads((path.parent / "config.json").read_text())
+        weights = load_file(path.parent / "adapter" / "adapter_model.safetensors")
+        found[config["heal"]["agg"], config["seed"]] = weights
+    return found
+
+
+def equal(a: dict, b: dict) -> bool:
+    return a.keys() == b.keys() and all(
+        x.keys() == y.keys() and all(torch.equal(x[k], y[k]) for k in x) for x, y in ((a[k], b[k]) for k in a)
+    )
+
+
+@pytest.fixture(scope="module")
+def swept(tmp_path_factory):
+    """A finished local sweep."""
+    out = tmp_path_factory.mktemp("swept")
+    assert sweep.sweep(planned(out), "local", 1, 0.0, None, None) == 0
+    return out / "agg"
+
+
+def test_a_sweep_records_its_hypothesis_and_skips_what_is_finished(swept, capfd):
+    noted = json.loads((swept / "sweep.json").read_text())
+    assert noted["hypothesis"] == "rmse holds what the mean dilutes" and noted["seeds"] == [1, 2]
+    assert noted["arms"] == [{"heal.agg": "mean"}, {"heal.agg": "rmse"}]
+    assert adapters(swept).keys() == {(agg, seed) for agg in ("mean", "rmse") for seed in (1, 2)}
+    before = {path: path.stat().st_mtime_ns for path in swept.rglob("*.safetensors")}
+    assert sweep.sweep(planned(swept.parent), "local", 1, 0.0, None, None) == 0
+    assert before == {path: path.stat().st_mtime_ns for path in swept.rglob("*.safetensors")}
+    assert "0 of 4 runs to do" in capfd.readouterr().out
+
+
+def test_a_broken_run_is_resumed_and_a_failed_one_does_not_stop_the_rest(tmp_path, capfd):
+    bad = planned(tmp_path, grid=("trait=love,nowhere.toml",), seeds=(1,))
+    assert sweep.sweep(bad, "local", 1, 0.0, None, None) == 1
+    said = capfd.readouterr().out
+    assert "1 runs done" in said and "1 failed" in said and "--trait nowhere.toml" in said
+    (folder,) = (path.parent for path in (tmp_path / "agg").glob("*/summary.json"))
+    (folder / "summary.json").unlink()
+    (folder / "r00" / "healed.json").unlink()
+    states = [sweep.state(run, bad.folder) for run in bad.runs]
+    assert states == ["unfinished", "waiting"]
+    assert "--resume" in sweep.command(bad.runs[0], bad.folder)
+    good = planned(tmp_path, grid=("trait=love",), seeds=(1,))
+    assert sweep.sweep(good, "local", 1, 0.0, None, None) == 0
+    assert len(list((tmp_path / "agg").glob("*/config.json"))) == 1
+
+
+def test_the_command_line_ends_with_1_when_a_run_failed(tmp_path, capfd):
+    with pytest.raises(SystemExit) as end:
+        main(["sweep", "bad", "--grid", "trait=nowhere.toml", "--cpus", "1", "--out", str(tmp_path), "--", *QUICK])
+    assert end.value.code == 1 and "1 failed" in capfd.readouterr().out
+
+
+def test_ray_gives_the_same_bits_also_when_a_worker_is_killed(swept, tmp_path):
+    pytest.importorskip("ray")
+    killed, over = [], threading.Event()
+
+    def kill_a_worker():
+        while not killed and not over.is_set():
+            time.sleep(0.2)
+            if list((tmp_path / "agg").glob("*/r00/completions.jsonl")):
+                for process in psutil.Process().children(recursive=True):
+                    if process.name().startswith("ray::run_here"):
+                        os.kill(process.pid, signal.SIGKILL)
+                        killed.append(process.pid)
+                        break
+
+    killer = threading.Thread(target=kill_a_worker)
+    killer.start()
+    try:
+        assert sweep.sweep(planned(tmp_path), "ray", 1, 0.0, None, 2) == 0
+    finally:
+        over.set()
+        killer.join()
+    assert killed and equal(adapters(tmp_path / "agg"), adapters(swept))

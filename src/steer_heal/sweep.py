@@ -1,0 +1,217 @@
+"""Many runs of one hypothesis: a grid over flags, several seeds each, on this machine or on a cluster.
+
+The plan is a list of configs. A run is known by its config, not by its name: what the sweep's folder holds finished is
+skipped, what it holds unfinished is resumed, so the same command goes on with a broken sweep and a second engine goes
+on where the first stopped. Scheduling, retrying and the nodes of a cluster are Ray's.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import re
+import shlex
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import polars as pl
+from loguru import logger
+
+from steer_heal.config import PRESETS, RunConfig, UserError, check
+from steer_heal.rundir import described, recorded
+
+RECORD = "sweep.json"  # in the sweep's folder: what was asked, and why
+STATES = ("finished", "running", "waiting", "unfinished", "failed")
+
+
+@dataclass(frozen=True)
+class Planned:
+    """One run of the plan."""
+
+    arm: tuple[tuple[str, str], ...]
+    """flag and value, one pair a dimension of the grid"""
+    seed: int
+    argv: tuple[str, ...]
+    """preset and flags of `steer-heal run`"""
+    config: RunConfig
+
+    @property
+    def label(self) -> str:
+        return " ".join([*(f"{flag}={value}" for flag, value in self.arm), f"seed={self.seed}"])
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """What was asked for."""
+
+    name: str
+    hypothesis: str
+    folder: Path
+    preset: str
+    runs: tuple[Planned, ...]
+
+
+def plan(
+    name: str, grid: tuple[str, ...], seeds: tuple[int, ...], argv: tuple[str, ...], out: Path, hypothesis: str
+) -> Sweep:
+    """All arms of the grid times all seeds, each checked as `steer-heal run` would.
+
+    Args:
+        grid: dimensions such as `heal.agg=mean,rmse`.
+        argv: preset and flags that all runs share.
+
+    Raises UserError for a name that is no plain word, a dimension that cannot be read and a config that cannot work.
+    """
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
+        raise UserError(f"sweep name {name!r}: use letters, digits, '-', '_' and '.' (it names a folder)")
+    if not argv or argv[0] not in PRESETS:
+        raise UserError(f"after -- give a preset and flags: one of {', '.join(PRESETS)}, then flags of `run`")
+    dimensions = [_dimension(text) for text in grid]
+    if len({flag for flag, _ in dimensions}) < len(dimensions):
+        raise UserError(f"--grid names a flag twice: {', '.join(flag for flag, _ in dimensions)}")
+    runs = []
+    for values in itertools.product(*(values for _, values in dimensions)):
+        arm = tuple(zip((flag for flag, _ in dimensions), values, strict=True))
+        for seed in seeds:
+            flags = [word for flag, value in arm for word in (f"--{flag}", *value.split("+"))]
+            words = (*argv, *flags, "--seed", str(seed), "--out", str(out / name))
+            config = parsed(words)
+            check(config)
+            runs.append(Planned(arm, seed, words, config))
+    return Sweep(name, hypothesis, out / name, argv[0], tuple(runs))
+
+
+def _dimension(text: str) -> tuple[str, list[str]]:
+    flag, equals, values = text.partition("=")
+    if not equals or not flag or not all(values.split(",")):
+        raise UserError(f"--grid {text!r}: write FLAG=VALUE,VALUE, e.g. heal.agg=mean,rmse (a pair as 0.4+0.6)")
+    return flag.removeprefix("--").replace("_", "-"), values.split(",")
+
+
+def parsed(words: tuple[str, ...]) -> RunConfig:
+    """The config of a preset and flags, as `steer-heal run` reads them."""
+    import tyro
+
+    return tyro.cli(RunConfig, default=PRESETS[words[0]], args=list(words[1:]), prog=f"steer-heal run {words[0]}")
+
+
+def find(planned: Planned, folder: Path) -> Path | None:
+    """The run folder of this config in the sweep's folder, the finished one if there are several."""
+    wanted = json.loads(json.dumps(described(planned.config)))
+    same = [p.parent for p in sorted(folder.glob("*/config.json")) if recorded(p.parent) == wanted]
+    return max(same, key=lambda path: (path / "summary.json").exists(), default=None)
+
+
+def state(planned: Planned, folder: Path) -> str:
+    """finished, unfinished or waiting, as the disk has it."""
+    found = find(planned, folder)
+    return "waiting" if found is None else "finished" if (found / "summary.json").exists() else "unfinished"
+
+
+def command(planned: Planned, folder: Path) -> list[str]:
+    """Arguments of `steer-heal` that do, or go on with, this run."""
+    found = find(planned, folder)
+    return ["run", *planned.argv, *(["--resume", str(found)] if found else [])]
+
+
+def sweep(asked: Sweep, engine: str, cpus: int, gpus: float, address: str | None, workers: int | None) -> int:
+    """Do what is not finished; returns how many runs failed. The plan and the estimate come first."""
+    asked.folder.mkdir(parents=True, exist_ok=True)
+    _note(asked)
+    before = {run: state(run, asked.folder) for run in asked.runs}
+    todo = [run for run, how in before.items() if how != "finished"]
+    print(_table(asked, before))
+    print(_estimate(asked, todo, engine, workers))
+    began = time.perf_counter()
+    try:
+        if engine == "ray":
+            from steer_heal.cluster import on_ray
+
+            states = on_ray(asked, todo, cpus, gpus, address, workers)
+        else:
+            states = here(asked, todo, cpus)
+    except KeyboardInterrupt:
+        left = [run.label for run in asked.runs if state(run, asked.folder) != "finished"]
+        raise UserError(f"stopped with {len(left)} runs left: the same command goes on with them") from None
+    states = before | states
+    print(_table(asked, states))
+    failed = [run for run, how in states.items() if how == "failed"]
+    print(
+        f"{len(todo) - len(failed)} runs done in {(time.perf_counter() - began) / 60:.1f} minutes, {len(failed)} failed"
+    )
+    for run in failed:
+        print(f"failed: {shlex.join(['steer-heal', *command(run, asked.folder)])}")
+    return len(failed)
+
+
+def here(asked: Sweep, todo: list[Planned], cpus: int) -> dict[Planned, str]:
+    """One after another on this machine, each in a process of its own, so that one that breaks takes none along."""
+    states = {}
+    for number, run in enumerate(todo, 1):
+        logger.info(f"sweep {asked.name}: run {number} of {len(todo)}, {run.label}")
+        words = [sys.executable, "-m", "steer_heal.cli", *command(run, asked.folder)]
+        ended = subprocess.run(words, env={**os.environ, "OMP_NUM_THREADS": str(cpus)})
+        states[run] = "finished" if ended.returncode == 0 else "failed"
+    return states
+
+
+def _note(asked: Sweep) -> None:
+    """sweep.json: the hypothesis and the arms, for `results`; atomically, since another engine may read it."""
+    flags = list(dict.fromkeys(flag for run in asked.runs for flag, _ in run.arm))
+    seeds = list(dict.fromkeys(run.seed for run in asked.runs))
+    arms = {run.arm: None for run in asked.runs}
+    written = {
+        "name": asked.name,
+        "hypothesis": asked.hypothesis,
+        "preset": asked.preset,
+        "flags": flags,
+        "arms": [dict(arm) for arm in arms],
+        "seeds": seeds,
+    }
+    scratch = asked.folder / f".{RECORD}.part"
+    scratch.write_text(json.dumps(written, indent=1), "utf-8")
+    os.replace(scratch, asked.folder / RECORD)
+
+
+def _table(asked: Sweep, states: dict[Planned, str]) -> str:
+    rows = [
+        {**dict(run.arm), "seed": run.seed, "state": how, "folder": (find(run, asked.folder) or Path("")).name}
+        for run, how in states.items()
+    ]
+    with pl.Config(tbl_hide_dataframe_shape=True, tbl_hide_column_data_types=True, tbl_rows=-1, fmt_str_lengths=80):
+        return str(pl.DataFrame(rows))
+
+
+def _estimate(asked: Sweep, todo: list[Planned], engine: str, workers: int | None) -> str:
+    """How long what is left will take, from runs of the same preset that are finished beside it."""
+    said = f"{len(todo)} of {len(asked.runs)} runs to do"
+    seconds = []
+    for summary in asked.folder.parent.rglob("summary.json"):
+        found = json.loads(summary.read_text("utf-8"))
+        if found["preset"] == asked.preset:
+            seconds.append(found["seconds"] / len(found["rounds"]))
+    if not seconds or not todo:
+        return said + ("; how long is known when the first is finished" if todo else "")
+    minutes = statistics.median(seconds) * sum(run.config.rounds for run in todo) / 60
+    at_once = workers or 1
+    return f"{said}, about {minutes / at_once:.0f} minutes" + (f" with {at_once} at once" if at_once > 1 else "")
+
+
+def seed_list(text: str) -> tuple[int, ...]:
+    """`41,42,43` as numbers."""
+    try:
+        return tuple(int(word) for word in text.split(","))
+    except ValueError:
+        raise UserError(f"--seeds {text!r}: write whole numbers with commas, e.g. 41,42,43") from None
+
+
+def same_place(planned: Planned, folder: Path) -> Planned:
+    """The run with its folder given absolutely, for a worker that starts elsewhere."""
+    words = list(planned.argv)
+    words[words.index("--out") + 1] = str(folder.resolve())
+    return replace(planned, argv=tuple(words))
