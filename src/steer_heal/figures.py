@@ -48,6 +48,9 @@ def trajectory_figure(summary: dict) -> go.Figure:
 def map_figure(arms: list[tuple[str, dict]]) -> go.Figure:
     """Care against authority: one node an arm, log mean probabilities over the scenes, nats."""
     fig = go.Figure()
+    path = [arm["profile"] for name, arm in arms if name.split()[0] in ("base", "healed")]
+    x, y = ([profile[key] for profile in path] for key in ("auth_nats", "care_nats"))
+    _line(fig, x, y, COLOURS["healed"], "", "dot", 1.5, showlegend=False, hoverinfo="skip")
     for name, arm in arms:
         profile = arm["profile"]
         x, y = profile["auth_nats"], profile["care_nats"]

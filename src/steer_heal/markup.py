@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections.abc import Iterable, Sequence
 from html import escape
@@ -36,6 +37,15 @@ def folded(title: str, body: str) -> str:
 
 def prose(text: str) -> str:
     return f'<p class="prose">{safe(text)}</p>' if text.strip() else '<p class="prose nothing">(nothing)</p>'
+
+
+def marked(before: str, after: str) -> str:
+    """A text whose words that were not in the text before, in order, are marked."""
+    old, new = (re.split(r"(\s+)", text) for text in (before, after))
+    steps = difflib.SequenceMatcher(None, old, new, autojunk=False).get_opcodes()
+    parts = [(step == "equal", safe("".join(new[start:end]))) for step, _, _, start, end in steps]
+    inner = "".join(part if same or not part.strip() else f"<mark>{part}</mark>" for same, part in parts)
+    return f'<p class="prose">{inner}</p>' if after.strip() else prose(after)
 
 
 def safe(text: str) -> str:

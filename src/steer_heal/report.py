@@ -29,7 +29,7 @@ from steer_heal.figures import (
     shorten,
     trajectory_figure,
 )
-from steer_heal.markup import folded, panel, prose, safe, section, table_of, with_interval
+from steer_heal.markup import folded, marked, panel, prose, safe, section, table_of, with_interval
 from steer_heal.record import arms_record
 from steer_heal.rundir import RunDir, read_jsonl
 from steer_heal.verdict import COHERENCE
@@ -44,7 +44,7 @@ COSTS = {
     "canary": "questions right",
     "neutral_nll": "log neutral perplexity",
 }
-SHOWN_COMPLETIONS, SHOWN_DEMOS = 100, 8  # a round's table; cards before the fold
+SHOWN_COMPLETIONS, SHOWN_DEMOS = 160, 8  # a round's table; cards before the fold
 DIARY_DEMOS, DIARY_CHARS = 4, 200
 PLOT_CONFIG = {"responsive": True, "displaylogo": False, "displayModeBar": "hover", "modeBarButtons": [["toImage"]]}
 
@@ -264,25 +264,32 @@ def heal_section(run: Run) -> str:
 
 
 def demo_section(run: Run) -> str:
-    last, *earlier = reversed(run.rounds)
-    cards = _demo_cards(run.base, last)
-    body = "".join(cards[:SHOWN_DEMOS])
+    cards = _demo_cards(run.base, run.rounds)
+    body = f'<div class="cards">{"".join(cards[:SHOWN_DEMOS])}</div>'
     if rest := cards[SHOWN_DEMOS:]:
-        body += folded(f"The other {len(rest)} prompts after round {last.index}", "".join(rest))
-    for r in earlier:
-        body += folded(f"All answers after round {r.index}", "".join(_demo_cards(run.base, r)))
-    why = f"Greedy answers of round {last.index}. A label names why the filter would drop the answer."
+        body += folded(f"The other {len(rest)} prompts", f'<div class="cards">{"".join(rest)}</div>')
+    why = """Greedy answers, round by round. Marked: what differs from the answer before. A label names why the filter
+        would drop an answer."""
     return section("Answers side by side", why, body)
 
 
-def _demo_cards(base: dict, r: Round) -> list[str]:
+def _demo_cards(base: dict, rounds: list[Round]) -> list[str]:
+    """One card a prompt: base, the student after every round, and the last round's steered teacher."""
     cards = []
-    for answers in zip(base["demos"], r.steered["demos"], r.healed["demos"], strict=True):
-        named = zip(("base", "steered", "healed"), answers, strict=True)
-        said = [f'<span class="arm {n}">{n}</span> {_dropped(a)}{prose(a["text"])}' for n, a in named]
-        columns = "".join(f"<div>{answer}</div>" for answer in said)
-        cards.append(f'<article><h3>{safe(answers[0]["prompt"])}</h3><div class="answers">{columns}</div></article>')
+    for number, first in enumerate(base["demos"]):
+        before, rows = first, [_voice("base", first, prose(first["text"]))]
+        for r in rounds:
+            now = r.healed["demos"][number]
+            rows.append(_voice(f"healed r{r.index}", now, marked(before["text"], now["text"])))
+            before = now
+        steered = rounds[-1].steered["demos"][number]
+        rows.append(_voice(f"steered r{rounds[-1].index}", steered, prose(steered["text"])))
+        cards.append(f"<article><h3>{safe(first['prompt'])}</h3>{''.join(rows)}</article>")
     return cards
+
+
+def _voice(name: str, answer: dict, text: str) -> str:
+    return f'<div class="voice"><span class="arm {name.split()[0]}">{name}</span> {_dropped(answer)}{text}</div>'
 
 
 def filter_section(run: Run) -> str:
@@ -304,7 +311,8 @@ def filter_section(run: Run) -> str:
         table = table_of(("prompt", "completion", "dose", "log-odds broken", "filter"), rows, kinds)
         body += folded(f"{len(shown)} of {len(r.completions)} completions of round {r.index}", table)
     why = "What the steered teacher wrote and why the filter dropped it. Only what is kept is trained on."
-    return section("Kept and dropped", why, body)
+    search = '<p><input class="search" type="search" placeholder="search prompts, texts and reasons" hidden></p>'
+    return section("Kept and dropped", why, search + body)
 
 
 def footer(run: Run) -> str:

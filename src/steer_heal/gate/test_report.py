@@ -16,6 +16,7 @@ from plotly.offline import get_plotlyjs
 
 from steer_heal import report, results
 from steer_heal.config import UserError
+from steer_heal.markup import marked
 from steer_heal.record import arms_record
 
 HOSTILE = "<script>alert(1)</script></script><img src=https://example.org/x onerror=alert(2)>\x00 & 'quoted'"
@@ -115,8 +116,49 @@ def test_page_is_safe_and_self_contained(tmp_path: Path) -> None:
     figures = 1 + 3 + 1 + 2 + 2  # trajectory, coherence, map, dose and heal per round
     assert sum(tag == "script" and "type" in attrs for tag, attrs in tags) == figures
     assert sum(tag == "script" and "type" not in attrs for tag, attrs in tags) == 2
-    assert sum(tag == "tr" and attrs.get("class") in ("kept", "dropped") for tag, attrs in tags) == 2 * 100
+    assert sum(tag == "tr" and attrs.get("class") in ("kept", "dropped") for tag, attrs in tags) == 2 * 120
     assert "123 MB" in ours and "28.0 s in all stages" in ours
+
+
+def test_what_changed_between_two_answers_is_marked() -> None:
+    found = marked("I like old <b>trees</b> a lot.", "I love old <b>trees</b>, a lot.")
+    assert found == ('<p class="prose">I <mark>love</mark> old <mark>&lt;b&gt;trees&lt;/b&gt;,</mark> a lot.</p>')
+    assert "(nothing)" in marked("something", " ") and "<mark>" not in marked("same", "same")
+
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+WATCH = """<body><iframe src="report.html" style="width:{width}px;height:900px;border:0"></iframe><script>
+const frame = document.querySelector("iframe");
+function look() {{
+  const page = frame.contentDocument, box = page.querySelector(".search");
+  box.value = "nothing is called this"; box.oninput();
+  document.body.textContent = "SEEN" + JSON.stringify({{
+    figures: page.querySelectorAll(".figure").length,
+    drawn: [...page.querySelectorAll(".figure")].filter(figure => figure.querySelector("svg .js-line, svg .point")).length,
+    width: page.documentElement.scrollWidth, searchable: !box.hidden,
+    left: [...page.querySelectorAll("tr.kept, tr.dropped")].filter(row => !row.hidden).length,
+    fetched: frame.contentWindow.performance.getEntriesByType("resource").length}});
+}}
+frame.onload = () => setTimeout(look, 3000);
+</script></body>"""
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")
+@pytest.mark.parametrize("width", [400, 1400])
+def test_a_real_browser_draws_the_page(tmp_path: Path, width: int) -> None:
+    """No console message, nothing fetched, every figure drawn, no sideways scrolling; the search hides rows."""
+    report.build(write_run(tmp_path))
+    (tmp_path / "watch.html").write_text(WATCH.format(width=width))
+    quiet = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"]
+    quiet += ["--disable-background-networking", "--disable-component-update", "--allow-file-access-from-files"]
+    quiet += ["--enable-logging=stderr", f"--user-data-dir={tmp_path}/profile", "--virtual-time-budget=9000"]
+    page = f"file://{tmp_path}/watch.html"
+    found = subprocess.run([CHROMIUM, *quiet, "--dump-dom", page], capture_output=True, text=True, timeout=120)
+    assert "CONSOLE" not in found.stderr, found.stderr
+    seen = json.loads(re.search(r"SEEN(\{.*?\})", found.stdout).group(1))
+    assert seen["figures"] == seen["drawn"] == 9
+    assert seen["fetched"] == 0 and seen["width"] <= width
+    assert seen["searchable"] and seen["left"] == 0
 
 
 def test_verdict_has_the_numbers_of_the_arms(tmp_path: Path) -> None:
