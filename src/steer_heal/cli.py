@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import sys
 import warnings
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -20,6 +21,9 @@ EVERYTHING = EvalConfig()
 def main(argv: list[str] | None = None) -> None:
     """Entry point of `steer-heal`. Exit code 2 and one line for what the user can mend."""
     argv = sys.argv[1:] if argv is None else argv
+    if argv == ["--version"]:
+        print(f"steer-heal {version('steer_heal')}")
+        return
     _log_above_bars()
     shared: list[str] = []
     if argv[:1] == ["sweep"] and "--" in argv:  # what all runs of a sweep share
@@ -30,6 +34,11 @@ def main(argv: list[str] | None = None) -> None:
     except UserError as error:
         print(f"steer-heal: {error}", file=sys.stderr)
         sys.exit(2)
+
+
+def _self() -> str:
+    """How this program was called, for commands that can be copied."""
+    return f"{sys.executable} -m steer_heal.cli" if sys.argv[0].endswith(".py") else sys.argv[0]
 
 
 def _chosen_preset(argv: list[str]) -> str:
@@ -69,12 +78,16 @@ def app(chosen: str, shared: list[str]) -> tyro.extras.SubcommandApp:
         preset: Positional[Annotated[str, tyro.conf.arg(help=f"one of {', '.join(PRESETS)}")]] = chosen,
         config: Annotated[RunConfig, tyro.conf.arg(name="")] = PRESETS[chosen],
     ) -> None:
-        """Steer, distil, heal and bake a trait into a model, round after round."""
+        """Steer, distil, heal and bake a trait into a model, round after round.
+
+        Example: steer-heal run smollm2-135m --trait mine.toml --rounds 4 --seed 1
+        """
         from steer_heal import data, lite, loop, rundir
         from steer_heal import report as reporting
         from steer_heal.foundations import check_profile
         from steer_heal.heal import check_optimiser
         from steer_heal.loading import load
+        from steer_heal.tracking import check_tracker, follower
 
         if preset != chosen:
             raise UserError(f"the preset comes first: steer-heal run {preset} ...")
@@ -83,10 +96,12 @@ def app(chosen: str, shared: list[str]) -> tyro.extras.SubcommandApp:
         if config.steer.method.startswith(lite.PREFIX):
             lite.check_method(config.steer.method)
         check_profile(config.eval)
+        check_tracker(config.track)
         folder = rundir.reopen(config, trait) if config.resume else None
         lm = load(config.model)  # before a folder is made: a model that cannot be loaded leaves nothing behind
         check_optimiser(config.heal, lm.device)
         folder = folder or rundir.create(config, preset, trait)
+        folder.follow = follower(config.track, folder.path.name, rundir.described(config))
         try:
             summary = loop.run(config, preset, folder, trait, lm)
         except UserError as error:
@@ -95,9 +110,9 @@ def app(chosen: str, shared: list[str]) -> tyro.extras.SubcommandApp:
         print(
             f"done in {summary['seconds'] / 60:.1f} minutes of stages. The report: {page}\n\n"
             "What to do next:\n"
-            f"  1. talk to it, base and student side by side:  {sys.argv[0]} chat {folder.path}\n"
+            f"  1. talk to it, base and student side by side:  {_self()} chat {folder.path}\n"
             f"  2. load it without steer-heal:  PeftModel.from_pretrained(base_model, '{folder.path}/adapter')\n"
-            f"  3. steer another trait, in your own .toml (see README):  {sys.argv[0]} run {preset} --trait mine.toml"
+            f"  3. steer another trait, in your own .toml (see README):  {_self()} run {preset} --trait mine.toml"
         )
 
     @verbs.command
@@ -135,8 +150,9 @@ def app(chosen: str, shared: list[str]) -> tyro.extras.SubcommandApp:
 
         threads = cpus or cpu_count()
         asked = sweeping.plan(name, grid, sweeping.seed_list(seeds), tuple(shared), Path(out), hypothesis)
-        if sweeping.sweep(asked, engine, threads, gpus, address, workers):
-            sys.exit(1)
+        failed = sweeping.sweep(asked, engine, threads, gpus, address, workers)
+        print(f"the arms as a table:  {_self()} results --out {out}")
+        sys.exit(1 if failed else 0)
 
     @verbs.command(name="eval")
     def evaluate(
@@ -152,6 +168,8 @@ def app(chosen: str, shared: list[str]) -> tyro.extras.SubcommandApp:
         eval: EvalConfig = EVERYTHING,
     ) -> None:
         """The instruments alone: base, both personas as prompts and, of an adapter or a run, the student.
+
+        Example: steer-heal eval outputs/RUN --round 0 --json round0.json
 
         Args:
             target: a run folder, a PEFT adapter's folder, or a model (hub id, folder, .gguf, smollm2-135m).
@@ -201,7 +219,13 @@ def app(chosen: str, shared: list[str]) -> tyro.extras.SubcommandApp:
 
     @verbs.command
     def report(run: Positional[str]) -> None:
-        """Rebuild report.html and diary.md of a run folder, finished or not."""
+        """Rebuild report.html and diary.md of a run folder, finished or not.
+
+        Example: steer-heal report outputs/RUN
+
+        Args:
+            run: the run folder.
+        """
         from steer_heal import report as reporting
 
         if not (Path(run) / "config.json").is_file():
@@ -213,6 +237,8 @@ def app(chosen: str, shared: list[str]) -> tyro.extras.SubcommandApp:
         """Write a run's result for others to load: a PEFT adapter, or with --merge a whole model.
 
         Both hold a README that says what it is, what was measured and how it was made.
+
+        Example: steer-heal export outputs/RUN --to my-model --merge
 
         Args:
             run: the run folder.
@@ -228,6 +254,8 @@ def app(chosen: str, shared: list[str]) -> tyro.extras.SubcommandApp:
     @verbs.command
     def chat(run: Positional[str], round: int | None = None, gate: float = 1.0, max_new_tokens: int = 128) -> None:
         """Talk to a run's result: base and student answer side by side, streamed; /help lists the commands.
+
+        Example: steer-heal chat outputs/RUN --gate 0.5
 
         Args:
             run: the run folder.
@@ -248,15 +276,19 @@ def app(chosen: str, shared: list[str]) -> tyro.extras.SubcommandApp:
         json: str | None = None,
         figure: str | None = None,
     ) -> None:
-        """Side-by-side measurements, printed, and with --json in a file.
+        """Side-by-side measurements on this machine, printed, and with --json in a file.
 
-        generate: steered sampling one row at a time against one batch of `rows` rows of `tokens` tokens.
+        Example: steer-heal bench heal --json heal.json
 
-        heal: a training step with full logits, plain fine-tuning and ours, and what folded rounds cost.
-
-        eval: every instrument against a plain loop with one forward pass an item and answer.
-
-        filter: precision and recall on labelled completions; --figure FILE.html draws them over the threshold.
+        Args:
+            what: generate: steered sampling one row at a time against one batch. heal: a training step with full
+                logits, plain fine-tuning and ours, and what folded rounds cost. eval: the instruments against a plain
+                loop with one forward pass an item and answer. filter: precision and recall on labelled completions.
+            preset: whose model is measured (heal has its own).
+            rows: generate: completions.
+            tokens: generate: length of a completion, tokens.
+            json: file for the figures.
+            figure: filter: .html file for precision and recall over the threshold.
         """
         from json import dumps
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 STEER_METHODS = ("mean_diff", "pca", "ablation")
-PLACE_FIELDS = ("out", "resume")  # where a run lies is not what it is
+PLACE_FIELDS = ("out", "resume", "track")  # where a run lies and who watches is not what it is
 FIRED_FLOOR = 0.05  # a barrier that fires on a smaller share of the steps holds nothing back
 
 
@@ -221,6 +221,8 @@ class RunConfig:
     """folder that holds run folders"""
     resume: str | None = None
     """run folder to go on with: what is done is loaded, the rest computed"""
+    track: Literal["none", "trackio", "wandb"] = "none"
+    """also send every event of events.jsonl to a tracker (install it: pip install 'steer_heal[trackio]' or [wandb])"""
     steer: SteerConfig = field(default_factory=SteerConfig)
     dose: DoseConfig = field(default_factory=DoseConfig)
     distil: DistilConfig = field(default_factory=DistilConfig)

@@ -43,7 +43,15 @@ from steer_heal.lite import LiteVector
 from steer_heal.lm import LM, AnyVector, Steering, Vector
 from steer_heal.rundir import RunDir
 from steer_heal.steer import Extraction, extract, prompts_read
-from steer_heal.summary import arm_table, barrier_warning, demo_rows, peak_memory, summarise, verdict_line
+from steer_heal.summary import (
+    arm_table,
+    barrier_warning,
+    demo_rows,
+    headline,
+    last_verdict,
+    peak_memory,
+    summarise,
+)
 
 FIXED_TEXTS = 12  # neutral texts on which the divergence from base is read, about a thousand tokens
 
@@ -95,7 +103,10 @@ def run(config: RunConfig, preset: str, folder: RunDir, trait: data.Trait, lm: L
         )
         print(f"\nround {round_}\n{arm_table(base, prompted, steered, *filter(None, [equal]), healed)}\n")
         barrier_warning(records, config.heal)
-        logger.info(verdict_line(arms, rounds))
+        said = last_verdict(arms, rounds)
+        logger.info(f"{where} verdict: {said['word']} ({said['why']})")
+        measures = {arm["arm"]: headline(arm) for arm in (base, prompted, steered, healed)}
+        folder.event("round", round=round_, verdict=said["word"], dose=dose["dose"], **measures)
 
     folder.stage("adapter", lambda: student, lambda path, s: s.save(path, s.history), lambda path: None)
     summary = summarise(config, preset, trait, arms, rounds, folder.stage_seconds())

@@ -32,6 +32,7 @@ class RunDir:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.follow: Callable[[dict], None] = lambda event: None  # who else hears of events, see `tracking`
 
     def stage(
         self, name: str, compute: Callable[[], T], write: Callable[[Path, T], None], read: Callable[[Path], T]
@@ -78,10 +79,12 @@ class RunDir:
         _sync(target.parent)
 
     def event(self, kind: str, **fields: Any) -> None:
+        event = {"time": time.time(), "event": kind, **fields}
         with (self.path / "events.jsonl").open("a", encoding="utf-8") as log:
-            log.write(json.dumps({"time": time.time(), "event": kind, **fields}) + "\n")
+            log.write(json.dumps(event) + "\n")
             log.flush()
             os.fsync(log.fileno())
+        self.follow(event)
 
     def stage_seconds(self) -> dict[str, float]:
         """Seconds each artefact took when it was computed, resumed runs included."""

@@ -67,11 +67,15 @@ def _over(arm: dict, base: dict) -> str:
     return f"{change['trait_over_base']:+.3f} ±{(high - low) / 2:.3f}"
 
 
-def verdict_line(arms: dict[str, dict], rounds: list[dict]) -> str:
-    """The last round's verdict as a line of the log."""
+def last_verdict(arms: dict[str, dict], rounds: list[dict]) -> dict[str, str]:
+    """The last round's verdict, {"word", "why"}."""
     base, steered, healed = arms["base"], rounds[-1]["steered"], rounds[-1]["healed"]
-    said = verdict(base, steered, healed, expressible(list(arms.values()), base["instrument"]))
-    return f"r{len(rounds) - 1:02d} verdict: {said['word']} ({said['why']})"
+    return verdict(base, steered, healed, expressible(list(arms.values()), base["instrument"]))
+
+
+def headline(arm: dict) -> dict[str, float]:
+    """An arm in four numbers, for the run's events."""
+    return {key: arm[key] for key in ("trait_nats", "answer_mass", "demo_kept_share", "neutral_ppl")}
 
 
 def demo_rows(**arms: dict) -> list[dict]:

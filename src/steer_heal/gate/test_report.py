@@ -134,7 +134,7 @@ function look() {{
   box.value = "nothing is called this"; box.oninput();
   document.body.textContent = "SEEN" + JSON.stringify({{
     figures: page.querySelectorAll(".figure").length,
-    drawn: [...page.querySelectorAll(".figure")].filter(figure => figure.querySelector("svg .js-line, svg .point")).length,
+    drawn: [...page.querySelectorAll(".figure")].filter(f => f.querySelector("svg .js-line, svg .point")).length,
     width: page.documentElement.scrollWidth, searchable: !box.hidden,
     left: [...page.querySelectorAll("tr.kept, tr.dropped")].filter(row => !row.hidden).length,
     fetched: frame.contentWindow.performance.getEntriesByType("resource").length}});

@@ -1,0 +1,44 @@
+"""Every event of a run to a tracker as well: trackio (local, open) or wandb, which share one interface."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Callable
+from typing import Any
+
+from steer_heal.config import UserError
+
+PROJECT = "steer-heal"
+
+
+def check_tracker(name: str) -> None:
+    """Raise UserError when the tracker is not installed."""
+    if name != "none" and importlib.util.find_spec(name) is None:
+        raise UserError(f"--track {name}: it is not installed: pip install 'steer_heal[{name}]', or leave --track out")
+
+
+def follower(name: str, run: str, config: dict) -> Callable[[dict], None]:
+    """What takes each event: numbers and short words are logged under the event's kind; "done" ends the tracking."""
+    if name == "none":
+        return lambda event: None
+    tracker = importlib.import_module(name)
+    tracker.init(project=PROJECT, name=run, config=config)
+
+    def follow(event: dict) -> None:
+        kind = event["event"]
+        tracker.log({f"{kind}/{key}": value for key, value in _flat(event) if key not in ("event", "time")})
+        if kind == "done":
+            tracker.finish()
+
+    return follow
+
+
+def _flat(event: dict, prefix: str = "") -> list[tuple[str, Any]]:
+    found = []
+    for key, value in event.items():
+        if isinstance(value, dict):
+            found += _flat(value, f"{prefix}{key}/")
+        elif isinstance(value, (int, float, str)):
+            found.append((f"{prefix}{key}", value))
+    return found
