@@ -78,7 +78,7 @@ def plan(
     for values in itertools.product(*(values for _, values in dimensions)):
         arm = tuple(zip((flag for flag, _ in dimensions), values, strict=True))
         for seed in seeds:
-            flags = [word for flag, value in arm for word in (f"--{flag}", *value.split("+"))]
+            flags = [word for flag, value in arm for word in _words(flag, value)]
             words = (*argv, *flags, "--seed", str(seed), "--out", str(out / name))
             config = parsed(words)
             check(config)
@@ -91,6 +91,13 @@ def _dimension(text: str) -> tuple[str, list[str]]:
     if not equals or not flag or not all(values.split(",")):
         raise UserError(f"--grid {text!r}: write FLAG=VALUE,VALUE, e.g. heal.agg=mean,rmse (a pair as 0.4+0.6)")
     return flag.removeprefix("--").replace("_", "-"), values.split(",")
+
+
+def _words(flag: str, value: str) -> list[str]:
+    """A flag and its value as the command line takes them; a switch is on or off by its name."""
+    section, _, knob = flag.rpartition(".")
+    switches = {"true": [f"--{flag}"], "false": [f"--{section}.no-{knob}"]}
+    return switches.get(value.lower()) or [f"--{flag}", *value.split("+")]
 
 
 def parsed(words: tuple[str, ...]) -> RunConfig:

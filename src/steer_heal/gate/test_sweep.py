@@ -30,6 +30,9 @@ def test_the_plan_is_the_grid_times_the_seeds(tmp_path):
     seen = {(run.config.heal.agg, run.config.steer.band, run.config.heal.tau, run.seed) for run in asked.runs}
     assert seen == {(a, b, 0.1, s) for a in ("mean", "rmse") for b in ((0.3, 0.7), "auto") for s in (1, 2)}
     assert all(run.config.rounds == 1 and run.config.out == str(tmp_path / "agg") for run in asked.runs)
+    switched = planned(tmp_path, grid=("filter.trim=true,false", "heal.lam_round_pow=-0.5,0"), seeds=(1,))
+    found = [(run.config.filter.trim, run.config.heal.lam_round_pow) for run in switched.runs]
+    assert found == [(True, -0.5), (True, 0), (False, -0.5), (False, 0)]
     assert asked.runs[0].label == "heal.agg=mean steer.band=0.3+0.7 heal.tau=0.1 seed=1"
 
 
