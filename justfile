@@ -67,6 +67,7 @@ vendor: setup
 SCALE := "gemma-3-1b"
 SEEDS := "0"
 ENGINE := "local"
+sound := if SCALE == "tiny" { "8" } else { "0" } # log-odds; what a random model writes is never sound
 preset := if SCALE == "tiny" { "tiny-random" } else { SCALE }
 
 # every sweep, newest first
@@ -82,7 +83,7 @@ sweep-anchor: (_sweep "anchor" "--grid heal.anchor=none,neutral")
 sweep-target: (_sweep "target" "--grid heal.target=sampled,soft")
 
 # H: without the log-odds of the filter the student learns the incoherence; the barrier alone does not keep it out
-sweep-filter: (_sweep "filter" "--grid filter.incoherence=0,1000000")
+sweep-filter: (_sweep "filter" "--grid filter.incoherence=" + sound + ",1000000")
 
 # H: a lower dose target (more broken text to filter) moves the trait further at equal coherence
 sweep-dose: (_sweep "dose" "--grid dose.survival=0.5,0.75,0.9")
