@@ -47,7 +47,7 @@ def chat(folder: Path, gate: float, max_new_tokens: int, round_: int | None) -> 
     """Read messages from the terminal until it ends."""
     session = opened(folder, gate, max_new_tokens, round_)
     print(HELP)
-    while (line := _read()) is not None and line != "/quit":
+    while (line := _read(session)) is not None and line != "/quit":
         if line.startswith("/"):
             session = obey(session, line)
         elif line:
@@ -149,9 +149,9 @@ def _streamed(session: Session, message: str, dose: float, turn: int, show: Call
     return streamer.whole.strip()
 
 
-def _read() -> str | None:
+def _read(session: Session) -> str | None:
     try:
-        return input("> ").strip()
+        return input(f"round {session.round}, gate {session.gate:g}> ").strip()
     except (EOFError, KeyboardInterrupt):
         print()
         return None

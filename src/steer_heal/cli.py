@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import shlex
+import signal
 import sys
 import warnings
 from importlib.metadata import version
@@ -16,6 +18,7 @@ from tyro.conf import Positional
 from steer_heal.config import DEFAULT_PRESET, PRESETS, EvalConfig, ModelConfig, RunConfig, UserError, check
 
 EVERYTHING = EvalConfig()
+INTERRUPTED = 130  # the shell's code for Ctrl-C
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -25,6 +28,7 @@ def main(argv: list[str] | None = None) -> None:
         print(f"steer-heal {version('steer_heal')}")
         return
     _log_above_bars()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a scheduler's stop is a Ctrl-C
     shared: list[str] = []
     if argv[:1] == ["sweep"] and "--" in argv:  # what all runs of a sweep share
         cut = argv.index("--")
@@ -34,6 +38,9 @@ def main(argv: list[str] | None = None) -> None:
     except UserError as error:
         print(f"steer-heal: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("steer-heal: stopped", file=sys.stderr)
+        sys.exit(INTERRUPTED)
 
 
 def _self() -> str:
@@ -106,6 +113,10 @@ def app(chosen: str, shared: list[str]) -> tyro.extras.SubcommandApp:
             summary = loop.run(config, preset, folder, trait, lm)
         except UserError as error:
             raise UserError(f"{error}. What is done is kept in {folder.path}") from error
+        except KeyboardInterrupt:
+            again = f"{_self()} {shlex.join([*folder.first_argv(), '--resume', str(folder.path)])}"
+            print(f"\nstopped; what is done is kept. Go on with:  {again}", file=sys.stderr)
+            sys.exit(INTERRUPTED)
         page = reporting.build(folder.path)
         print(
             f"done in {summary['seconds'] / 60:.1f} minutes of stages. The report: {page}\n\n"

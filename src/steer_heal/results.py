@@ -14,6 +14,7 @@ import polars as pl
 
 from steer_heal.bootstrap import across_seeds, interval, paired
 from steer_heal.config import UserError
+from steer_heal.rundir import RunDir
 
 ARMS = {"prompted": "prompted.json", "steered": "{}/steered.json", "equal cost": "{}/equal.json"}
 ARMS |= {"healed": "{}/healed.json"}  # with the last round's folder
@@ -34,8 +35,7 @@ class Found:
     @property
     def resuming(self) -> str:
         """The command that goes on with an unfinished run: its own, with --resume."""
-        first = json.loads((self.folder / "events.jsonl").read_text("utf-8").splitlines()[0])
-        return shlex.join(["steer-heal", *first["argv"], "--resume", str(self.folder)])
+        return shlex.join(["steer-heal", *RunDir(self.folder).first_argv(), "--resume", str(self.folder)])
 
     def value(self, flag: str) -> str:
         """The config's value under a flag's name, e.g. heal.lam-round-pow."""

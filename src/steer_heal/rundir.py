@@ -86,6 +86,11 @@ class RunDir:
             os.fsync(log.fileno())
         self.follow(event)
 
+    def first_argv(self) -> list[str]:
+        """The arguments that the run was started with."""
+        first = json.loads((self.path / "events.jsonl").read_text("utf-8").splitlines()[0])
+        return first["argv"]
+
     def stage_seconds(self) -> dict[str, float]:
         """Seconds each artefact took when it was computed, resumed runs included."""
         events = read_jsonl(self.path / "events.jsonl")

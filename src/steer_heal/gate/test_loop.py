@@ -1,8 +1,10 @@
 """The whole loop: resumed runs end in the same bits, the record is complete, mistakes end in one line."""
 
 import json
+import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 
 import pytest
@@ -169,6 +171,20 @@ def test_a_mistake_ends_in_one_line_and_code_2(argv, message, tmp_path, monkeypa
     assert end.value.code == 2
     assert said.startswith("steer-heal: ") and message in said and "\n" not in said
     assert not list(tmp_path.rglob("config.json"))
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+def test_a_stopped_run_says_how_to_go_on(tmp_path, how):
+    words = [sys.executable, "-m", "steer_heal.cli", "run", "tiny-random", "--rounds", "20", "--out", str(tmp_path)]
+    with subprocess.Popen(words, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) as running:
+        while running.poll() is None and not list(tmp_path.glob("*/r00/dose.json")):
+            time.sleep(0.05)
+        running.send_signal(how)
+        said = running.communicate(timeout=60)[1]
+    (folder,) = tmp_path.iterdir()
+    assert running.returncode == 130 and "Traceback" not in said
+    assert said.strip().endswith(f"--rounds 20 --out {tmp_path} --resume {folder}")
+    assert not (folder / "summary.json").exists()
 
 
 def test_a_model_without_a_chat_template_is_refused(tmp_path):
