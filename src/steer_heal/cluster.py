@@ -6,10 +6,12 @@ folder under the same path on every node.
 
 from __future__ import annotations
 
+import io
+from contextlib import redirect_stderr
 from pathlib import Path
 
 from steer_heal.config import UserError
-from steer_heal.sweep import Planned, Sweep, command, same_place, state
+from steer_heal.sweep import Planned, Sweep, command, same_place, states
 
 RETRIES = 3
 POLL_SECONDS = 2.0
@@ -29,7 +31,7 @@ def on_ray(
     work = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=RETRIES, max_calls=1)(run_here)
     folder = asked.folder.resolve()
     tasks = {work.remote(same_place(run, folder), str(folder), cpus): run for run in todo}
-    states = {run: state(run, folder) for run in todo}
+    now = states(todo, folder)
     shown: dict[Planned, str] = {}
     waiting = list(tasks)
     try:
@@ -40,14 +42,14 @@ def on_ray(
                     wrong = ray.get(task)
                 except ray.exceptions.RayError as error:
                     wrong = str(error).strip().splitlines()[-1]
-                states[tasks[task]] = "failed" if wrong else "finished"
+                now[tasks[task]] = "failed" if wrong else "finished"
                 if wrong:
                     print(f"failed: {tasks[task].label}: {wrong}")
-            for task in waiting:
-                states[tasks[task]] = "waiting" if state(tasks[task], folder) == "waiting" else "running"
-            if states != shown:
-                shown = dict(states)
-                counts = {how: list(states.values()).count(how) for how in ("finished", "running", "waiting", "failed")}
+            for run, how in states([tasks[task] for task in waiting], folder).items():
+                now[run] = "waiting" if how == "waiting" else "running"
+            if now != shown:
+                shown = dict(now)
+                counts = {how: list(now.values()).count(how) for how in ("finished", "running", "waiting", "failed")}
                 print("  ".join(f"{how} {count}" for how, count in counts.items()), flush=True)
     except KeyboardInterrupt:
         for task in waiting:
@@ -55,7 +57,7 @@ def on_ray(
         raise
     finally:
         ray.shutdown()
-    return states
+    return now
 
 
 def run_here(planned: Planned, folder: str, cpus: int) -> str | None:
@@ -65,10 +67,12 @@ def run_here(planned: Planned, folder: str, cpus: int) -> str | None:
     from steer_heal.cli import main
 
     torch.set_num_threads(cpus)
+    said = io.StringIO()
     try:
-        main(command(planned, Path(folder)))
+        with redirect_stderr(said):
+            main(command(planned, Path(folder)))
     except SystemExit as ended:
-        return f"exit code {ended.code}" if ended.code else None
+        return said.getvalue().strip().splitlines()[-1] if ended.code else None
     except Exception as error:
         return f"{type(error).__name__}: {error}"
     return None

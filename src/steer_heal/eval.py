@@ -131,7 +131,8 @@ def measures(found: dict) -> dict:
         means["trait_nats"] = items[found["instrument"]]
     out = {key: float(scores.mean()) for key, scores in means.items()}
     out |= {interval_key(key): interval(scores) for key, scores in means.items()}
-    return out | {key: math.exp(items[name].mean()) for name, key in PERPLEXITIES.items() if name in items}
+    with np.errstate(over="ignore"):  # infinite for a model that has collapsed
+        return out | {key: float(np.exp(items[name].mean())) for name, key in PERPLEXITIES.items() if name in items}
 
 
 def interval_key(key: str) -> str:

@@ -16,7 +16,9 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 
 import polars as pl
@@ -26,7 +28,6 @@ from steer_heal.config import PRESETS, RunConfig, UserError, check
 from steer_heal.rundir import described, recorded
 
 RECORD = "sweep.json"  # in the sweep's folder: what was asked, and why
-STATES = ("finished", "running", "waiting", "unfinished", "failed")
 
 
 @dataclass(frozen=True)
@@ -107,30 +108,46 @@ def parsed(words: tuple[str, ...]) -> RunConfig:
     return tyro.cli(RunConfig, default=PRESETS[words[0]], args=list(words[1:]), prog=f"steer-heal run {words[0]}")
 
 
-def find(planned: Planned, folder: Path) -> Path | None:
-    """The run folder of this config in the sweep's folder, the finished one if there are several."""
-    wanted = json.loads(json.dumps(described(planned.config)))
-    same = [p.parent for p in sorted(folder.glob("*/config.json")) if recorded(p.parent) == wanted]
-    return max(same, key=lambda path: (path / "summary.json").exists(), default=None)
+def found(folder: Path) -> dict[str, Path]:
+    """The run folders of a sweep by what they are a run of; the finished one if there are several."""
+    by_config: dict[str, Path] = {}
+    for config in sorted(folder.glob("*/config.json")):
+        key = _key_of(config.parent)
+        if key not in by_config or (config.parent / "summary.json").exists():
+            by_config[key] = config.parent
+    return by_config
 
 
-def state(planned: Planned, folder: Path) -> str:
+@cache
+def _key_of(folder: Path) -> str:
+    return json.dumps(recorded(folder), sort_keys=True)  # a run's config never changes
+
+
+def key(planned: Planned) -> str:
+    return json.dumps(described(planned.config), sort_keys=True)
+
+
+def states(runs: Iterable[Planned], folder: Path) -> dict[Planned, str]:
     """finished, unfinished or waiting, as the disk has it."""
-    found = find(planned, folder)
-    return "waiting" if found is None else "finished" if (found / "summary.json").exists() else "unfinished"
+    there = found(folder)
+    return {run: _state(there.get(key(run))) for run in runs}
+
+
+def _state(folder: Path | None) -> str:
+    return "waiting" if folder is None else "finished" if (folder / "summary.json").exists() else "unfinished"
 
 
 def command(planned: Planned, folder: Path) -> list[str]:
     """Arguments of `steer-heal` that do, or go on with, this run."""
-    found = find(planned, folder)
-    return ["run", *planned.argv, *(["--resume", str(found)] if found else [])]
+    there = found(folder).get(key(planned))
+    return ["run", *planned.argv, *(["--resume", str(there)] if there else [])]
 
 
 def sweep(asked: Sweep, engine: str, cpus: int, gpus: float, address: str | None, workers: int | None) -> int:
     """Do what is not finished; returns how many runs failed. The plan and the estimate come first."""
     asked.folder.mkdir(parents=True, exist_ok=True)
     _note(asked)
-    before = {run: state(run, asked.folder) for run in asked.runs}
+    before = states(asked.runs, asked.folder)
     todo = [run for run, how in before.items() if how != "finished"]
     print(_table(asked, before))
     print(_estimate(asked, todo, engine, workers))
@@ -139,15 +156,16 @@ def sweep(asked: Sweep, engine: str, cpus: int, gpus: float, address: str | None
         if engine == "ray":
             from steer_heal.cluster import on_ray
 
-            states = on_ray(asked, todo, cpus, gpus, address, workers)
+            ended = on_ray(asked, todo, cpus, gpus, address, workers)
         else:
-            states = here(asked, todo, cpus)
+            ended = here(asked, todo, cpus)
     except KeyboardInterrupt:
-        left = [run.label for run in asked.runs if state(run, asked.folder) != "finished"]
-        raise UserError(f"stopped with {len(left)} runs left: the same command goes on with them") from None
-    states = before | states
-    print(_table(asked, states))
-    failed = [run for run, how in states.items() if how == "failed"]
+        left = list(states(asked.runs, asked.folder).values())
+        raise UserError(
+            f"stopped with {len(left) - left.count('finished')} runs left: the same command goes on with them"
+        ) from None
+    print(_table(asked, before | ended))
+    failed = [run for run, how in ended.items() if how == "failed"]
     print(
         f"{len(todo) - len(failed)} runs done in {(time.perf_counter() - began) / 60:.1f} minutes, {len(failed)} failed"
     )
@@ -158,13 +176,13 @@ def sweep(asked: Sweep, engine: str, cpus: int, gpus: float, address: str | None
 
 def here(asked: Sweep, todo: list[Planned], cpus: int) -> dict[Planned, str]:
     """One after another on this machine, each in a process of its own, so that one that breaks takes none along."""
-    states = {}
+    outcome = {}
     for number, run in enumerate(todo, 1):
         logger.info(f"sweep {asked.name}: run {number} of {len(todo)}, {run.label}")
         words = [sys.executable, "-m", "steer_heal.cli", *command(run, asked.folder)]
         ended = subprocess.run(words, env={**os.environ, "OMP_NUM_THREADS": str(cpus)})
-        states[run] = "finished" if ended.returncode == 0 else "failed"
-    return states
+        outcome[run] = "finished" if ended.returncode == 0 else "failed"
+    return outcome
 
 
 def _note(asked: Sweep) -> None:
@@ -185,10 +203,11 @@ def _note(asked: Sweep) -> None:
     os.replace(scratch, asked.folder / RECORD)
 
 
-def _table(asked: Sweep, states: dict[Planned, str]) -> str:
+def _table(asked: Sweep, now: dict[Planned, str]) -> str:
+    there = found(asked.folder)
     rows = [
-        {**dict(run.arm), "seed": run.seed, "state": how, "folder": (find(run, asked.folder) or Path("")).name}
-        for run, how in states.items()
+        {**dict(run.arm), "seed": run.seed, "state": how, "folder": there.get(key(run), Path("")).name}
+        for run, how in now.items()
     ]
     with pl.Config(tbl_hide_dataframe_shape=True, tbl_hide_column_data_types=True, tbl_rows=-1, fmt_str_lengths=80):
         return str(pl.DataFrame(rows))

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from steer_heal import sweep
 from steer_heal.cli import main
+from steer_heal.cluster import run_here
 from steer_heal.config import UserError
 
 QUICK = ("tiny-random", "--rounds", "1", "--eval.profile", "none", "--eval.equal-doses", "0")
@@ -100,8 +101,7 @@ def test_a_broken_run_is_resumed_and_a_failed_one_does_not_stop_the_rest(tmp_pat
     (folder,) = (path.parent for path in (tmp_path / "agg").glob("*/summary.json"))
     (folder / "summary.json").unlink()
     (folder / "r00" / "healed.json").unlink()
-    states = [sweep.state(run, bad.folder) for run in bad.runs]
-    assert states == ["unfinished", "waiting"]
+    assert list(sweep.states(bad.runs, bad.folder).values()) == ["unfinished", "waiting"]
     assert "--resume" in sweep.command(bad.runs[0], bad.folder)
     good = planned(tmp_path, grid=("trait=love",), seeds=(1,))
     assert sweep.sweep(good, "local", 1, 0.0, None, None) == 0
@@ -112,6 +112,12 @@ def test_the_command_line_ends_with_1_when_a_run_failed(tmp_path, capfd):
     with pytest.raises(SystemExit) as end:
         main(["sweep", "bad", "--grid", "trait=nowhere.toml", "--cpus", "1", "--out", str(tmp_path), "--", *QUICK])
     assert end.value.code == 1 and "1 failed" in capfd.readouterr().out
+
+
+def test_what_ended_a_task_is_told_in_a_line(tmp_path):
+    bad = planned(tmp_path, grid=("trait=nowhere.toml",), seeds=(1,)).runs[0]
+    said = run_here(bad, str(tmp_path / "agg"), 1)
+    assert said.startswith("steer-heal: trait 'nowhere.toml' is not built in")
 
 
 def test_ray_gives_the_same_bits_also_when_a_worker_is_killed(swept, tmp_path):
