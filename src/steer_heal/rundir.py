@@ -134,8 +134,17 @@ def reopen(config: RunConfig, trait: Trait) -> RunDir:
             f"--resume {config.resume}: the trait file has changed since the run was started; see trait.json there"
         )
     run = RunDir(path)
+    _drop_torn_line(path / "events.jsonl")
     run.event("resume", argv=sys.argv[1:])
     return run
+
+
+def _drop_torn_line(log: Path) -> None:
+    """A process that was killed while it noted an event leaves half a line: its stage has no artefact and is redone."""
+    whole, newline, torn = log.read_bytes().rpartition(b"\n")
+    if torn:
+        with log.open("r+b") as file:
+            file.truncate(len(whole + newline))
 
 
 def recorded(folder: Path) -> dict:

@@ -118,6 +118,18 @@ def test_resuming_with_another_config_or_trait_is_refused(tmp_path):
         rundir.reopen(replace(TINY, rounds=1, resume=str(folder.path)), data.load_trait("authority"))
 
 
+def test_half_an_event_does_not_stop_a_resume(tmp_path):
+    folder, summary = do(TINY, out=str(tmp_path), rounds=1)
+    (folder.path / "summary.json").unlink()
+    log = folder.path / "events.jsonl"
+    whole = log.read_text()
+    log.write_text(whole + '{"time": 1763.2, "event": "sta')
+    _, again = do(TINY, resume=str(folder.path), rounds=1)
+    assert timeless(again) == timeless(summary)
+    assert log.read_text().startswith(whole) and '"sta{' not in log.read_text()
+    assert [e["event"] for e in rundir.read_jsonl(log)][-3:] == ["resume", "round", "done"]
+
+
 def test_a_barrier_that_never_fires_is_loud(capsys):
     from loguru import logger
 
