@@ -26,14 +26,22 @@ setup:
 demo *flags: setup
     {{bin}}/steer-heal run smollm2-135m {{flags}}
 
-# the whole loop on a tiny random model with types and shapes checked: float32, then NF4
+# the whole loop on a tiny random model with types and shapes checked and no network: float32, then NF4
 fast-dev-run: setup
-    STEER_HEAL_CHECK_TYPES=1 {{bin}}/steer-heal run tiny-random --out outputs/fast-dev
-    STEER_HEAL_CHECK_TYPES=1 {{bin}}/steer-heal run tiny-random --out outputs/fast-dev --model.quant nf4
+    STEER_HEAL_CHECK_TYPES=1 STEER_HEAL_BLOCK_NETWORK=1 {{bin}}/steer-heal run tiny-random --out outputs/fast-dev
+    STEER_HEAL_CHECK_TYPES=1 STEER_HEAL_BLOCK_NETWORK=1 {{bin}}/steer-heal run tiny-random --out outputs/fast-dev --model.quant nf4
+
+# kill the tiny run at random instants of every stage, resume, compare bit for bit (about half an hour)
+soak kills="200": setup
+    {{bin}}/python -m steer_heal.gate.soak --kills {{kills}} --out "outputs/soak-$(date +%Y%m%d-%H%M%S)"
 
 # gemma-3-1b-it, NF4 QLoRA, 8 rounds: made for an RTX 3090 (see the README for gemma's licence)
 run *flags: setup
     {{bin}}/steer-heal run gemma-3-1b {{flags}}
+
+# the same with gemma-3-4b-it
+run-4b *flags: setup
+    {{bin}}/steer-heal run gemma-3-4b {{flags}}
 
 # the checks: style, the gate, the fast-dev run
 test *flags: setup
@@ -62,49 +70,67 @@ vendor: setup
     {{bin}}/python -m pip install --quiet -c constraints.txt -e docs/vendor/steering-lite -e docs/vendor/tinymfv
 
 # Sweeps: each recipe is one hypothesis, said in its comment. `just SCALE=tiny sweep-agg` takes minutes; `SEEDS=41,42,43`
-# gives every arm several seeds, `ENGINE="ray --workers 2"` runs two at once. The same command again goes on.
+# gives every arm several seeds, `ROUNDS=4` changes the rounds, `ENGINE="ray --workers 2"` runs two at once. The same
+# command again goes on. Sweeps of one SCALE share their arms: an arm that was run is not run again.
 
 SCALE := "gemma-3-1b"
 SEEDS := "0"
+ROUNDS := "8"
 ENGINE := "local"
 sound := if SCALE == "tiny" { "8" } else { "0" } # log-odds; what a random model writes is never sound
+taus := if SCALE =~ "gemma" { "auto,0.5,1.0,2.0" } else { "auto,0.05,0.15,0.5" } # around what the model operates at
+held := if SCALE =~ "gemma" { "1.0" } else { "0.15" } # nats: what a round, or with reference base a whole loop, may move
 preset := if SCALE == "tiny" { "tiny-random" } else { SCALE }
+# the barrier on its own, at half of what the teacher itself diverges, whatever the aggregate and the divergence
+alone := "--heal.anchor none --heal.reference prev --heal.tau auto"
+
+# the numbers of the README, from nothing: two traits, three seeds, 8 rounds on a CPU (about 3 hours on 2 cores)
+reproduce: setup
+    {{bin}}/steer-heal sweep headline --grid trait=love,calm --seeds 41,42,43 --out outputs/headline --hypothesis "after 8 rounds the trait stands at least four times as far as a prompt moves it, and coherence holds" -- smollm2-135m --rounds 8
+    {{bin}}/steer-heal results --out outputs/headline
+    {{bin}}/steer-heal results --out outputs/headline --rounds --html outputs/headline/headline.html
 
 # every sweep, newest first
-queue: sweep-barrier sweep-anchor sweep-target sweep-filter sweep-dose sweep-band sweep-pow sweep-tau sweep-reference sweep-agg sweep-reg
+queue: sweep-lr sweep-source sweep-barrier sweep-anchor sweep-target sweep-filter sweep-dose sweep-band sweep-pow sweep-tau sweep-reference sweep-agg sweep-reg
 
 # H: a weight that moves until D stays at tau (dual) holds coherence at more trait than a fixed weight
-sweep-barrier: (_sweep "barrier" "--grid heal.barrier=fixed,dual")
+sweep-barrier: (_sweep "barrier" "--grid heal.barrier=dual,fixed" alone)
 
 # H: an anchor on mundane prompts keeps neutral text intact at little cost in trait
-sweep-anchor: (_sweep "anchor" "--grid heal.anchor=none,neutral")
+sweep-anchor: (_sweep "anchor" "--grid heal.anchor=neutral,none")
 
 # H: soft targets (the teacher's whole distribution) hold more of the steered movement than sampled tokens
-sweep-target: (_sweep "target" "--grid heal.target=sampled,soft")
+sweep-target: (_sweep "target" "--grid heal.target=soft,sampled")
 
 # H: without the log-odds of the filter the student learns the incoherence; the barrier alone does not keep it out
 sweep-filter: (_sweep "filter" "--grid filter.incoherence=" + sound + ",1000000")
 
 # H: a lower dose target (more broken text to filter) moves the trait further at equal coherence
-sweep-dose: (_sweep "dose" "--grid dose.survival=0.5,0.75,0.9")
+sweep-dose: (_sweep "dose" "--grid dose.survival=0.75,0.5,0.9")
+
+# H: the vector of the base, read once, takes the student further than its own, read again in every round
+sweep-source: (_sweep "source" "--grid steer.source=student,base")
+
+# H: smaller steps in later rounds keep the answers whole over eight rounds at the same trait
+sweep-lr: (_sweep "lr" "--grid heal.lr-round-pow=-1,0")
 
 # H: a narrow middle band moves the trait at less cost than a wide one
 sweep-band: (_sweep "band" "--grid steer.band=0.45+0.55,0.3+0.7,auto")
 
 # H: loosening the barrier round by round (a negative power) delays saturation
-sweep-pow: (_sweep "pow" "--grid heal.lam-round-pow=-0.5,0,0.5")
+sweep-pow: (_sweep "pow" "--grid heal.lam-round-pow=-0.5,0,0.5" alone + " --heal.barrier fixed")
 
 # H: trait falls and coherence rises as tau goes down, and above the operating KL tau changes nothing
-sweep-tau: (_sweep "tau" "--grid heal.tau=0.5,1.0,2.0,auto")
+sweep-tau: (_sweep "tau" "--grid heal.tau=" + taus alone)
 
 # H: a barrier to the previous student lets the trait accumulate; a barrier to the base undoes earlier rounds
-sweep-reference: (_sweep "reference" "--grid heal.reference=prev,base")
+sweep-reference: (_sweep "reference" "--grid heal.reference=prev,base" alone + " --heal.tau " + held)
 
 # H: an outlier-sensitive aggregate (rmse) holds coherence over the rounds where the mean does not
-sweep-agg: (_sweep "agg" "--grid heal.agg=mean,rmse,p95,max")
+sweep-agg: (_sweep "agg" "--grid heal.agg=rmse,mean,p95,max" alone)
 
 # H: the reverse KL keeps coherence better than the forward KL, and both better than no barrier
-sweep-reg: (_sweep "reg" "--grid heal.reg=nll,kl_fwd,kl_rev")
+sweep-reg: (_sweep "reg" "--grid heal.reg=kl_rev,kl_fwd,nll" alone + " --heal.barrier fixed")
 
-_sweep name grid: setup
-    {{bin}}/steer-heal sweep {{name}} {{grid}} --seeds {{SEEDS}} --engine {{ENGINE}} --out outputs/sweeps-{{SCALE}} --hypothesis "$(grep -B1 '^sweep-{{name}}:' '{{justfile()}}' | sed -n 's/^# H: //p')" -- {{preset}}
+_sweep name grid flags="": setup
+    {{bin}}/steer-heal sweep {{name}} {{grid}} --seeds {{SEEDS}} --engine {{ENGINE}} --out outputs/sweeps-{{SCALE}} --hypothesis "$(grep -B1 '^sweep-{{name}}:' '{{justfile()}}' | sed -n 's/^# H: //p')" -- {{preset}} --rounds {{ROUNDS}} {{flags}}

@@ -6,15 +6,18 @@ import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from steer_heal.arms import Arm
 from steer_heal.bake import Student
-from steer_heal.config import EvalConfig, FilterConfig, ModelConfig, RunConfig, UserError
+from steer_heal.config import EvalConfig, ModelConfig, UserError
 from steer_heal.data import Trait, load_trait, restored
 from steer_heal.eval import instruments
 from steer_heal.export import finished_rounds, student_after
 from steer_heal.loading import load
 from steer_heal.loop import read_arm
 from steer_heal.record import arm_record
+from steer_heal.rundir import EVENTS, RunDir
 from steer_heal.summary import arm_table, validity_table
 from steer_heal.verdict import expressible, validity, verdict
 
@@ -25,7 +28,6 @@ class Target:
 
     student: Student
     trait: Trait
-    limits: FilterConfig
     has_adapter: bool
 
 
@@ -39,12 +41,11 @@ def evaluate_alone(
     Raises UserError when the target is nothing that can be measured.
     """
     found = opened(target, round_, trait, model)
-    run_config = RunConfig(eval=config, filter=found.limits)
     which = instruments(config, at_end=True)
     systems = {"base": None, "prompted": found.trait.positive, "negative": found.trait.negative}
     wanted = [Arm(name, history=0.0, now=0.0, system=system) for name, system in systems.items()]
     wanted += [Arm("student", history=gate, now=0.0)] * found.has_adapter
-    arms = [read_arm(f"eval {arm.name}", found.student, arm, found.trait, run_config, which) for arm in wanted]
+    arms = [read_arm(f"eval {arm.name}", found.student, arm, found.trait, config, which) for arm in wanted]
     base, *_, last = arms
     record: dict = {arm["arm"]: arm_record(arm, base) for arm in arms} | {"validity": validity(arms)}
     print(f"\n{arm_table(*arms)}\n\n{validity_table(record['validity'])}")
@@ -56,19 +57,30 @@ def evaluate_alone(
 
 def opened(target: str, round_: int | None, trait: str | None, model: ModelConfig) -> Target:
     folder = Path(target).expanduser()
-    if (folder / "trait.json").is_file():
-        config = json.loads((folder / "config.json").read_text("utf-8"))
+    if (folder / EVENTS).is_file():
+        run = RunDir(folder)
+        config = run.read("config.json")
         rounds = finished_rounds(folder, config["rounds"], round_)
-        of_run = restored(json.loads((folder / "trait.json").read_text("utf-8")))
-        limits = FilterConfig(**config["filter"])
-        return Target(student_after(folder, config, rounds), load_trait(trait) if trait else of_run, limits, True)
+        of_run = restored(run.read("trait.json"))
+        return Target(student_after(folder, config, rounds), load_trait(trait) if trait else of_run, True)
     if round_ is not None:
-        raise UserError(f"--round {round_}: {target!r} is no run folder (it has no trait.json)")
+        raise UserError(f"--round {round_}: {target!r} is no run folder (it has no {EVENTS})")
     described = folder / "adapter_config.json"
     if described.is_file():
-        base = model.path or json.loads(described.read_text("utf-8"))["base_model_name_or_path"]
+        try:
+            base = model.path or json.loads(described.read_text("utf-8"))["base_model_name_or_path"]
+        except (ValueError, KeyError) as error:
+            raise UserError(f"{str(described)!r} cannot be read ({error}): name the base with --base") from error
+        if not (folder / "adapter_model.safetensors").is_file():
+            raise UserError(f"{target!r} has no adapter_model.safetensors: pickles are not loaded, convert it")
         student = Student(load(replace(model, path=base)))
-        student.load_round(folder)
+        try:
+            student.load_round(folder)
+        except (RuntimeError, ValueError, KeyError, SafetensorError) as error:
+            said = " ".join(str(error).split())
+            raise UserError(
+                f"adapter {target!r} does not fit {base!r}: name its base with --base ({said[:200]})"
+            ) from error
         student.fold()
-        return Target(student, load_trait(trait or "love"), FilterConfig(), True)
-    return Target(Student(load(replace(model, path=target))), load_trait(trait or "love"), FilterConfig(), False)
+        return Target(student, load_trait(trait or "love"), True)
+    return Target(Student(load(replace(model, path=target))), load_trait(trait or "love"), False)

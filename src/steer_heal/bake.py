@@ -9,7 +9,6 @@ Past rounds are folded into one adapter, so a forward pass meets two low-rank pr
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -84,7 +83,7 @@ class Student:
                 stacked[path] = (small.a, small.b)
                 lost, total, width = lost + small.lost, total + small.total, rank
         name = f"history{self.folded}"
-        config = replace(self.peft.peft_config[NOW], r=width, lora_alpha=width)
+        config = replace(self.peft.peft_config[NOW], r=width, lora_alpha=width, rank_pattern={}, alpha_pattern={})
         self.peft.add_adapter(name, config)
         with torch.no_grad():
             for path, layer in self._layers():
@@ -125,10 +124,14 @@ class Student:
 
     def save(self, folder: Path, name: str = NOW) -> None:
         """Write one adapter as a plain PEFT folder that `PeftModel.from_pretrained` reads."""
-        self.peft.peft_config[name].base_model_name_or_path = self.lm.name  # peft would note a path of this machine
-        with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
-            self.peft.save_pretrained(scratch, selected_adapters=[name], save_embedding_layers=False)
-            os.rename(Path(scratch) / name, folder)
+        config = self.peft.peft_config[name]
+        config.base_model_name_or_path = self.lm.name  # peft would note a path of this machine
+        config.target_modules = sorted(config.target_modules)  # peft's set has another order in every process
+        self.peft.save_pretrained(folder, selected_adapters=[name], save_embedding_layers=False)
+        (folder / "README.md").unlink()  # peft's own card, beside a folder of the adapter's name
+        for file in (folder / name).iterdir():
+            os.rename(file, folder / file.name)
+        (folder / name).rmdir()
 
     def merged(self) -> PreTrainedModel:
         """The plain model with the history added to its weights. The student is used up."""

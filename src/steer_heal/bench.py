@@ -9,11 +9,12 @@ from dataclasses import replace
 import torch
 
 from steer_heal import data, filterproof
-from steer_heal.config import PRESETS, FilterConfig
+from steer_heal.config import FilterConfig
 from steer_heal.generate import Sampling, decode
 from steer_heal.lm import LM, Steering, steering
 from steer_heal.loading import load
 from steer_heal.packing import packed
+from steer_heal.presets import PRESETS
 from steer_heal.steer import extract
 
 DOSES = (0.5, 1.0, 1.5, 2.0)
@@ -77,7 +78,7 @@ def _weight_products(lm: LM, rows: int, steps: int) -> None:
     linear = [m for m in lm.decoder.modules() if isinstance(m, torch.nn.Linear)]
     inputs = {m.in_features: torch.randn(rows, m.in_features, device=lm.device, dtype=m.weight.dtype) for m in linear}
     states = torch.randn(rows, lm.head.weight.shape[1], device=lm.device, dtype=lm.head.weight.dtype)
-    with torch.no_grad(), packed(lm, rows, steps) as head:
+    with torch.no_grad(), packed(lm, rows * steps) as head:
         for _ in range(steps):
             for module in linear:
                 module(inputs[module.in_features])

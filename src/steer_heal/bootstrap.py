@@ -1,14 +1,16 @@
 """Intervals over items and over seeds. Every difference is paired: two arms are compared on the same items, or not
 at all.
 
-numpy alone, so that a report can be rebuilt on a machine without torch.
+No torch, so that a report can be rebuilt on a machine without torch.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
+from scipy.special import stdtrit
 
 RESAMPLES = 10_000
 SEED = 20260606  # the same resamples for every arm and every rebuild: intervals do not move
@@ -27,15 +29,27 @@ def interval_of(statistic: Callable[[np.ndarray], np.ndarray], items: int) -> li
 
 
 def across_seeds(values: np.ndarray) -> dict:
-    """Mean and 95% interval of a difference over seeds [s] and items [n], resampling both: values [s, n].
+    """Mean and 95% interval of a difference over seeds [s] and items [n]: values [s, n], both drawn at random.
 
-    The items are the same ones for every seed, so a resample draws seeds and items and crosses them.
+    Seeds and items are crossed (the items are the same for every seed), and seeds are few: resampling three of them
+    covers the truth in 84% of cases. So the mean's variance is put together from the mean squares of a two-way layout,
+    (MS_seeds + MS_items - MS_rest) / (s n), and the quantile is Student's at Satterthwaite's degrees of freedom
+    (Biometrics Bulletin 2, 1946). One seed: the interval over items.
     """
     values = np.asarray(values, dtype=np.float64)
-    draw = np.random.default_rng(SEED)
-    weights = [draw.multinomial(n, [1 / n] * n, RESAMPLES) / n for n in values.shape]
-    means = np.einsum("rs,sn,rn->r", weights[0], values, weights[1], optimize=True)
-    return {"mean": float(values.mean()), "ci": [float(q) for q in np.quantile(means, (0.025, 0.975))]}
+    seeds, items = values.shape
+    mean = float(values.mean())
+    if seeds == 1:
+        return {"mean": mean, "ci": interval(values[0])}
+    of_seeds, of_items = values.mean(1, keepdims=True) - mean, values.mean(0, keepdims=True) - mean
+    degrees = np.array([seeds - 1, items - 1, (seeds - 1) * (items - 1)])
+    squares = items * np.square(of_seeds).sum(), seeds * np.square(of_items).sum()
+    parts = np.array([*squares, np.square(values - mean - of_seeds - of_items).sum()]) / degrees
+    # The estimated variance between seeds may come out below zero; it is none then.
+    parts = parts * (1, 1, -1) if parts[0] > parts[2] else parts * (0, 1, 0)
+    freedom = parts.sum() ** 2 / (parts**2 / degrees).sum() if parts.sum() > 0 else 1.0
+    half = float(stdtrit(freedom, 0.975)) * math.sqrt(max(0.0, parts.sum()) / values.size)
+    return {"mean": mean, "ci": [mean - half, mean + half]}
 
 
 def paired(arm: dict, base: dict, key: str) -> np.ndarray:

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
-from steer_heal.config import PLACE_FIELDS, PRESETS
+from steer_heal.config import PLACE_FIELDS
+from steer_heal.presets import PRESETS
 
 CARD = """---
 base_model: {base}
@@ -23,17 +24,22 @@ back where it drifts into what the model before finds improbable. The persona wa
 
 > {persona}
 
-| | trait over base, nats per token [95%] | answer mass | coherent answers | perplexity of neutral text |
+| | trait over base, {unit} [95%] | answer mass | coherent answers | perplexity of neutral text |
 |---|---|---|---|---|
 {table}
 
-Trait is the log-probability per token of answers with it minus answers without it, over pairs that differ in it \
-alone; "prompted" is the base with the persona as its system prompt. One seed ({seed}): the intervals are over probes.
+{measured}; "prompted" is the base with the persona as its system prompt. One seed ({seed}): the intervals are over \
+probes.
 {caveat}
     {load}
 
 Made with `{command}`. The licence of the base model holds for what is derived from it.
 """
+MEASURED = {
+    "contrast": "Trait is the log-probability per token of answers with it minus answers without it, over pairs that "
+    "differ in it alone",
+    "yes_no": "Trait is the log-odds of yes against no in questions about it, half of them worded so that no means yes",
+}
 LOAD = {
     "model": 'model = AutoModelForCausalLM.from_pretrained("this folder")',
     "adapter": 'model = PeftModel.from_pretrained(base_model, "this folder")',
@@ -57,6 +63,8 @@ def model_card(summary: dict, config: dict, trait: dict, rounds: int, merged: bo
         title=trait["title"],
         kind=kind,
         rounds=f"{rounds} round{'s' * (rounds != 1)}",
+        unit=summary["unit"],
+        measured=MEASURED[trait["instrument"]],
         persona=" ".join(trait["positive"].split()),
         table="\n".join(_row(name, arm) for name, arm in arms.items()),
         seed=config["seed"],
@@ -70,7 +78,7 @@ def _row(name: str, arm: dict) -> str:
     low, high = arm["trait_over_base_ci"]
     return (
         f"| {name} | {arm['trait_over_base']:+.3f} [{low:+.3f}, {high:+.3f}] | {arm['answer_mass']:.3f} | "
-        f"{arm['demo_kept_share']:.0%} | {arm['neutral_ppl']:.2f} |"
+        f"{arm['coherent_share']:.0%} | {arm['neutral_ppl']:.2f} |"
     )
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -16,6 +14,8 @@ from steer_heal.config import UserError
 from steer_heal.export import finished_rounds, student_after
 from steer_heal.lm import LM, AnyVector, Steering, steering
 from steer_heal.loop import read_vector
+from steer_heal.resume import opened as of_run
+from steer_heal.terminal import harmless
 
 HELP = """type a message; every message is a fresh chat
   /gate 0.5    dial the student between base (0) and healed (1)
@@ -24,7 +24,6 @@ HELP = """type a message; every message is a fresh chat
   /base        show or hide the base
   /save FILE   write what was said so far
   /help  /quit (or Ctrl-D)"""
-CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 TEMPERATURE = 0.7
 
 
@@ -59,14 +58,11 @@ def opened(folder: Path, gate: float, max_new_tokens: int, round_: int | None) -
 
     Raises UserError when the folder is no run or the round was not finished.
     """
-    if not (folder / "trait.json").is_file():
-        raise UserError(f"{str(folder)!r} is no run folder: it has no trait.json")
-    config = json.loads((folder / "config.json").read_text("utf-8"))
+    run = of_run(folder)
+    config = run.read("config.json")
     rounds = finished_rounds(folder, config["rounds"], round_)
     student = student_after(folder, config, rounds)
-    return Session(
-        folder, student, read_vector(folder / "r00" / "vector").vector, max_new_tokens, gate, round=rounds - 1
-    )
+    return Session(folder, student, read_vector(run.find("r00/vector")).vector, max_new_tokens, gate, round=rounds - 1)
 
 
 def obey(session: Session, line: str) -> Session:
@@ -123,7 +119,7 @@ class _Harmless(TextStreamer):
         self.show, self.whole = show, ""
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        clean = CONTROL.sub("", text)
+        clean = harmless(text)
         self.whole += clean
         self.show(clean)
 

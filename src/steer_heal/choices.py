@@ -13,7 +13,19 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
-from steer_heal.lm import LM, Dial, Steering, batches, left_padded, steering, token_nll
+from steer_heal.lm import (
+    LM,
+    Dial,
+    Padded,
+    Steering,
+    batches,
+    filled,
+    left_padded,
+    rounded,
+    shared_prefix,
+    steering,
+    token_nll,
+)
 
 
 def choice_log_probs(
@@ -34,9 +46,12 @@ def choice_log_probs(
     """
     out: list[list[Tensor] | None] = [None] * len(prompts)
     with torch.no_grad(), steering(lm, steering_) as dial:
+        shared, longest = shared_prefix(prompts), max(map(len, prompts))
         for chunk in batches([len(prompt) for prompt in prompts], batch_size, steering_):
             dose = None if steering_ is None else steering_.dose[chunk].to(lm.device)
-            scored = _score(lm, [prompts[i] for i in chunk], [choices[i] for i in chunk], batch_size, dose, dial)
+            batch = [prompts[i] for i in chunk]
+            padded = left_padded(lm, batch, shared, longest)
+            scored = _score(lm, batch, padded, [choices[i] for i in chunk], batch_size, dose, dial)
             for i, log_probs in zip(chunk, scored, strict=True):
                 out[i] = log_probs
             on_prompts(len(chunk))
@@ -44,9 +59,9 @@ def choice_log_probs(
 
 
 def _score(
-    lm: LM, prompts: list, choices: list, batch_size: int, dose: Tensor | None, dial: Dial
+    lm: LM, prompts: list, padded: Padded, choices: list, batch_size: int, dose: Tensor | None, dial: Dial
 ) -> list[list[Tensor]]:
-    shared, ids, mask, position = left_padded(lm, prompts)
+    shared, ids, mask, position = padded
     cache = DynamicCache()
     if shared:
         cache = lm.prefix(prompts[0][:shared], dial, dose)
@@ -57,7 +72,7 @@ def _score(
     hidden = lm.decoder(
         input_ids=ids, attention_mask=mask, position_ids=position, past_key_values=cache, use_cache=True
     ).last_hidden_state[:, -1]
-    first = lm.head(hidden).log_softmax(-1)
+    first = lm.head(hidden[filled(range(len(prompts)))])[: len(prompts)].log_softmax(-1)
 
     answers = [(row, answer) for row, options in enumerate(choices) for answer in options]
     log_probs = [first[row, answer[:1]] for row, answer in answers]
@@ -76,7 +91,7 @@ def _score(
 def _rest(lm, answers, cache, mask, last, dose, dial) -> list[Tensor]:
     """Log-probabilities of the second and later tokens of (row, answer) pairs, each from its row's keys and values."""
     rows = torch.tensor([row for row, _ in answers], device=lm.device)
-    longest = max(len(answer) for _, answer in answers) - 1
+    longest = rounded(max(len(answer) for _, answer in answers) - 1)
     # Padding on the right is seen by nothing that is read.
     ids = torch.tensor([a[:-1] + a[-1:] * (longest - len(a) + 1) for _, a in answers], device=lm.device)
     went_on = DynamicCache()

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-import difflib
-import shlex
+import errno
+import io
+import math
+import os
 import signal
 import sys
 import warnings
+from collections.abc import Callable
+from functools import wraps
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Literal
@@ -15,10 +19,14 @@ import tyro
 from loguru import logger
 from tyro.conf import Positional
 
-from steer_heal.config import DEFAULT_PRESET, PRESETS, EvalConfig, ModelConfig, RunConfig, UserError, check
+from steer_heal.config import EvalConfig, ModelConfig, RunConfig, UserError, check, nearest
+from steer_heal.presets import DEFAULT_PRESET, PRESETS
+from steer_heal.terminal import harmless, program
+from steer_heal.usage import condensed
 
 EVERYTHING = EvalConfig()
 INTERRUPTED = 130  # the shell's code for Ctrl-C
+CANNOT_WRITE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM}
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -33,34 +41,79 @@ def main(argv: list[str] | None = None) -> None:
     if argv[:1] == ["sweep"] and "--" in argv:  # what all runs of a sweep share
         cut = argv.index("--")
         argv, shared = argv[:cut], argv[cut + 1 :]
+    live, sys.stderr = sys.stderr, io.StringIO()  # until a verb begins, only tyro's complaints are written to it
     try:
-        app(_chosen_preset(argv), shared).cli(args=argv, prog="steer-heal")
+        app(argv, *_chosen(argv), shared, live).cli(args=argv, prog="steer-heal")
+    except SystemExit:
+        if sys.stderr is live:
+            raise
+        misread, sys.stderr = sys.stderr.getvalue(), live
+        if misread:
+            print(f"steer-heal: {harmless(condensed(misread))}", file=sys.stderr)
+        raise
     except UserError as error:
-        print(f"steer-heal: {error}", file=sys.stderr)
+        sys.stderr = live
+        print(f"steer-heal: {harmless(str(error))}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        print("steer-heal: stopped", file=sys.stderr)
+    except KeyboardInterrupt as stopped:
+        print("; ".join(["steer-heal: stopped", *map(str, stopped.args)]), file=sys.stderr)
         sys.exit(INTERRUPTED)
+    except BrokenPipeError:  # of `steer-heal results | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:
+        if error.errno not in CANNOT_WRITE:
+            raise
+        print(f"steer-heal: cannot write {error.filename or 'to the disk'}: {error.strerror}", file=sys.stderr)
+        sys.exit(2)
+    finally:
+        sys.stderr = live
 
 
-def _self() -> str:
-    """How this program was called, for commands that can be copied."""
-    return f"{sys.executable} -m steer_heal.cli" if sys.argv[0].endswith(".py") else sys.argv[0]
+def _chosen(argv: list[str]) -> tuple[str, RunConfig]:
+    """The preset named after `run` and its config, or those that the run after --resume was started with.
+
+    Their values are the defaults of the flags.
+    """
+    if argv[:1] != ["run"]:
+        return DEFAULT_PRESET, PRESETS[DEFAULT_PRESET]
+    named = argv[1] if len(argv) > 1 and not argv[1].startswith("-") else None
+    if named is not None and named not in PRESETS:
+        raise UserError(_unknown_preset(named))
+    folder = _value_of("--resume", argv)
+    if folder is not None and "config.json" not in argv:  # with --recompute config.json the flags say it
+        from steer_heal.resume import started
+
+        preset, config = started(Path(folder))
+        if named not in (None, preset):
+            raise UserError(f"--resume {folder}: its preset is {preset}, not {named}: leave the preset out")
+        return preset, config
+    return named or DEFAULT_PRESET, PRESETS[named or DEFAULT_PRESET]
 
 
-def _chosen_preset(argv: list[str]) -> str:
-    """The preset named after `run`; its values are the defaults of the flags."""
-    if len(argv) < 2 or argv[0] != "run" or argv[1].startswith("-"):
-        return DEFAULT_PRESET
-    if argv[1] not in PRESETS:
-        raise UserError(_unknown_preset(argv[1]))
-    return argv[1]
+def _value_of(flag: str, argv: list[str]) -> str | None:
+    for word, following in zip(argv, [*argv[1:], ""], strict=True):
+        if word == flag and following:
+            return following
+        if word.startswith(f"{flag}="):
+            return word.removeprefix(f"{flag}=")
+    return None
 
 
 def _unknown_preset(name: str) -> str:
-    close = difflib.get_close_matches(name, PRESETS, 1)
-    hint = f" (did you mean {close[0]!r}?)" if close else ""
-    return f"preset {name!r} is not known{hint}: choose {', '.join(PRESETS)}"
+    return f"preset {name!r} is not known{nearest(name, PRESETS)}: choose {', '.join(PRESETS)}"
+
+
+def _check_files(**files: str | None) -> None:
+    """Before the work: raise UserError for a file that cannot be put where it is wanted."""
+    for flag, file in files.items():
+        if file is not None and (Path(file).is_dir() or not Path(file).absolute().parent.is_dir()):
+            wrong = "is a folder" if Path(file).is_dir() else f"there is no folder {str(Path(file).parent)!r}"
+            raise UserError(f"--{flag} {file!r}: {wrong}: give a file in a folder that exists")
+
+
+def _check_gate(gate: float) -> None:
+    if not math.isfinite(gate):
+        raise UserError(f"--gate is {gate}: give a number, 0 for the base, 1 for the student")
 
 
 def _log_above_bars() -> None:
@@ -69,6 +122,7 @@ def _log_above_bars() -> None:
 
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # peft calls old names
     logger.remove()
+    logger.configure(patcher=lambda record: record.update(message=harmless(record["message"])))
     logger.add(
         lambda line: tqdm.write(line, end="", file=sys.stderr),
         format="<green>{time:HH:mm:ss}</green> <level>{message}</level>",
@@ -76,57 +130,51 @@ def _log_above_bars() -> None:
     )
 
 
-def app(chosen: str, shared: list[str]) -> tyro.extras.SubcommandApp:
-    """The verbs; flags of `run` default to the values of the chosen preset, `shared` are those of a whole sweep."""
+def app(
+    argv: list[str], chosen: str, defaults: RunConfig, shared: list[str], live: io.TextIOBase
+) -> tyro.extras.SubcommandApp:
+    """The verbs; `run` has the chosen preset and its flags these defaults, `shared` are those of a whole sweep.
+
+    A verb writes to the `live` stderr.
+    """
     verbs = tyro.extras.SubcommandApp()
 
-    @verbs.command
+    def command(verb: Callable | None = None, *, name: str | None = None) -> Callable:
+        if verb is None:
+            return lambda verb: command(verb, name=name)
+
+        @wraps(verb)
+        def begun(*args, **kwargs) -> None:
+            sys.stderr = live
+            verb(*args, **kwargs)
+
+        return verbs.command(begun, name=name)
+
+    @command
     def run(
         preset: Positional[Annotated[str, tyro.conf.arg(help=f"one of {', '.join(PRESETS)}")]] = chosen,
-        config: Annotated[RunConfig, tyro.conf.arg(name="")] = PRESETS[chosen],
+        config: Annotated[RunConfig, tyro.conf.arg(name="")] = defaults,
     ) -> None:
         """Steer, distil, heal and bake a trait into a model, round after round.
 
         Example: steer-heal run smollm2-135m --trait mine.toml --rounds 4 --seed 1
         """
-        from steer_heal import data, lite, loop, rundir
         from steer_heal import report as reporting
-        from steer_heal.foundations import check_profile
-        from steer_heal.heal import check_optimiser
-        from steer_heal.loading import load
-        from steer_heal.tracking import check_tracker, follower
+        from steer_heal.runner import run as carry_out
 
         if preset != chosen:
             raise UserError(f"the preset comes first: steer-heal run {preset} ...")
-        check(config)
-        trait = data.load_trait(config.trait)
-        if config.steer.method.startswith(lite.PREFIX):
-            lite.check_method(config.steer.method)
-        check_profile(config.eval)
-        check_tracker(config.track)
-        folder = rundir.reopen(config, trait) if config.resume else None
-        lm = load(config.model)  # before a folder is made: a model that cannot be loaded leaves nothing behind
-        check_optimiser(config.heal, lm.device)
-        folder = folder or rundir.create(config, preset, trait)
-        folder.follow = follower(config.track, folder.path.name, rundir.described(config))
-        try:
-            summary = loop.run(config, preset, folder, trait, lm)
-        except UserError as error:
-            raise UserError(f"{error}. What is done is kept in {folder.path}") from error
-        except KeyboardInterrupt:
-            again = f"{_self()} {shlex.join([*folder.first_argv(), '--resume', str(folder.path)])}"
-            print(f"\nstopped; what is done is kept. Go on with:  {again}", file=sys.stderr)
-            sys.exit(INTERRUPTED)
+        folder, summary = carry_out(config, preset, argv)
         page = reporting.build(folder.path)
         print(
             f"done in {summary['seconds'] / 60:.1f} minutes of stages. The report: {page}\n\n"
             "What to do next:\n"
-            f"  1. talk to it, base and student side by side:  {_self()} chat {folder.path}\n"
+            f"  1. talk to it, base and student side by side:  {program()} chat {folder.path}\n"
             f"  2. load it without steer-heal:  PeftModel.from_pretrained(base_model, '{folder.path}/adapter')\n"
-            f"  3. steer another trait, in your own .toml (see README):  {_self()} run {preset} --trait mine.toml"
+            f"  3. steer another trait, in your own .toml (see README):  {program()} run {preset} --trait mine.toml"
         )
 
-    @verbs.command
+    @command
     def sweep(
         name: Positional[str],
         grid: tyro.conf.UseAppendAction[tuple[str, ...]] = (),
@@ -159,13 +207,15 @@ def app(chosen: str, shared: list[str]) -> tyro.extras.SubcommandApp:
 
         from steer_heal import sweep as sweeping
 
+        if (cpus is not None and cpus < 1) or (workers is not None and workers < 1) or gpus < 0:
+            raise UserError(f"--cpus is {cpus}, --workers {workers}, --gpus {gpus}: 1 or more, 1 or more, 0 or more")
         threads = cpus or cpu_count()
         asked = sweeping.plan(name, grid, sweeping.seed_list(seeds), tuple(shared), Path(out), hypothesis)
         failed = sweeping.sweep(asked, engine, threads, gpus, address, workers)
-        print(f"the arms as a table:  {_self()} results --out {out}")
+        print(f"the arms as a table:  {program()} results --out {out}")
         sys.exit(1 if failed else 0)
 
-    @verbs.command(name="eval")
+    @command(name="eval")
     def evaluate(
         target: Positional[str],
         round: int | None = None,
@@ -199,19 +249,24 @@ def app(chosen: str, shared: list[str]) -> tyro.extras.SubcommandApp:
         from steer_heal.alone import evaluate_alone
         from steer_heal.foundations import check_profile
 
+        _check_files(json=json)
+        _check_gate(gate)
+        check(RunConfig(eval=eval))
         check_profile(eval)
         model = ModelConfig(base, quant, dtype, device)
         record = evaluate_alone(target, round, gate, trait, model, eval)
         if json is not None:
             Path(json).write_text(dumps(record, indent=1), "utf-8")
 
-    @verbs.command
+    @command
     def results(
         out: str = "outputs",
         by: tuple[str, ...] = (),
+        rounds: bool = False,
         csv: str | None = None,
         json: str | None = None,
         markdown: str | None = None,
+        html: str | None = None,
     ) -> None:
         """All runs under a folder: one row a run, and every sweep's arms under its hypothesis.
 
@@ -220,15 +275,18 @@ def app(chosen: str, shared: list[str]) -> tyro.extras.SubcommandApp:
         Args:
             out: the folder that holds run folders.
             by: flags of `run`: one row for each of their values, mean and interval over the seeds.
+            rounds: one row a round: the arms, the student against each, and what it cost.
             csv: file for the table.
             json: file for the table.
             markdown: file for the table.
+            html: file for a page with the figures, means and intervals over the seeds.
         """
         from steer_heal import results as listing
 
-        listing.show(Path(out), by, csv, json, markdown)
+        _check_files(csv=csv, json=json, markdown=markdown, html=html)
+        listing.show(Path(out), by, rounds, csv, json, markdown, html)
 
-    @verbs.command
+    @command
     def report(run: Positional[str]) -> None:
         """Rebuild report.html and diary.md of a run folder, finished or not.
 
@@ -239,11 +297,9 @@ def app(chosen: str, shared: list[str]) -> tyro.extras.SubcommandApp:
         """
         from steer_heal import report as reporting
 
-        if not (Path(run) / "config.json").is_file():
-            raise UserError(f"{run!r} is no run folder: it has no config.json")
         print(reporting.build(Path(run)))
 
-    @verbs.command
+    @command
     def export(run: Positional[str], to: str, merge: bool = False, round: int | None = None) -> None:
         """Write a run's result for others to load: a PEFT adapter, or with --merge a whole model.
 
@@ -262,7 +318,7 @@ def app(chosen: str, shared: list[str]) -> tyro.extras.SubcommandApp:
         write(Path(run), Path(to), round, merge)
         print(f"written: {to}")
 
-    @verbs.command
+    @command
     def chat(run: Positional[str], round: int | None = None, gate: float = 1.0, max_new_tokens: int = 128) -> None:
         """Talk to a run's result: base and student answer side by side, streamed; /help lists the commands.
 
@@ -276,9 +332,12 @@ def app(chosen: str, shared: list[str]) -> tyro.extras.SubcommandApp:
         """
         from steer_heal.chat import chat as talk
 
+        _check_gate(gate)
+        if max_new_tokens < 1:
+            raise UserError(f"--max-new-tokens is {max_new_tokens}: it must be 1 or more")
         talk(Path(run), gate, max_new_tokens, round)
 
-    @verbs.command
+    @command
     def bench(
         what: Positional[Literal["generate", "heal", "filter", "eval"]],
         preset: str = "smollm2-135m",
@@ -308,6 +367,9 @@ def app(chosen: str, shared: list[str]) -> tyro.extras.SubcommandApp:
 
         if preset not in PRESETS:
             raise UserError(_unknown_preset(preset))
+        if rows < 1 or tokens < 1:
+            raise UserError(f"--rows is {rows} and --tokens {tokens}: both must be 1 or more")
+        _check_files(json=json, figure=figure)
         match what:
             case "generate":
                 measured = measuring.generate(preset, rows, tokens)

@@ -22,7 +22,7 @@ from typing import NamedTuple
 from jaxtyping import Float
 from torch import Tensor
 
-from steer_heal.config import FilterConfig
+from steer_heal.config import FilterConfig, Limits
 from steer_heal.lm import LM, Row, row_surprise
 
 NGRAMS = (2, 3, 4)
@@ -163,7 +163,7 @@ def _looped_share(text: str) -> float:
     return sum(len(m.group(0)) for m in re.finditer(r"(.{1,24}?)\1{2,}", text, re.DOTALL)) / max(1, len(text))
 
 
-def verdict(scores: Scores, limits: FilterConfig) -> str:
+def verdict(scores: Scores, limits: Limits) -> str:
     """Why a completion is dropped, or "" when it is kept."""
     if scores.words < limits.min_words:
         return "empty"
@@ -190,28 +190,29 @@ def surprises(lm: LM, rows: list[Row], batch_size: int) -> list[Surprise]:
     return [Surprise(nll, entropy, without) for (nll, entropy), (without, _) in zip(asked, alone, strict=True)]
 
 
-def judge(lm: LM, rows: list[Row], limits: FilterConfig, batch_size: int) -> list[dict]:
+def judge(lm: LM, rows: list[Row], limits: Limits, batch_size: int) -> list[dict]:
     """Text, scores and the reason it was dropped ("" when kept) of every completion; `lm` must be the base view.
 
-    With `limits.trim`, a completion that broke off in the middle may leave its sound front behind: "ids" is the front
-    then and "trimmed" the number of tokens cut.
+    With a filter that trims, a completion that broke off in the middle may leave its sound front behind: "ids" is the
+    front then and "trimmed" the number of tokens cut.
     """
     judged = []
     for row, surprise in zip(rows, surprises(lm, rows, batch_size), strict=True):
         found = _judged(lm.text(row.completion), surprise, limits)
-        if limits.trim and found["dropped"] in BREAKS:
+        if isinstance(limits, FilterConfig) and limits.trim and found["dropped"] in BREAKS:
             found = sound_front(lm, row.completion, surprise, limits) or found
         judged.append(found)
     return judged
 
 
-def _judged(text: str, surprise: Surprise, limits: FilterConfig) -> dict:
+def _judged(text: str, surprise: Surprise, limits: Limits) -> dict:
     scores = score(text, surprise)
     return {"text": text, **asdict(scores), "incoherence": scores.incoherence, "dropped": verdict(scores, limits)}
 
 
 LOOPS = ("word_repeat", "char_repeat", "compress")  # what a text that goes round in circles is dropped for
 BREAKS = (*LOOPS, "incoherence")  # what may begin in the middle of a text
+STYLES = ("boilerplate", "narrates")  # what is not to be learnt, but is no damage
 TRIM_LEAST = 16  # tokens; a shorter front teaches nothing
 SENTENCE_END = re.compile(r"(?:[.!?\u2026][\"')\]\u201d\u2019]*\s*|\n\s*)$")
 

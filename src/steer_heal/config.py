@@ -1,12 +1,16 @@
-"""Every knob of a run, and the presets. No heavy imports: `--help` must be quick."""
+"""Every knob of a run. No heavy imports: `--help` must be quick."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
-from typing import Literal
+import difflib
+from collections.abc import Iterable
+from dataclasses import dataclass, field, fields, is_dataclass, replace
+from functools import reduce
+from typing import Any, Literal
 
 STEER_METHODS = ("mean_diff", "pca", "ablation")
-PLACE_FIELDS = ("out", "resume", "track")  # where a run lies and who watches is not what it is
+# Where a run lies, who watches and how it is gone on with is not what it is.
+PLACE_FIELDS = ("out", "resume", "recompute", "allow_change", "track")
 FIRED_FLOOR = 0.05  # a barrier that fires on a smaller share of the steps holds nothing back
 
 
@@ -36,6 +40,8 @@ class SteerConfig:
     """how a direction is made of the personas' states: mean_diff, pca, ablation, or lite:NAME of steering-lite"""
     band: tuple[float, float] | Literal["auto"] = (0.45, 0.55)
     """blocks that are steered, as shares of depth; a wide band destroys text sooner; auto: see steer.auto_band"""
+    source: Literal["student", "base"] = "student"
+    """whose vector the teacher gets: the student's own, read again in every round, or the pristine base's"""
     n_contexts: int = 256
     """user messages over which the persona difference is averaged"""
     batch_size: int = 32
@@ -87,7 +93,7 @@ class DistilConfig:
 
 
 @dataclass(frozen=True)
-class FilterConfig:
+class Limits:
     """What counts as coherent text. Every threshold is on a score stored with the completion."""
 
     incoherence: float = 0.0
@@ -100,6 +106,12 @@ class FilterConfig:
     """smallest ratio of compressed to plain size, for texts of 200 bytes or more"""
     min_words: int = 1
     """fewest words"""
+
+
+@dataclass(frozen=True)
+class FilterConfig(Limits):
+    """Which completions are trained on: coherent ones that neither narrate the persona nor refuse."""
+
     trim: bool = False
     """keep the sound front (whole sentences, 16 tokens or more) of a completion that breaks in the middle"""
     trim_margin: float = 1.0
@@ -117,7 +129,7 @@ class HealConfig:
     agg: Literal["mean", "rmse", "p95", "max"] = "rmse"
     """how the divergence is aggregated over token positions"""
     reference: Literal["prev", "base"] = "prev"
-    """model the divergence is measured to; prev lets the trait accumulate"""
+    """model the divergence is measured to; prev: tau is what a round may move, base: what all rounds together may"""
     anchor: Literal["none", "neutral"] = "none"
     """neutral: the barrier also reads base completions of mundane prompts, with the pristine base as reference"""
     anchor_tau: float = 0.02
@@ -129,7 +141,7 @@ class HealConfig:
     tau: float | Literal["auto"] = 2.0
     """divergence below which the barrier is silent, nats; must lie below the operating KL of the model; auto: below"""
     tau_share: float = 0.5
-    """tau auto: share of the divergence that the steered teacher itself has from the previous student on this text"""
+    """tau auto: share of the divergence that the steered teacher itself has from the reference on this text"""
     barrier: Literal["fixed", "dual"] = "fixed"
     """fixed: lam_r * relu(D - tau); dual: lam moves until D stays at tau, a constraint in place of a penalty"""
     lam: float = 0.3
@@ -141,7 +153,9 @@ class HealConfig:
     op_norm: float = 0.0
     """weight of the mean squared operator norm of the update (its largest singular value); 0: no such penalty"""
     lr: float = 2e-4
-    """peak learning rate"""
+    """peak learning rate in round 0"""
+    lr_round_pow: float = 0.0
+    """lr_r = lr * (1 + round) ** lr_round_pow"""
     epochs: int = 2
     """passes over the training completions"""
     train_bs: int = 3
@@ -199,9 +213,12 @@ class EvalConfig:
     person: Literal["see", "do"] = "see"
     """profile: see: somebody else does it; do: you do it yourself"""
     ends_only: tuple[Literal["off_target", "canary", "profile"], ...] = ("profile",)
-    """instruments read on base, on the two prompted arms and after the last round, not in every round"""
-    equal_doses: int = 6
-    """doses on which the coherence cost of plain steering is read, for the arm steered at equal coherence; 0: no arm"""
+    """instruments read on base, on the two prompted arms and on the last student, not in every round"""
+    plain_doses: int = 7
+    """doses at which the base, plainly steered, is measured: what healing is compared with at equal cost in coherence
+    and, after the last round, at equal trait; 0: no such arms"""
+    judge: Limits = field(default_factory=Limits)
+    """what counts as coherent in a demo answer; apart from the filter, so that arms of another filter are comparable"""
     batch_size: int = 32
     """sequences a forward pass; results do not depend on it"""
 
@@ -212,7 +229,7 @@ class RunConfig:
 
     model: ModelConfig = field(default_factory=ModelConfig)
     trait: str = "authority"
-    """built-in trait (love, authority) or a path to a .toml file"""
+    """built-in trait (love, authority, calm) or a path to a .toml file"""
     rounds: int = 8
     """rounds of the loop"""
     seed: int = 0
@@ -220,7 +237,11 @@ class RunConfig:
     out: str = "outputs"
     """folder that holds run folders"""
     resume: str | None = None
-    """run folder to go on with: what is done is loaded, the rest computed"""
+    """run folder to go on with, with its own preset and flags: what is done is loaded, the rest computed"""
+    recompute: tuple[str, ...] = ()
+    """resume: artefacts of the folder that are damaged or gone and are made again, e.g. r00/dose.json"""
+    allow_change: tuple[str, ...] = ()
+    """resume: what may differ from when the run was started, e.g. heal.train_bs or packages.torch"""
     track: Literal["none", "trackio", "wandb"] = "none"
     """also send every event of events.jsonl to a tracker (install it: pip install 'steer_heal[trackio]' or [wandb])"""
     steer: SteerConfig = field(default_factory=SteerConfig)
@@ -231,121 +252,139 @@ class RunConfig:
     eval: EvalConfig = field(default_factory=EvalConfig)
 
 
+def of_record(table: dict, default: Any = None) -> Any:
+    """A config of what JSON made of it: lists become tuples, a key too many or too few is a KeyError."""
+    default = RunConfig() if default is None else default
+    names = {f.name for f in fields(default)} - {*PLACE_FIELDS}
+    if strange := names ^ (table.keys() - {*PLACE_FIELDS}):
+        raise KeyError(", ".join(sorted(strange)))
+    values = {}
+    for key, value in table.items():
+        inner = getattr(default, key)
+        values[key] = (
+            of_record(value, inner) if is_dataclass(inner) else tuple(value) if isinstance(value, list) else value
+        )
+    return replace(default, **values)
+
+
+ALLOWED = {  # intervals; what is not finite lies in none
+    "rounds": "[1, inf)",
+    "steer.n_contexts": "[2, 256]",
+    "steer.batch_size": "[1, inf)",
+    "dose.lowest": "(0, inf)",
+    "dose.highest": "(0, inf)",
+    "dose.steps": "[2, inf)",
+    "dose.prompts": "[1, inf)",
+    "dose.survival": "(0, 1]",
+    "dose.kl_target": "(0, inf)",
+    "distil.n_keep": "[1, inf)",
+    "distil.budget": "[1, inf)",
+    "distil.min_train": "[1, inf)",
+    "distil.dose_spread": "[0, 1)",
+    "distil.max_new_tokens": "[1, inf)",
+    "distil.temperature": "(0, inf)",
+    "distil.top_k": "[1, inf)",
+    "distil.top_p": "(0, 1]",
+    "distil.batch_size": "[1, inf)",
+    "filter.incoherence": "(-inf, inf)",
+    "filter.word_repeat": "[0, 1]",
+    "filter.char_repeat": "[0, 1]",
+    "filter.compress": "[0, 1]",
+    "filter.min_words": "[0, inf)",
+    "filter.trim_margin": "[0, inf)",
+    "heal.anchor_tau": "(0, inf)",
+    "heal.anchor_prompts": "[1, 64]",
+    "heal.anchor_bs": "[1, inf)",
+    "heal.tau": "[0, inf)",
+    "heal.tau_share": "(0, inf)",
+    "heal.lam": "[0, inf)",
+    "heal.lam_round_pow": "(-inf, inf)",
+    "heal.dual_lr": "(0, inf)",
+    "heal.op_norm": "[0, inf)",
+    "heal.lr": "(0, inf)",
+    "heal.lr_round_pow": "(-inf, inf)",
+    "heal.epochs": "[1, inf)",
+    "heal.train_bs": "[1, inf)",
+    "heal.grad_accum": "[1, inf)",
+    "heal.weight_decay": "[0, inf)",
+    "heal.warmup": "[0, 1]",
+    "heal.val_share": "[0, 1)",
+    "heal.patience": "[0, inf)",
+    "heal.max_len": "[2, inf)",
+    "heal.log_every": "[1, inf)",
+    "heal.r": "[1, inf)",
+    "heal.alpha": "[1, inf)",
+    "heal.fold_rank": "[0, inf)",
+    "eval.contrast": "[1, inf)",
+    "eval.yes_no": "[1, inf)",
+    "eval.demos": "[1, inf)",
+    "eval.demo_tokens": "[1, inf)",
+    "eval.neutral": "[1, 40]",
+    "eval.off_target": "[0, 16]",
+    "eval.canary": "[0, 60]",
+    "eval.scenes": "[1, 20]",
+    "eval.plain_doses": "[0, inf)",
+    "eval.batch_size": "[1, inf)",
+}
+ALLOWED |= {f"eval.judge.{f.name}": ALLOWED[f"filter.{f.name}"] for f in fields(Limits)}
+
+
 def check(config: RunConfig) -> None:
     """Raise UserError for a value that no run could work with."""
-    low, high = (0, 1) if config.steer.band == "auto" else config.steer.band
+    for name, interval in ALLOWED.items():
+        value = reduce(getattr, name.split("."), config)
+        if value != "auto" and not _lies_in(value, interval):
+            raise UserError(f"{name} is {value}: it must lie in {interval}")
+    steer, dose, distil, heal, evals = config.steer, config.dose, config.distil, config.heal, config.eval
+    for name, band in (("steer.band", steer.band), ("heal.band", heal.band)):
+        if band != "auto" and not 0 <= band[0] <= band[1] <= 1:
+            raise UserError(f"{name} is {band[0]} {band[1]}: give two shares of depth, 0 <= low <= high <= 1")
     demands = [
         (
-            config.steer.method in STEER_METHODS or config.steer.method.startswith("lite:"),
-            f"steer.method {config.steer.method!r} is not known: choose {', '.join(STEER_METHODS)} or lite:NAME",
-        ),
-        (config.rounds >= 1, f"rounds is {config.rounds}: it must be 1 or more"),
-        (0 <= low <= high <= 1, f"steer.band is {low} {high}: give two shares of depth, 0 <= low <= high <= 1"),
-        (
-            0 < config.dose.lowest < config.dose.highest,
-            f"dose.lowest is {config.dose.lowest} and dose.highest {config.dose.highest}: 0 < lowest < highest",
-        ),
-        (config.dose.kl_target > 0, f"dose.kl_target is {config.dose.kl_target}: it must be above 0"),
-        (
-            config.distil.min_train <= config.distil.n_keep <= config.distil.budget,
-            f"distil.min_train is {config.distil.min_train}, distil.n_keep {config.distil.n_keep} and distil.budget "
-            f"{config.distil.budget}: min_train <= n_keep <= budget",
+            steer.method in STEER_METHODS or steer.method.startswith("lite:"),
+            f"steer.method {steer.method!r} is not known{nearest(steer.method, STEER_METHODS)}: "
+            f"choose {', '.join(STEER_METHODS)} or lite:NAME",
         ),
         (
-            0 <= config.distil.dose_spread < 1,
-            f"distil.dose_spread is {config.distil.dose_spread}: it must be at least 0, below 1",
+            dose.lowest < dose.highest,
+            f"dose.lowest is {dose.lowest} and dose.highest {dose.highest}: lowest must be below highest",
         ),
-        (0 < config.dose.survival <= 1, f"dose.survival is {config.dose.survival}: it must be above 0, at most 1"),
         (
-            config.heal.tau == "auto" or config.heal.tau >= 0,
-            f"heal.tau is {config.heal.tau}: it must be auto, or 0 nats or more",
+            distil.min_train <= distil.n_keep <= distil.budget,
+            f"distil.min_train is {distil.min_train}, distil.n_keep {distil.n_keep} and distil.budget "
+            f"{distil.budget}: min_train <= n_keep <= budget",
         ),
-        (config.heal.tau_share > 0, f"heal.tau_share is {config.heal.tau_share}: it must be above 0"),
         (
-            config.heal.barrier == "fixed" or (config.heal.tau != 0 and config.heal.reg != "nll"),
+            heal.barrier == "fixed" or (heal.tau != 0 and heal.reg != "nll"),
             "heal.barrier dual needs a divergence to hold at tau: choose heal.reg kl_rev or kl_fwd and tau above 0",
         ),
         (
-            config.heal.patience == 0 or config.heal.val_share > 0,
+            heal.patience == 0 or heal.val_share > 0,
             "heal.patience needs completions to validate on: give heal.val_share, e.g. 0.125",
         ),
-        (config.heal.fold_rank >= 0, f"heal.fold_rank is {config.heal.fold_rank}: it must be 0 or more"),
-        (config.eval.off_target >= 0, f"eval.off_target is {config.eval.off_target}: it must be 0 or more"),
-        (config.eval.canary >= 0, f"eval.canary is {config.eval.canary}: it must be 0 or more"),
         (
-            config.eval.equal_doses == 0 or config.eval.equal_doses >= 2,
-            f"eval.equal_doses is {config.eval.equal_doses}: it must be 0 or at least 2",
-        ),
-        (0 <= config.heal.val_share < 1, f"heal.val_share is {config.heal.val_share}: it must be at least 0, below 1"),
-    ]
-    demands.append(
-        (
-            config.heal.reg != "nll" or config.heal.anchor == "none",
+            heal.reg != "nll" or heal.anchor == "none",
             "heal.reg nll has no divergence for heal.anchor neutral to hold: choose kl_rev or kl_fwd, or anchor none",
-        )
-    )
-    counts = {
-        "steer": ("n_contexts", "batch_size"),
-        "dose": ("steps", "prompts"),
-        "distil": ("n_keep", "budget", "min_train", "max_new_tokens", "top_k"),
-        "heal": ("epochs", "train_bs", "grad_accum", "r", "max_len", "log_every"),
-        "eval": ("contrast", "yes_no", "demos", "demo_tokens", "neutral", "scenes", "batch_size"),
-    }
-    for section, names in counts.items():
-        for name in names:
-            value = getattr(getattr(config, section), name)
-            demands.append((value >= 1, f"{section}.{name} is {value}: it must be 1 or more"))
-    rows = config.distil.batch_size
-    demands.append((rows == "auto" or rows >= 1, f"distil.batch_size is {rows}: it must be auto, or 1 or more"))
+        ),
+        (evals.plain_doses != 1, "eval.plain_doses is 1: a curve needs 2 doses or more; 0 leaves the arms out"),
+        (
+            config.resume or not (config.recompute or config.allow_change),
+            "--recompute and --allow-change go on with a run: give its folder with --resume",
+        ),
+    ]
     for fine, complaint in demands:
         if not fine:
             raise UserError(complaint)
 
 
-GEMMA_1B = RunConfig()
+def _lies_in(value: int | float, interval: str) -> bool:
+    low, high = map(float, interval[1:-1].split(","))
+    above = low <= value if interval[0] == "[" else low < value
+    return above and (value <= high if interval[-1] == "]" else value < high)
 
-PRESETS: dict[str, RunConfig] = {
-    "gemma-3-1b": GEMMA_1B,
-    "gemma-3-4b": replace(GEMMA_1B, model=replace(GEMMA_1B.model, path="google/gemma-3-4b-it")),
-    "smollm2-135m": RunConfig(
-        model=ModelConfig(path="smollm2-135m", quant="none", dtype="float32", device="cpu"),
-        trait="love",
-        rounds=3,
-        steer=SteerConfig(n_contexts=64),
-        # Above 1.2 the answer mass falls faster than the trait rises.
-        dose=DoseConfig(lowest=0.4, highest=1.2, steps=5, prompts=10),
-        distil=DistilConfig(n_keep=60, budget=120, max_new_tokens=32),
-        heal=HealConfig(
-            target="soft",
-            anchor="neutral",
-            anchor_tau=0.08,
-            anchor_prompts=24,
-            anchor_bs=1,
-            tau=0.15,  # this model operates at an rmse of 0.1 to 0.2 nats
-            barrier="dual",
-            lam=1.0,
-            lr=4e-4,
-            epochs=3,
-            train_bs=6,
-            grad_accum=1,
-            r=16,
-            alpha=32,
-        ),
-        eval=EvalConfig(demo_tokens=32, neutral=24, off_target=8, ends_only=("canary", "profile"), equal_doses=4),
-    ),
-    "tiny-random": RunConfig(
-        model=ModelConfig(path="random:tiny", quant="none", dtype="float32", device="cpu"),
-        trait="love",
-        rounds=2,
-        steer=SteerConfig(n_contexts=32, band=(0.3, 0.7)),
-        dose=DoseConfig(steps=4, prompts=4),
-        distil=DistilConfig(n_keep=24, budget=48, max_new_tokens=12, min_train=8),
-        # A random model writes rubbish at any dose: the thresholds only ask that it be no worse than random.
-        filter=FilterConfig(incoherence=1e9, word_repeat=0.9, char_repeat=0.9, compress=0.05, min_words=1),
-        heal=HealConfig(tau=0.001, lam=1.0, r=4, alpha=8, train_bs=4, grad_accum=2, epochs=2, lr=2e-2),
-        eval=EvalConfig(
-            contrast=8, yes_no=8, demos=4, demo_tokens=8, neutral=4, off_target=2, canary=6, scenes=1, equal_doses=2
-        ),
-    ),
-}
-DEFAULT_PRESET = "gemma-3-1b"
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """` (did you mean 'x'?)` when something known is spelt nearly so."""
+    known = list(known)
+    close = difflib.get_close_matches(name, known, 1) or [k for k in known if name and k.startswith(name)]
+    return f" (did you mean {close[0]!r}?)" if close else ""

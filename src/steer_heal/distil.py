@@ -12,7 +12,9 @@ import math
 from collections import Counter
 from collections.abc import Callable
 
+import numpy as np
 import torch
+from scipy.optimize import isotonic_regression
 
 from steer_heal.bake import Student
 from steer_heal.coherence import judge
@@ -22,6 +24,10 @@ from steer_heal.lm import AnyVector, Row, Steering
 from steer_heal.steer import iso_kl
 
 Progress = Callable[[int], None]
+
+
+class Exhausted(UserError):
+    """Steering no longer gives text to train on. In round 0 the user's matter, later the end of the loop."""
 
 
 def dose_curve(
@@ -38,7 +44,8 @@ def dose_curve(
 
     Returns {"rule", "target", "dose", "curve", "completions"}. A point of the curve has {"dose", "survival", "fitted",
     "tail_ppl", "example"}, and "kl_p95" under the rule iso_kl; its first point is dose 0, and survival is relative to
-    that. "dose" is None when even the smallest dose misses the target (`require_dose` says so to the user).
+    that. "dose" is the smallest when that misses the target by no more than a standard error, and None when it misses
+    by more (`require_dose` says so to the user).
     """
     ratio = (config.highest / config.lowest) ** (1 / max(1, config.steps - 1))
     doses = [0.0, *(config.lowest * ratio**i for i in range(config.steps))]
@@ -51,12 +58,15 @@ def dose_curve(
         tail = sorted(c["tail_ppl"] for c in of_dose)[len(of_dose) // 2]
         survival = sum(not c["dropped"] for c in of_dose) / len(of_dose)
         curve.append({"dose": dose, "survival": survival, "tail_ppl": tail, "example": of_dose[0]["text"]})
-    for point, fitted in zip(curve, decreasing_fit([p["survival"] for p in curve]), strict=True):
+    fit = isotonic_regression([p["survival"] for p in curve], increasing=False).x.tolist()
+    for point, fitted in zip(curve, fit, strict=True):
         point["fitted"] = fitted
     artefact = {"rule": config.rule, "curve": curve, "completions": completions}
     if config.rule == "survival":
         target = config.survival * curve[0]["fitted"]
-        chosen = largest_dose(doses[1:], [p["fitted"] for p in curve[1:]], target) if target > 0 else None
+        chosen = None
+        if target > 0 and curve[1]["fitted"] >= target - _sampling_error(curve, len(asked)):
+            chosen = largest_dose(doses[1:], [p["fitted"] for p in curve[1:]], target) or config.lowest
         return {**artefact, "target": target, "dose": chosen}
     rows = [Row(student.lm.prompt(c["prompt"]), c["ids"]) for c in completions]
     with student.view(now=0.0):
@@ -66,36 +76,31 @@ def dose_curve(
     return {**artefact, "target": config.kl_target, **found}
 
 
+def _sampling_error(curve: list[dict], rows: int) -> float:
+    """Standard error of the difference between the unsteered share and the smallest dose's, each of so many rows."""
+    shares = [(p["survival"] * rows + 1) / (rows + 2) for p in curve[:2]]  # Laplace's: ten of ten is not certainty
+    return math.sqrt(sum(share * (1 - share) for share in shares) / rows)
+
+
 def require_dose(artefact: dict) -> float:
-    """The chosen dose. Raises UserError, the curve in its text, when there is none."""
+    """The chosen dose. Raises Exhausted, the curve in its text, when there is none."""
     if artefact["dose"] is not None:
         return artefact["dose"]
     if artefact["rule"] == "iso_kl":
         curve = ", ".join(f"{p['dose']:.2f}: {p['kl_p95']:.3g}" for p in artefact["curve"])
-        raise UserError(
+        raise Exhausted(
             f"no dose between the smallest and the largest reaches a 95th percentile KL of {artefact['target']:g} nats "
             f"(dose: nats {curve}): change --dose.kl-target, --dose.lowest or --dose.highest"
         )
     curve = ", ".join(f"{p['dose']:.2f}: {p['survival']:.0%}" for p in artefact["curve"])
     if artefact["target"] == 0:
-        raise UserError(
+        raise Exhausted(
             f"the filter drops every completion even without steering (dose: survival {curve}): loosen --filter.*"
         )
-    raise UserError(
+    raise Exhausted(
         f"no dose leaves {artefact['target']:.0%} of the completions coherent (dose: survival {curve}): "
         "lower --dose.lowest or --dose.survival, loosen --filter.*, or narrow --steer.band"
     )
-
-
-def decreasing_fit(values: list[float]) -> list[float]:
-    """Least-squares non-increasing fit (pool adjacent violators)."""
-    pools: list[tuple[float, int]] = []
-    for value in values:
-        pools.append((value, 1))
-        while len(pools) > 1 and pools[-2][0] < pools[-1][0]:
-            (a, n), (b, m) = pools[-2:]
-            pools[-2:] = [((a * n + b * m) / (n + m), n + m)]
-    return [mean for mean, count in pools for _ in range(count)]
 
 
 def largest_dose(doses: list[float], survival: list[float], target: float) -> float | None:
@@ -111,6 +116,12 @@ def largest_dose(doses: list[float], survival: list[float], target: float) -> fl
     return doses[-1]
 
 
+def expected_survival(artefact: dict) -> float:
+    """Share of completions that the filter is expected to pass at the chosen dose, between the curve's points."""
+    points = [(p["dose"], p["fitted"]) for p in artefact["curve"]]
+    return float(np.interp(artefact["dose"], *zip(*points, strict=True)))
+
+
 def distil(
     student: Student,
     vector: AnyVector,
@@ -119,21 +130,22 @@ def distil(
     config: DistilConfig,
     limits: FilterConfig,
     key: tuple,
+    expected: float = 1.0,
     on_kept: Progress = lambda rows: None,
 ) -> list[dict]:
     """Completions of the steered previous student, every one with its scores and why it was dropped.
 
-    Batches are sampled until `n_keep` have survived or `budget` is spent; prompts and the doses around `dose` take
-    turns, so that each has a fair share. A text that was written before is dropped as "duplicate", survivors beyond
-    `n_keep` as "surplus".
+    Batches are sampled until `n_keep` have survived or `budget` is spent; the first is as large as the `expected`
+    survival makes it. Prompts and the doses around `dose` take turns, so that each has a fair share. A text that was
+    written before is dropped as "duplicate", survivors beyond `n_keep` as "surplus".
     """
     doses = [dose * (1 + side * config.dose_spread) for side in ((0, -1, 1) if config.dose_spread else (0,))]
     completions: list[dict] = []
     kept, texts = 0, set()
     while kept < config.n_keep and len(completions) < config.budget:
         done = len(completions)
-        share = kept / done if kept else 1.0  # of the batches before, passed
-        rows = min(math.ceil((config.n_keep - kept) / share), config.budget - done)
+        share = kept / done if done else expected  # of the batches before, passed
+        rows = min(math.ceil((config.n_keep - kept) / max(share, 0.01)), config.budget - done)
         turns = range(done, done + rows)
         # A step of one dose a pass over the prompts, so that no prompt is always asked at the same dose.
         plan = [(doses[(i + i // len(prompts)) % len(doses)], prompts[i % len(prompts)]) for i in turns]
@@ -150,14 +162,14 @@ def distil(
 
 
 def require_training_set(completions: list[dict], dose: dict, config: DistilConfig) -> None:
-    """Raise UserError, the survival table in its text, when too few completions survived to train on."""
+    """Raise Exhausted, the survival table in its text, when too few completions survived to train on."""
     kept = sum(not c["dropped"] for c in completions)
     if kept >= config.min_train:
         return
     reasons = Counter(c["dropped"] for c in completions if c["dropped"])
     dropped = ", ".join(f"{reason} {count}" for reason, count in reasons.most_common())
     curve = ", ".join(f"{p['dose']:.2f}: {p['survival']:.0%}" for p in dose["curve"])
-    raise UserError(
+    raise Exhausted(
         f"only {kept} of {len(completions)} completions passed the filter at dose {dose['dose']:.2f}, training needs "
         f"{config.min_train} (dropped: {dropped}; dose: survival {curve}): raise --distil.budget or --dose.survival, "
         "or loosen --filter.*"

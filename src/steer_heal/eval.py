@@ -9,7 +9,8 @@ same items.
 * Yes/no self-report (secondary): log-odds of yes against no times the question's polarity, in nats. The probability
   mass on the two answers is a canary for coherence whatever the trait does.
 * Off target: contrast probes of five traits that have no business to move, in the same unit.
-* Coherence: greedy demo answers judged by the filter, perplexity of neutral text, plain questions with one answer.
+* Coherence: greedy demo answers judged like completions but by limits of their own (`eval.judge`), perplexity of
+  neutral text, plain questions with one answer.
 * Profile: see `foundations`.
 """
 
@@ -25,8 +26,8 @@ from steer_heal.arms import Arm
 from steer_heal.bake import Student
 from steer_heal.bootstrap import interval
 from steer_heal.choices import choice_log_probs
-from steer_heal.coherence import LOOPS, judge
-from steer_heal.config import EvalConfig, FilterConfig
+from steer_heal.coherence import LOOPS, STYLES, judge
+from steer_heal.config import EvalConfig
 from steer_heal.data import Contrast, Trait, YesNo, canary, neutral, off_target
 from steer_heal.foundations import Reading, described, read_profile
 from steer_heal.generate import decode
@@ -50,7 +51,6 @@ def evaluate(
     arm: Arm,
     trait: Trait,
     config: EvalConfig,
-    limits: FilterConfig,
     which: Iterable[str] = CORE,
     on_read: Callable[[int], None] = lambda instruments: None,
 ) -> dict:
@@ -64,7 +64,7 @@ def evaluate(
         with student.view(history=arm.history, now=arm.now):
             read = _read(student.lm, arm, trait, config, name)
         if name == "demos":
-            found["demos"] = judged_demos(student, trait, config, limits, read)
+            found["demos"] = judged_demos(student, trait, config, read)
             read = demo_items(found["demos"])
         elif name == "profile":
             found["profile"] = described(read, config.profile)
@@ -117,8 +117,9 @@ MEANS = {
     "yes_no": "yes_no_nats",
     "mass": "answer_mass",
     "canary": "canary_share",
-    "demo_kept": "demo_kept_share",
-    "demo_looped": "demo_looped_share",
+    "demo_coherent": "coherent_share",
+    "demo_looped": "looped_share",
+    "demo_styled": "styled_share",
 }
 PERPLEXITIES = {"neutral_nll": "neutral_ppl", "demo_log_ppl": "demo_ppl"}
 
@@ -190,22 +191,22 @@ def spread(rows: tuple[dict, ...], count: int) -> list[dict]:
     return [rows[i * len(rows) // count] for i in range(min(count, len(rows)))]
 
 
-def judged_demos(
-    student: Student, trait: Trait, config: EvalConfig, limits: FilterConfig, answers: list[list[int]]
-) -> list[dict]:
-    """Greedy answers with what the filter and the pristine base make of them, after their prompt without a persona."""
+def judged_demos(student: Student, trait: Trait, config: EvalConfig, answers: list[list[int]]) -> list[dict]:
+    """Greedy answers with what `config.judge` and the base make of them, after their prompt without a persona."""
     prompts = trait.demo_prompts[: config.demos]
     with student.view(history=0.0, now=0.0):
         rows = [Row(student.lm.prompt(p), ids) for p, ids in zip(prompts, answers, strict=True)]
-        judged = judge(student.lm, rows, limits, config.batch_size)
+        judged = judge(student.lm, rows, config.judge, config.batch_size)
     return [{"prompt": p, **d} for p, d in zip(prompts, judged, strict=True)]
 
 
 def demo_items(demos: list[dict]) -> Read:
-    """Per answer: whether the filter would keep it, whether it loops, log of its perplexity under base."""
+    """Per answer: whether it is coherent, whether it loops, whether it talks about itself instead of answering (style,
+    not damage), log of its perplexity under base."""
     scores = {
-        "demo_kept": [float(not d["dropped"]) for d in demos],
+        "demo_coherent": [float(d["dropped"] in ("", *STYLES)) for d in demos],
         "demo_looped": [float(d["dropped"] in LOOPS) for d in demos],
+        "demo_styled": [float(d["dropped"] in STYLES) for d in demos],
         "demo_log_ppl": [math.log(d["ppl"]) for d in demos],
     }
     return {name: (np.array(values), [d["prompt"] for d in demos]) for name, values in scores.items()}

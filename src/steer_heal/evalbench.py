@@ -11,11 +11,12 @@ import torch
 from steer_heal import data
 from steer_heal.arms import Arm
 from steer_heal.bake import Student
-from steer_heal.config import PRESETS, EvalConfig, FilterConfig
+from steer_heal.config import EvalConfig
 from steer_heal.eval import NO, YES, YES_NO_FORM, evaluate, instruments, spread
 from steer_heal.foundations import BEGUN, question
 from steer_heal.lm import LM
 from steer_heal.loading import load
+from steer_heal.presets import PRESETS
 
 EVERY = 8  # the plain loop reads every eighth item; it would take half an hour otherwise
 READ = ("contrast", "yes_no", "off_target", "canary", "profile")
@@ -41,7 +42,7 @@ def instruments_bench(preset: str) -> dict:
     student, arm = Student(lm), Arm("bench", system=trait.positive)
 
     def ours(name: str) -> None:
-        evaluate(student, arm, trait, config, FilterConfig(), [name])
+        evaluate(student, arm, trait, config, [name])
 
     ours("yes_no")  # the first pass pays for what is set up once
     found: dict = {"model": PRESETS[preset].model.path, "items": {}, "seconds": {}, "ratios": {}}

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from steer_heal.data import FOUNDATIONS
-from steer_heal.figures import map_figure
+from steer_heal.figures import frontier_figure, map_figure
 from steer_heal.markup import panel, prose, section, table_of, with_interval
+from steer_heal.plain import LEAST_COST
 
 NOT_EXPRESSED = (
     "this model cannot express this trait on this instrument (the positive persona as a system prompt does not score "
@@ -37,6 +38,41 @@ def _note(row: dict) -> str:
     return "" if row["valid"] else prose("The model cannot express the trait here: no verdict is drawn from it.")
 
 
+LOSSES = {
+    "mass": "answer mass",
+    "demo_coherent": "coherent share",
+    "canary": "questions right",
+    "neutral_nll": "log neutral perplexity",
+}
+
+
+def plain_section(summary: dict) -> str:
+    """The student against the base plainly steered: at equal cost, and at equal trait."""
+    if not summary["plain"]:
+        return ""
+    rows = []
+    for index, r in enumerate(summary["rounds"]):
+        for key, name in (("equal", "equal cost"), ("same_trait", "equal trait")):
+            if key in r:
+                arm, more = r[key], r[key]["healed_over"]
+                trait = more[summary["instrument"]]
+                gains = [with_interval(more[k]["mean"], more[k]["ci"]) if k in more else "" for k in LOSSES]
+                cells = f"r{index}", name, f"{arm['dose']:.2f}" + _capped(arm, summary), f"{arm['coherence_cost']:.1%}"
+                rows.append((*cells, with_interval(trait["mean"], trait["ci"]), *gains))
+    head = ("round", "opponent", "dose", "its cost", f"trait, {summary['unit']}", *LOSSES.values())
+    why = f"""The base steered by the first vector, from half the smallest dose of a teacher to three times the largest,
+        and the student after every round. Up is more trait, left is less damage. The table: the healed student minus
+        plain steering on the same items, with 95% intervals, at the dose that costs as much coherence as the rounds so
+        far (at least {LEAST_COST:.0%}) and, after the last round, at the dose that moves the trait as far."""
+    return section("Against plain steering", why, panel("", frontier_figure(summary)) + table_of(head, rows))
+
+
+def _capped(arm: dict, summary: dict) -> str:
+    if not arm.get("reached", True):
+        return " (moves it furthest; no dose reaches the student)"
+    return " (the largest tried)" if arm["dose"] >= summary["plain"][-1]["dose"] else ""
+
+
 def others_section(summary: dict) -> str:
     """What every arm did to traits that have no business to move."""
     first = next((r["healed"] for r in reversed(summary["rounds"]) if _off(r["healed"])), None)
@@ -47,13 +83,14 @@ def others_section(summary: dict) -> str:
         arms += [(f"steered r{index}", r["steered"]), (f"healed r{index}", r["healed"])]
     rows = []
     for name, arm in arms:
-        target = with_interval(arm["trait_over_base"], arm["trait_over_base_ci"])
+        target = with_interval(arm["over_base"]["contrast"]["mean"], arm["over_base"]["contrast"]["ci"])
         others = [with_interval(move["mean"], move["ci"]) for move in _off(arm).values()]
         rows.append(
             (f'<span class="arm {name.split()[0]}">{name}</span>', target, *(others or [""] * len(_off(first))))
         )
-    why = """Contrast probes of five traits that were not steered, nats per token over base. A round is called broad
-        when one of them moved as far as the trait and its interval leaves out zero. Few probes each: wide intervals."""
+    why = """Contrast probes of five traits that were not steered, nats per token over base, beside the contrast probes
+        of the trait itself. A round is called broad when one of them moved as far as the trait and its interval leaves
+        out zero. Few probes each: wide intervals."""
     return section("Other traits", why, table_of(("arm", "the trait", *_off(first)), rows))
 
 

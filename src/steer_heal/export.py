@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from steer_heal.bake import Student
@@ -10,7 +9,8 @@ from steer_heal.card import model_card
 from steer_heal.config import ModelConfig, UserError
 from steer_heal.loading import load
 from steer_heal.report import load as read_run
-from steer_heal.rundir import RunDir
+from steer_heal.resume import opened
+from steer_heal.rundir import write_text
 
 
 def export(folder: Path, to: Path, round_: int | None, merge: bool) -> None:
@@ -21,8 +21,7 @@ def export(folder: Path, to: Path, round_: int | None, merge: bool) -> None:
 
     Raises UserError when the folder is no run, the round was not finished, or `to` is not empty.
     """
-    if not (folder / "config.json").is_file():
-        raise UserError(f"{str(folder)!r} is no run folder: it has no config.json")
+    opened(folder)
     if to.exists() and (not to.is_dir() or any(to.iterdir())):
         raise UserError(f"--to {str(to)!r} is not an empty folder: choose a new one")
     run = read_run(folder)
@@ -36,8 +35,8 @@ def export(folder: Path, to: Path, round_: int | None, merge: bool) -> None:
         student.lm.tokenizer.save_pretrained(to)
     else:
         student.save(to, student.history)
-    trait = json.loads((folder / "trait.json").read_text("utf-8"))
-    RunDir(to).replace_text("README.md", model_card(run.summary, run.config, trait, rounds, merge))
+    trait = opened(folder).read("trait.json")
+    write_text(to / "README.md", model_card(run.summary, run.config, trait, rounds, merge))
 
 
 def finished_rounds(folder: Path, planned: int, round_: int | None) -> int:
@@ -56,6 +55,6 @@ def student_after(folder: Path, config: dict, rounds: int, float_weights: bool =
     model = ModelConfig(**config["model"])
     student = Student(load(ModelConfig(model.path, "none", model.dtype, model.device) if float_weights else model))
     for index in range(rounds):
-        student.load_round(folder / f"r{index:02d}" / "adapter")
+        student.load_round(opened(folder).find(f"r{index:02d}/adapter"))
         student.fold(config["heal"]["fold_rank"])
     return student

@@ -41,8 +41,30 @@ def trajectory_figure(summary: dict) -> go.Figure:
         hover["hovertemplate"] = f"{label}<extra></extra>"
         _arm(fig, [i + shift for i in range(len(arms))], y.tolist(), name, error_y=bars, **hover)
     fig.update_xaxes(title="round", tickvals=list(range(len(summary["rounds"]))), range=ends)
-    fig.update_yaxes(title="trait over base, nats/token")
+    fig.update_yaxes(title=f"trait over base, {summary['unit']}")
     return _styled(fig, 400)
+
+
+def frontier_figure(summary: dict) -> go.Figure:
+    """What a trait costs in coherence: plain steering dose by dose, and the student round by round."""
+    fig = go.Figure()
+    paths = {"steered": summary["plain"], "healed": [r["healed"] for r in summary["rounds"]]}
+    names = {"steered": "base, plainly steered", "healed": "healed"}
+    for name, arms in paths.items():
+        x, y = ([0.0, *(arm[key] for arm in arms)] for key in ("coherence_cost", "trait_over_base"))
+        at = ["", *(f"{arm['dose']:.2g}" if name == "steered" else f"r{i}" for i, arm in enumerate(arms))]
+        label = f"{names[name]} %{{text}}: %{{y:+.3f}} at a cost of %{{x:.1%}}<extra></extra>"
+        dots = {"size": 8, "symbol": SYMBOLS[name]}
+        more = {"mode": "lines+markers+text", "text": at, "textposition": "top center", "marker": dots}
+        _line(fig, x, y, COLOURS[name], names[name], hovertemplate=label, **more)
+    prompted = summary["prompted"]
+    dot = {"color": COLOURS["prompted"], "size": 11, "symbol": SYMBOLS["prompted"]}
+    x, y = [prompted["coherence_cost"]], [prompted["trait_over_base"]]
+    fig.add_scatter(x=x, y=y, mode="markers", marker=dot, name="prompted")
+    fig.update_xaxes(title="coherence lost: answer mass or neutral perplexity, the worse", tickformat=".0%")
+    fig.update_xaxes(range=[min(-0.1, *x) - 0.02, 1.0])
+    fig.update_yaxes(title=f"trait over base, {summary['unit']}")
+    return _styled(fig, 420)
 
 
 def map_figure(arms: list[tuple[str, dict]]) -> go.Figure:

@@ -23,7 +23,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
-from steer_heal.lm import LM, Steering, batches, left_padded, steering
+from steer_heal.lm import LM, Steering, batches, filled, left_padded, shared_prefix, steering
 from steer_heal.packing import packed
 
 COMPACT_SHARE = 0.8  # rows are dropped from the batch when fewer than this share still write
@@ -98,12 +98,14 @@ def decode(
         on_batch: told how many rows were finished, for progress.
     """
     out: list[Completion | None] = [None] * len(prompts)
-    largest = min(batch_size, len(prompts))
-    with torch.no_grad(), steering(lm, steering_) as dial, packed(lm, largest, max_new_tokens) as head:
+    shared, longest = shared_prefix(prompts), max(map(len, prompts))
+    with torch.no_grad(), steering(lm, steering_) as dial, packed(lm, len(prompts) * max_new_tokens) as head:
         for chunk in batches([len(prompt) for prompt in prompts], batch_size, steering_):
             rows = torch.tensor(chunk)
             dose = None if steering_ is None else steering_.dose[rows].to(lm.device)
-            written = _decode_batch(lm, head, [prompts[i] for i in rows], rows, dose, dial, max_new_tokens, sampling)
+            batch = [prompts[i] for i in chunk]
+            padded = left_padded(lm, filled(batch), shared, longest)
+            written = _decode_batch(lm, head, batch, padded, rows, dose, dial, max_new_tokens, sampling)
             for i, completion in zip(rows.tolist(), written, strict=True):
                 out[i] = completion
             on_batch(len(rows))
@@ -139,16 +141,17 @@ def free_memory(device: torch.device) -> int:
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2  # where the system does not say
 
 
-def _decode_batch(lm, head, prompts, rows, dose, dial, max_new_tokens, sampling) -> list[Completion]:
-    shared, ids, mask, position = left_padded(lm, prompts)
+def _decode_batch(lm, head, prompts, padded, rows, dose, dial, max_new_tokens, sampling) -> list[Completion]:
+    shared, ids, mask, position = padded
+    slots = torch.tensor(filled(range(len(prompts))))  # which prompt each row of the shrinking batch belongs to
+    dose = None if dose is None else dose[slots]
     cache = Cache(layers=[_Buffer(mask.shape[1] + max_new_tokens) for _ in lm.blocks])
     if shared:
         start = lm.prefix(prompts[0][:shared], dial, dose)
         for layer, prefix in zip(cache.layers, start.layers, strict=True):
-            layer.update(*(x.expand(len(prompts), -1, -1, -1) for x in (prefix.keys, prefix.values)))
+            layer.update(*(x.expand(len(slots), -1, -1, -1) for x in (prefix.keys, prefix.values)))
     written: list[list[int]] = [[] for _ in prompts]
     ended = [False] * len(prompts)
-    slots = torch.arange(len(prompts))  # which prompt each row of the shrinking batch belongs to
 
     for step in range(max_new_tokens):
         if dose is not None:
@@ -157,7 +160,7 @@ def _decode_batch(lm, head, prompts, rows, dose, dial, max_new_tokens, sampling)
             input_ids=ids, attention_mask=mask, position_ids=position, past_key_values=cache, use_cache=True
         ).last_hidden_state
         token = choose(head(hidden[:, -1]), rows[slots], step, sampling)
-        for slot, t in zip(slots.tolist(), token.tolist(), strict=True):
+        for slot, t in dict(zip(slots.tolist(), token.tolist(), strict=True)).items():
             if not ended[slot]:
                 written[slot].append(t)
                 ended[slot] = t in lm.end_tokens
@@ -167,7 +170,7 @@ def _decode_batch(lm, head, prompts, rows, dose, dial, max_new_tokens, sampling)
         ids, position = token[:, None], position[:, -1:] + 1
         mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
         if writing.float().mean() < COMPACT_SHARE:
-            stay = writing.nonzero()[:, 0]
+            stay = torch.tensor(filled(writing.nonzero()[:, 0].tolist()))
             slots = slots[stay]
             stay = stay.to(lm.device)
             ids, mask, position = ids[stay], mask[stay], position[stay]

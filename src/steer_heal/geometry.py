@@ -6,6 +6,8 @@ over contexts of the student's hidden state minus that of the model before.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -15,8 +17,30 @@ from steer_heal.lm import AnyVector, Row, Vector, last_token_states
 from steer_heal.steer import token_kl
 
 
+class Base(NamedTuple):
+    """What later rounds are compared with; the same in all of them."""
+
+    mean: Float[Tensor, "l d"]
+    """mean over contexts of the base's hidden states at the last prompt token"""
+    states: list[Float[Tensor, "_ d"]]
+    """of fixed text, before the head"""
+
+
+def read_base(
+    student: Student, contexts: list[str], fixed: list[Row], layers: tuple[int, ...], batch_size: int
+) -> Base:
+    with student.view(history=0.0, now=0.0):
+        return Base(_mean(student, contexts, layers, batch_size), student.lm.states(fixed, batch_size))
+
+
 def geometry(
-    student: Student, contexts: list[str], vector: AnyVector, first: AnyVector, fixed: list[Row], batch_size: int
+    student: Student,
+    contexts: list[str],
+    fixed: list[Row],
+    vector: AnyVector,
+    first: AnyVector,
+    base: Base,
+    batch_size: int,
 ) -> dict:
     """Of the current round, before it is folded.
 
@@ -24,21 +48,23 @@ def geometry(
     of the shift since base with the first round's vector. "kl_to_base_nats", "kl_to_base_rmse_nats": KL(student ||
     base) over the tokens of fixed text, mean and root mean square. Cosines are None for a foreign vector.
     """
-    views = {"base": (0.0, 0.0), "before": (1.0, 0.0), "now": (1.0, 1.0)}
-    prompts = [student.lm.prompt(text) for text in contexts]
-    mean, states = {}, {}
-    for name, (history, now) in views.items():
-        with student.view(history=history, now=now):
-            mean[name] = last_token_states(student.lm, prompts, vector.layers, batch_size).mean(0)
-            if name != "before":
-                states[name] = student.lm.states(fixed, batch_size)
-    kl = torch.cat(token_kl(student.lm.head, states["now"], states["base"])).double()
+    with student.view(now=0.0):
+        before = _mean(student, contexts, vector.layers, batch_size)
+    with student.view():
+        now = _mean(student, contexts, vector.layers, batch_size)
+        states = student.lm.states(fixed, batch_size)
+    kl = torch.cat(token_kl(student.lm.head, states, base.states)).double()
     return {
-        "cos_shift_vector": _cosine(mean["now"] - mean["before"], vector),
-        "cos_total_first": _cosine(mean["now"] - mean["base"], first),
+        "cos_shift_vector": _cosine(now - before, vector),
+        "cos_total_first": _cosine(now - base.mean, first),
         "kl_to_base_nats": kl.mean().item(),
         "kl_to_base_rmse_nats": kl.square().mean().sqrt().item(),
     }
+
+
+def _mean(student: Student, contexts: list[str], layers: tuple[int, ...], batch_size: int) -> Float[Tensor, "l d"]:
+    prompts = [student.lm.prompt(text) for text in contexts]
+    return last_token_states(student.lm, prompts, layers, batch_size).mean(0)
 
 
 def _cosine(shift: Float[Tensor, "l d"], vector: AnyVector) -> float | None:

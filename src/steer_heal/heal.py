@@ -27,7 +27,7 @@ from torch import Tensor
 from steer_heal.bake import Student
 from steer_heal.barrier import aggregate, hinge, position_losses
 from steer_heal.config import HealConfig, UserError
-from steer_heal.lm import LM, Row, Steering, row_nll
+from steer_heal.lm import LM, Row, Steering, row_nll, shared_prefix
 from steer_heal.lowrank import OperatorNorm
 
 BETAS = (0.9, 0.95)  # a round is a few hundred steps at most; 0.999 would never warm up
@@ -121,8 +121,12 @@ def heal(
     round_: int,
     seed: int,
     on_rows: Callable[[int], None] = lambda rows: None,
+    before: list[dict] | None = None,
 ) -> list[dict]:
     """Train the current round's adapter in place; `config.tau` must be a number (`with_tau`).
+
+    `before` is what the round before returned: a dual multiplier of a distance from the pristine base goes on as it
+    was, because that constraint is the same one in every round.
 
     Returns one record per optimiser step: the terms of the loss in nats, whether the barrier fired, lam, learning
     rate, norm of the gradient before clipping, tokens per second; every `log_every` steps the norms of the objective's
@@ -139,8 +143,12 @@ def heal(
     total = config.epochs * steps_an_epoch
     weight = config.lam * (1 + round_) ** config.lam_round_pow
     lam = Multipliers(weight, weight)
+    if before and config.barrier == "dual":
+        lam.anchor = before[-1]["anchor_lam"]
+        if config.reference == "base":
+            lam.own = before[-1]["lam"]
     parameters = student.trainable()
-    optimiser = _optimiser(parameters, config)
+    optimiser = _optimiser(parameters, replace(config, lr=config.lr * (1 + round_) ** config.lr_round_pow))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: _cosine(step, total, config.warmup))
     operator_norm = OperatorNorm(student.factors(), seed) if config.op_norm else None
     best = _Best(parameters, config.patience)
@@ -158,8 +166,8 @@ def heal(
                 penalty = operator_norm()
                 (config.op_norm * penalty).backward()
                 record["squared_op_norm"] = penalty.item()
-            _check_finite(record, [numbers[id(e)] for e in batch if not e.anchor])
             record["grad_norm"] = torch.nn.utils.clip_grad_norm_(parameters, CLIP).item()
+            _check_finite(record, round_, [numbers[id(e)] for e in batch if not e.anchor])
             record["lr"] = schedule.get_last_lr()[0]
             optimiser.step()
             schedule.step()
@@ -335,7 +343,10 @@ def _micro_batches(batch: list[Example], size: int) -> list[list[Example]]:
 
 def _losses(lm: LM, part: list[Example], config: HealConfig) -> tuple[Float[Tensor, "n"], Float[Tensor, "n"]]:
     """Objective and divergence of every position; anchors come last and have no objective."""
-    states = lm.forward([e.row for e in part])
+    rows = [e.row for e in part]
+    # What is recomputed in the backward pass cannot come from a cache.
+    shared = 0 if lm.model.is_activation_checkpointing else shared_prefix([row.prompt for row in rows], multiple=1)
+    states = lm.forward(rows, shared=shared, multiple=1)
     own = sum(not e.anchor for e in part)
     losses = []
     for group, h in ((part[:own], states[:own]), (part[own:], states[own:])):
@@ -380,12 +391,14 @@ def loss_terms(
     return {**terms, "barrier": barrier, "penalty": penalty, "loss": mean + penalty}
 
 
-def _check_finite(record: dict, batch: list[int]) -> None:
-    for name in ("objective", "divergence", "anchor_divergence", "squared_op_norm", "loss"):
+def _check_finite(record: dict, round_: int, batch: list[int]) -> None:
+    for name in ("objective", "divergence", "anchor_divergence", "squared_op_norm", "loss", "grad_norm"):
         if not math.isfinite(record.get(name, 0.0)):
+            before = f"the student of round {round_ - 1} is kept" if round_ else "the base is untouched"
             raise NonFinite(
-                f"heal step {record['step']}: {name} is {record[name]} on the kept completions number "
-                f"{', '.join(map(str, sorted(batch)))} (from 0): lower --heal.lr"
+                f"r{round_:02d}/adapter, step {record['step']}: {name} is {record[name]} on the kept completions "
+                f"number {', '.join(map(str, sorted(batch)))} (from 0); {before}. Start a new run with a lower "
+                "--heal.lr"
             )
 
 

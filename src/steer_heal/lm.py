@@ -8,7 +8,7 @@ adds a vector to the residual stream (`steering`). No logits tensor of shape [to
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -23,6 +23,23 @@ from transformers import (
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from steer_heal.config import UserError
+
+ROUND = 16  # see `rounded`
+
+
+def rounded(size: int, to: int = ROUND) -> int:
+    """`size` or the next multiple.
+
+    On a CPU a row's sums must not depend on what else is in the batch, down to the bit. Attention adds up otherwise
+    when padding shifts a row against the vector registers, and the matrix product for one to three rows alone. So the
+    widths of batches, what their prompts share and the rows that decode are multiples of ROUND.
+    """
+    return -(-size // to) * to
+
+
+def filled(rows: Sequence) -> list:
+    """The rows and as many copies of the first as make them a multiple of ROUND, see `rounded`."""
+    return [*rows, *[rows[0]] * (rounded(len(rows)) - len(rows))]
 
 
 class Row(NamedTuple):
@@ -178,27 +195,33 @@ class LM:
         """
         out: list[Tensor | None] = [None] * len(rows)
         with torch.no_grad(), steering(self, steering_) as dial:
+            shared = shared_prefix([row.prompt for row in rows])
             for chunk in batches([len(r.prompt) + len(r.completion) for r in rows], batch_size, steering_):
                 batch = [rows[i] for i in chunk]
                 dose = None if steering_ is None else steering_.dose[chunk].to(self.device)
-                for i, states in zip(chunk, self.forward(batch, dial, dose), strict=True):
+                for i, states in zip(chunk, self.forward(batch, dial, dose, shared), strict=True):
                     out[i] = states.clone()
         return out
 
     def forward(
-        self, rows: list[Row], dial: Dial | None = None, dose: Float[Tensor, "b"] | None = None
+        self,
+        rows: list[Row],
+        dial: Dial | None = None,
+        dose: Float[Tensor, "b"] | None = None,
+        shared: int = 0,
+        multiple: int = ROUND,
     ) -> list[Float[Tensor, "n d"]]:
         """Hidden states before the head at each row's completion positions, with gradient when it is enabled.
 
-        What all prompts begin with (often a system text) is computed once and its keys and values are shared.
+        The keys and values of the first `shared` tokens, which all prompts have in common, are computed once. The
+        rows are padded to a `multiple`, see `rounded`.
         """
-        shared = 0 if self.model.is_activation_checkpointing else shared_prefix([row.prompt for row in rows])
         cache = None
         if shared:
             start = self.prefix(rows[0].prompt[:shared], dial, dose)
             cache = Cache(layers=[SharedPrefix(layer) for layer in start.layers])
         sequences = [(row.prompt + row.completion[:-1])[shared:] for row in rows]
-        longest = max(map(len, sequences))
+        longest = rounded(max(map(len, sequences)), multiple)
         ids = torch.tensor([s + s[-1:] * (longest - len(s)) for s in sequences], device=self.device)
         if dose is not None:
             dial.turn(dose)
@@ -233,16 +256,13 @@ def batches(lengths: list[int], batch_size: int, steering_: Steering | None = No
             yield order[start : start + batch_size]
 
 
-SHARE_FROM = 16  # a shared prefix shorter than this costs more in launches than it saves
-
-
-def shared_prefix(prompts: list[list[int]]) -> int:
-    """Length of what all prompts begin with, leaving each at least one token of its own; 0 when it is not worth it."""
+def shared_prefix(prompts: list[list[int]], multiple: int = ROUND) -> int:
+    """Length of what all prompts begin with, leaving each at least one token of its own, down to a `multiple`."""
     first, last = min(prompts), max(prompts)
     length = 0
     while length < min(map(len, prompts)) - 1 and first[length] == last[length]:
         length += 1
-    return length if length >= SHARE_FROM and len(prompts) > 1 else 0
+    return length // multiple * multiple if len(prompts) > 1 else 0
 
 
 class Padded(NamedTuple):
@@ -256,14 +276,15 @@ class Padded(NamedTuple):
     position: Int[Tensor, "b t"]
 
 
-def left_padded(lm: LM, prompts: list[list[int]]) -> Padded:
+def left_padded(lm: LM, prompts: list[list[int]], shared: int, longest: int) -> Padded:
+    """Prompts that have the first `shared` tokens in common, as wide as the `longest` of all batches needs."""
     # A window is counted in cache columns: left padding between the prefix and the rest would push the prefix out.
-    shared = 0 if lm.windowed else shared_prefix(prompts)
+    shared = 0 if lm.windowed else shared
     own = [p[shared:] for p in prompts]
-    longest = max(map(len, own))
+    width = rounded(longest - shared)
     # Padding is a real token: a zero embedding would divide another library's hooks by zero.
-    ids = torch.tensor([p[:1] * (longest - len(p)) + p for p in own], device=lm.device)
-    mask = torch.tensor([[1] * shared + [0] * (longest - len(p)) + [1] * len(p) for p in own], device=lm.device)
+    ids = torch.tensor([p[:1] * (width - len(p)) + p for p in own], device=lm.device)
+    mask = torch.tensor([[1] * shared + [0] * (width - len(p)) + [1] * len(p) for p in own], device=lm.device)
     return Padded(shared, ids, mask, mask.cumsum(1).sub(1).clamp(min=0)[:, shared:])
 
 
@@ -352,11 +373,11 @@ def last_token_states(
     handles = [lm.blocks[layer].register_forward_hook(read(index)) for index, layer in enumerate(layers)]
     try:
         with torch.no_grad(), first_blocks(lm, layers[-1] + 1):
+            shared = shared_prefix(prompts)
             for start in range(0, len(order), batch_size):
                 chunk = order[start : start + batch_size]
-                lm.forward([Row(prompts[i], [0]) for i in chunk])
-                lengths = torch.tensor([len(prompts[i]) for i in chunk])
-                last = lengths - lengths.max() - 1  # counted from the right: a shared prefix is not in the pass
+                lm.forward([Row(prompts[i], [0]) for i in chunk], shared=shared)
+                last = torch.tensor([len(prompts[i]) for i in chunk]) - shared - 1
                 for index, stream in seen.items():
                     out[chunk, index] = stream[range(len(chunk)), last].float().cpu()
                 on_prompts(len(chunk))
@@ -394,7 +415,7 @@ def token_nll(lm: LM, states: Float[Tensor, "n d"], targets: Int[Tensor, "n"]) -
     """NLL in nats of each target at its state, HEAD_CHUNK rows of logits at a time."""
     with torch.no_grad():
         parts = [
-            torch.nn.functional.cross_entropy(lm.head(h), t, reduction="none")
+            torch.nn.functional.cross_entropy(lm.head(h[filled(range(len(h)))])[: len(h)], t, reduction="none")
             for h, t in zip(states.split(HEAD_CHUNK), targets.split(HEAD_CHUNK), strict=True)
         ]
     return torch.cat(parts)

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import random
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -25,22 +26,24 @@ from steer_heal import data, lite
 from steer_heal.arms import Arm
 from steer_heal.bake import Student
 from steer_heal.card import model_card
-from steer_heal.config import RunConfig
+from steer_heal.config import EvalConfig, RunConfig
 from steer_heal.distil import (
+    Exhausted,
     anchor_completions,
     distil,
     dose_curve,
+    expected_survival,
     kept_rows,
     require_dose,
     require_training_set,
 )
-from steer_heal.equal_coherence import allowed_cost, coherence_cost, curve_doses, steered_at
 from steer_heal.eval import evaluate, instruments, neutral_rows
 from steer_heal.generate import MOST_ROWS, rows_that_fit
-from steer_heal.geometry import geometry
+from steer_heal.geometry import Base, geometry, read_base
 from steer_heal.heal import Example, heal, prepare, prepare_anchors, with_tau
 from steer_heal.lite import LiteVector
-from steer_heal.lm import LM, AnyVector, Steering, Vector
+from steer_heal.lm import LM, AnyVector, Row, Steering, Vector
+from steer_heal.plain import allowed_cost, coherence_cost, dose_at_trait, find_dose_at_cost, fitting, plain_doses
 from steer_heal.rundir import RunDir
 from steer_heal.steer import Extraction, extract, prompts_read
 from steer_heal.summary import (
@@ -54,6 +57,7 @@ from steer_heal.summary import (
 )
 
 FIXED_TEXTS = 12  # neutral texts on which the divergence from base is read, about a thousand tokens
+FIXED_CONTEXTS = 32  # contexts over which the student's shift is averaged
 
 
 def run(config: RunConfig, preset: str, folder: RunDir, trait: data.Trait, lm: LM) -> dict:
@@ -63,29 +67,44 @@ def run(config: RunConfig, preset: str, folder: RunDir, trait: data.Trait, lm: L
     logger.info(f"model {config.model.path}, trait {trait.name!r}, {config.rounds} rounds, folder {folder.path}")
 
     config = with_batch_size(folder, config, trait, lm)
-    base = measure(folder, "base.json", student, Arm("base", history=0.0, now=0.0), trait, config)
+    base = measure(folder, "base.json", student, Arm("base", history=0.0, now=0.0), trait, config, at_end=True)
     prompted_arm = Arm("prompted", history=0.0, now=0.0, system=trait.positive)
-    prompted = measure(folder, "prompted.json", student, prompted_arm, trait, config)
+    prompted = measure(folder, "prompted.json", student, prompted_arm, trait, config, at_end=True)
     negative = negative_stage(folder, student, trait, config)
     folder.write_jsonl("demos.jsonl", demo_rows(base=base, prompted=prompted))
     anchors = anchor_stage(folder, student, config)
+    of_base = base_stage(student, config)
 
-    arms, rounds = {"base": base, "prompted": prompted, "negative": negative}, []
+    arms, rounds, plain = {"base": base, "prompted": prompted, "negative": negative}, [], []
+    stopped = ""
     for round_ in range(config.rounds):
         where = f"r{round_:02d}"
         first = rounds[0]["vector"].layers if rounds else None  # a band chosen in round 0 is kept
         vector, layers = extract_stage(folder, where, student, trait, config, first)
-        dose = dose_stage(folder, where, student, vector, trait, config, round_)
-        completions = distil_stage(folder, where, student, vector, dose, trait, config, round_)
+        if not rounds:
+            plain = plain_stage(folder, student, vector, trait, config)
+        try:
+            dose = dose_stage(folder, where, student, vector, trait, config, round_)
+            completions = distil_stage(folder, where, student, vector, dose, trait, config, round_)
+        except Exhausted as end:
+            if not rounds:
+                raise
+            stopped = str(end)
+            logger.warning(f"the loop ends after {round_} of {config.rounds} rounds: {end}")
+            break
         steered_arm = Arm("steered", now=0.0, vector=vector, dose=dose["dose"])
-        steered = measure(folder, f"{where}/steered.json", student, steered_arm, trait, config, round_)
-        records = heal_stage(folder, where, student, vector, completions, anchors, config, round_)
+        steered = measure(folder, f"{where}/steered.json", student, steered_arm, trait, config)
+        before = rounds[-1]["heal"] if rounds else None
+        records = heal_stage(folder, where, student, vector, completions, anchors, before, config, round_)
         teachers = [vector, rounds[0]["vector"] if rounds else vector]
-        moved = geometry_stage(folder, where, student, *teachers, config)
+        moved = geometry_stage(folder, where, student, *teachers, of_base, config)
         fold(folder, student, config.heal.fold_rank, round_)
-        healed = measure(folder, f"{where}/healed.json", student, Arm("healed"), trait, config, round_)
+        last = round_ == config.rounds - 1
+        healed = measure(folder, f"{where}/healed.json", student, Arm("healed"), trait, config, at_end=last)
         earlier = [done["equal"] for done in rounds]
-        equal = equal_stage(folder, where, student, teachers[1], base, healed, earlier, trait, config)
+        equal, same_trait = equal_stages(
+            folder, where, student, teachers[1], plain, base, healed, earlier, trait, config, last
+        )
         folder.write_jsonl(f"{where}/demos.jsonl", demo_rows(base=base, steered=steered, healed=healed))
 
         rounds.append(
@@ -98,10 +117,11 @@ def run(config: RunConfig, preset: str, folder: RunDir, trait: data.Trait, lm: L
                 "steered": steered,
                 "healed": healed,
                 "equal": equal,
+                "same_trait": same_trait,
                 "geometry": moved,
             }
         )
-        print(f"\nround {round_}\n{arm_table(base, prompted, steered, *filter(None, [equal]), healed)}\n")
+        print(f"\nround {round_}\n{arm_table(base, prompted, steered, *filter(None, [equal, same_trait]), healed)}\n")
         barrier_warning(records, config.heal)
         said = last_verdict(arms, rounds)
         logger.info(f"{where} verdict: {said['word']} ({said['why']})")
@@ -109,11 +129,12 @@ def run(config: RunConfig, preset: str, folder: RunDir, trait: data.Trait, lm: L
         folder.event("round", round=round_, verdict=said["word"], dose=dose["dose"], **measures)
 
     folder.stage("adapter", lambda: student, lambda path, s: s.save(path, s.history), lambda path: None)
-    summary = summarise(config, preset, trait, arms, rounds, folder.stage_seconds())
+    summary = summarise(config, preset, trait, arms | {"plain": plain}, rounds, folder.stage_seconds())
+    summary["stopped"] = stopped
     summary["peak_memory_bytes"] = peak_memory(lm.device)
     folder.replace_json("summary.json", summary)
-    described = [json.loads((folder.path / name).read_text("utf-8")) for name in ("config.json", "trait.json")]
-    folder.replace_text("adapter/README.md", model_card(summary, *described, config.rounds))
+    described = map(folder.read, ("config.json", "trait.json"))
+    folder.replace_text("adapter/README.md", model_card(summary, *described, len(rounds)))
     folder.event("done", wall_seconds=time.perf_counter() - began)
     return summary
 
@@ -133,73 +154,109 @@ def with_batch_size(folder: RunDir, config: RunConfig, trait: data.Trait, lm: LM
 
 
 def measure(
-    folder: RunDir,
-    name: str,
-    student: Student,
-    arm: Arm,
-    trait: data.Trait,
-    config: RunConfig,
-    round_: int | None = None,
+    folder: RunDir, name: str, student: Student, arm: Arm, trait: data.Trait, config: RunConfig, at_end: bool = False
 ) -> dict:
-    """One arm; everything is read of the arms outside the rounds and in the last round, see `eval.ends_only`."""
-    which = instruments(config.eval, at_end=round_ in (None, config.rounds - 1))
-    return folder.json(name, lambda: read_arm(f"eval {name.removesuffix('.json')}", student, arm, trait, config, which))
+    """One arm; everything is read of base, of the prompted arm and of the last student, see `eval.ends_only`."""
+    which = instruments(config.eval, at_end)
+    return folder.json(
+        name, lambda: read_arm(f"eval {name.removesuffix('.json')}", student, arm, trait, config.eval, which)
+    )
 
 
 def read_arm(
-    label: str, student: Student, arm: Arm, trait: data.Trait, config: RunConfig, which: tuple[str, ...]
+    label: str, student: Student, arm: Arm, trait: data.Trait, config: EvalConfig, which: tuple[str, ...]
 ) -> dict:
     with progress(label, len(which), "instrument") as done:
-        return evaluate(student, arm, trait, config.eval, config.filter, which, done)
+        return evaluate(student, arm, trait, config, which, done)
 
 
 def negative_stage(folder: RunDir, student: Student, trait: data.Trait, config: RunConfig) -> dict:
     """The negative persona as system prompt, on what measures the trait: see `verdict.validity`."""
     arm = Arm("negative", history=0.0, now=0.0, system=trait.negative)
     which = ("contrast", "yes_no", "neutral") + ("profile",) * (config.eval.profile != "none")
-    return folder.json("negative.json", lambda: read_arm("eval negative", student, arm, trait, config, which))
+    return folder.json("negative.json", lambda: read_arm("eval negative", student, arm, trait, config.eval, which))
+
+
+def base_stage(student: Student, config: RunConfig) -> Callable[[tuple[int, ...]], Base]:
+    """What geometry compares with, read of the base when it is first asked for."""
+    return cache(lambda layers: read_base(student, *_where_read(student, config), layers, config.eval.batch_size))
+
+
+def _where_read(student: Student, config: RunConfig) -> tuple[list[str], list[Row]]:
+    contexts = list(data.contexts()[: min(FIXED_CONTEXTS, config.steer.n_contexts)])
+    return contexts, neutral_rows(student.lm, min(FIXED_TEXTS, config.eval.neutral))
 
 
 def geometry_stage(
-    folder: RunDir, where: str, student: Student, vector: AnyVector, first: AnyVector, config: RunConfig
+    folder: RunDir,
+    where: str,
+    student: Student,
+    vector: AnyVector,
+    first: AnyVector,
+    of_base: Callable[[tuple[int, ...]], Base],
+    config: RunConfig,
 ) -> dict:
     def compute() -> dict:
-        contexts = list(data.contexts()[: config.steer.n_contexts])
-        fixed = neutral_rows(student.lm, min(FIXED_TEXTS, config.eval.neutral))
-        return geometry(student, contexts, vector, first, fixed, config.eval.batch_size)
+        asked = _where_read(student, config)
+        return geometry(student, *asked, vector, first, of_base(vector.layers), config.eval.batch_size)
 
     return folder.json(f"{where}/geometry.json", compute)
 
 
-def equal_stage(
+def plain_arm(name: str, first: AnyVector, dose: float) -> Arm:
+    return Arm(name, history=0.0, now=0.0, vector=first, dose=dose)
+
+
+def plain_stage(folder: RunDir, student: Student, first: AnyVector, trait: data.Trait, config: RunConfig) -> list[dict]:
+    """The base steered by the first round's vector, dose by dose."""
+    found, which = [], ("contrast", "yes_no", "neutral")
+    for index, dose in enumerate(plain_doses(config.dose, config.eval.plain_doses)):
+        arm = plain_arm("plain", first, dose)
+        read = partial(read_arm, f"plain steering {dose:.2f}", student, arm, trait, config.eval, which)
+        found.append(folder.json(f"plain/d{index}.json", read))
+    return found
+
+
+def equal_stages(
     folder: RunDir,
     where: str,
     student: Student,
     first: AnyVector,
+    plain: list[dict],
     base: dict,
     healed: dict,
-    earlier: list[dict],
+    earlier: list[dict | None],
     trait: data.Trait,
     config: RunConfig,
-) -> dict | None:
-    """The base steered by the first round's vector at the dose that costs as much coherence as the rounds so far."""
-    if not config.eval.equal_doses:
-        return None
+    last: bool,
+) -> tuple[dict | None, dict | None]:
+    """The base plainly steered: at the dose that costs as much coherence as the rounds so far and, in the last round,
+    at the dose that moves the trait as far."""
+    if not plain:
+        return None, None
+    allowed = allowed_cost(healed, base)
+    at_end = tuple(name for name in instruments(config.eval, at_end=True) if name != "profile")
 
-    def steered(dose: float, more: tuple[str, ...] = ()) -> dict:
-        arm = Arm("equal cost", history=0.0, now=0.0, vector=first, dose=dose)
-        read = read_arm(f"steered at {dose:.2f}", student, arm, trait, config, (*more, "yes_no", "neutral"))
-        return read | {"coherence_cost": coherence_cost(read, base)}
+    def read(name: str, dose: float, which: tuple[str, ...]) -> dict:
+        return read_arm(f"plain steering {dose:.2f}", student, plain_arm(name, first, dose), trait, config.eval, which)
 
-    def costs() -> list[dict]:
-        arms = map(steered, curve_doses(config.dose, config.eval.equal_doses))
-        return [{"dose": arm["dose"], "cost": arm["coherence_cost"]} for arm in arms]
+    def cost_at(dose: float) -> float:
+        return coherence_cost(read("equal cost", dose, ("yes_no", "neutral")), base)
 
-    def compute() -> dict:
-        return steered_at(allowed_cost(healed, base), curve, earlier, lambda dose: steered(dose, ("contrast",)))
+    def equal() -> dict:
+        known = fitting([*plain, *earlier], base, allowed)
+        if known and not last:
+            return known | {"arm": "equal cost"}
+        curve = [{"dose": arm["dose"], "cost": coherence_cost(arm, base)} for arm in plain]
+        dose = known["dose"] if known else find_dose_at_cost(allowed, curve, cost_at)
+        return read("equal cost", dose, at_end if last else ("contrast", "yes_no", "neutral"))
 
-    curve = folder.json("steering_cost.json", costs)
-    return folder.json(f"{where}/equal.json", compute)
+    def same_trait() -> dict:
+        dose, reached = dose_at_trait(plain, base, healed)
+        return read("equal trait", dose, at_end) | {"reached": reached}
+
+    found = folder.json(f"{where}/equal.json", equal)
+    return found, folder.json(f"{where}/same_trait.json", same_trait) if last else None
 
 
 def anchor_stage(folder: RunDir, student: Student, config: RunConfig) -> Callable[[], list[Example]]:
@@ -222,7 +279,9 @@ def extract_stage(
     contexts = list(data.contexts()[: config.steer.n_contexts])
 
     def compute() -> Extraction:
-        with progress(f"{where} extract", prompts_read(config.steer) * len(contexts), "prompt") as done:
+        own = float(config.steer.source == "student")
+        bar = progress(f"{where} extract", prompts_read(config.steer) * len(contexts), "prompt")
+        with bar as done, student.view(history=own, now=0.0):
             return extract(student.lm, trait.positive, trait.negative, contexts, config.steer, layers, done)
 
     extraction = folder.stage(f"{where}/vector", compute, _write_vector, read_vector)
@@ -249,8 +308,7 @@ def dose_stage(
 ) -> dict:
     def compute() -> dict:
         with progress(f"{where} dose curve", (config.dose.steps + 1) * config.dose.prompts, "row") as done:
-            prompts = list(trait.generation_prompts)
-            key = stage_key(config, round_, "dose")
+            prompts, key = shuffled_prompts(trait, config, round_, "dose"), stage_key(config, round_, "dose")
             return dose_curve(student, vector, prompts, config.dose, config.distil, config.filter, key, done)
 
     dose = folder.json(f"{where}/dose.json", compute)
@@ -275,8 +333,9 @@ def distil_stage(
 ) -> list[dict]:
     def compute() -> list[dict]:
         with progress(f"{where} distil", config.distil.n_keep, "row") as done:
-            prompts, key = list(trait.generation_prompts), stage_key(config, round_, "distil")
-            return distil(student, vector, dose["dose"], prompts, config.distil, config.filter, key, done)
+            prompts, key = shuffled_prompts(trait, config, round_, "distil"), stage_key(config, round_, "distil")
+            survival = expected_survival(dose)
+            return distil(student, vector, dose["dose"], prompts, config.distil, config.filter, key, survival, done)
 
     completions = folder.jsonl(f"{where}/completions.jsonl", compute)
     kept = sum(not c["dropped"] for c in completions)
@@ -292,11 +351,13 @@ def heal_stage(
     vector: AnyVector,
     completions: list[dict],
     anchors: Callable[[], list[Example]],
+    before: list[dict] | None,
     config: RunConfig,
     round_: int,
 ) -> list[dict]:
     """Train the round's adapter, or load it; either way it is the student's current one afterwards."""
     rows, doses = kept_rows(student, completions)
+    log = f"{where}/heal.jsonl"
 
     def compute() -> list[dict]:
         seed = stage_seed(config, round_, "heal")
@@ -304,17 +365,18 @@ def heal_stage(
         steering = Steering(vector, torch.tensor(doses))
         examples = prepare(student, rows, steering, config.heal, config.eval.batch_size)
         with progress(f"{where} heal", config.heal.epochs * len(rows), "row") as done:
-            return heal(student, examples, anchors(), with_tau(student.lm, examples, config.heal), round_, seed, done)
+            settled = with_tau(student.lm, examples, config.heal)
+            return heal(student, examples, anchors(), settled, round_, seed, done, before)
 
     def write(path: Path, records: list[dict]) -> None:
-        folder.write_jsonl(f"{where}/heal.jsonl", records)  # before the adapter, whose existence says that all is done
+        folder.write_jsonl(log, records)  # before the adapter, whose existence says that all is done
         student.save(path)
 
     def read(path: Path) -> list[dict]:
         student.load_round(path)
-        return folder.read_jsonl(f"{where}/heal.jsonl")
+        return folder.read(log)
 
-    return folder.stage(f"{where}/adapter", compute, write, read)
+    return folder.stage(f"{where}/adapter", compute, write, read, also=(log,))
 
 
 def fold(folder: RunDir, student: Student, rank: int, round_: int) -> None:
@@ -335,6 +397,13 @@ def stage_seed(config: RunConfig, round_: int, stage: str) -> int:
     return int.from_bytes(digest, "little")
 
 
+def shuffled_prompts(trait: data.Trait, config: RunConfig, round_: int, stage: str) -> list[str]:
+    """The generation prompts in another order in every round: a round that asks fewer asks others each time."""
+    prompts = list(trait.generation_prompts)
+    random.Random(stage_seed(config, round_, stage)).shuffle(prompts)
+    return prompts
+
+
 @contextmanager
 def progress(label: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
     """One bar for a stage; call the result with the units just finished."""
@@ -350,8 +419,9 @@ def _write_vector(path: Path, extraction: Extraction) -> None:
     if isinstance(vector, LiteVector):
         lite.save(path / "lite.safetensors", vector)
         return
-    described = {"layers": json.dumps(vector.layers), "operation": vector.operation}
-    save_file({"direction": vector.direction.contiguous()}, path / "vector.safetensors", described)
+    described = json.dumps({"layers": vector.layers, "operation": vector.operation})
+    # One key: safetensors writes several in random order, and the file would be another one each time.
+    save_file({"direction": vector.direction.contiguous()}, path / "vector.safetensors", {"vector": described})
 
 
 def read_vector(path: Path) -> Extraction:
@@ -360,6 +430,6 @@ def read_vector(path: Path) -> Extraction:
     if (path / "lite.safetensors").exists():
         return Extraction(lite.load(path / "lite.safetensors"), report)
     with safe_open(path / "vector.safetensors", "pt") as stored:
-        described = stored.metadata()
-        layers = tuple(json.loads(described["layers"]))
-        return Extraction(Vector(layers, stored.get_tensor("direction"), described["operation"]), report)
+        described = json.loads(stored.metadata()["vector"])
+        vector = Vector(tuple(described["layers"]), stored.get_tensor("direction"), described["operation"])
+        return Extraction(vector, report)

@@ -3,11 +3,25 @@
 from __future__ import annotations
 
 import difflib
+import json
 import re
 from collections.abc import Iterable, Sequence
 from html import escape
+from string import Template
 
 import plotly.graph_objects as go
+from plotly.offline import get_plotlyjs
+
+from steer_heal.data import HERE
+
+PLOT_CONFIG = {"responsive": True, "displaylogo": False, "displayModeBar": "hover", "modeBarButtons": [["toImage"]]}
+
+
+def filled(title: str, sections: str, lead: str = "", footer: str = "") -> str:
+    """A whole self-contained page; all parts are HTML."""
+    template = Template((HERE / "report.html").read_text("utf-8"))
+    scripts = {"plotlyjs": get_plotlyjs(), "config": json.dumps(PLOT_CONFIG)}
+    return template.substitute(title=title, sections=sections, lead=lead, footer=footer, **scripts)
 
 
 def section(title: str, why: str, body: str) -> str:

@@ -15,30 +15,32 @@ from torch import Tensor, nn
 
 from steer_heal.lm import LM
 
+PACK_ROWS = 64  # rows that the layout is chosen for
 PACK_FROM_TOKENS = 1024  # laying out the weights costs about as long as this many tokens save
 
 
 @contextmanager
-def packed(lm: LM, rows: int, steps: int) -> Iterator[Callable[[Tensor], Tensor]]:
-    """The head to decode with; inside the block the decoder's float32 matrices on a CPU are packed for `rows` rows.
+def packed(lm: LM, tokens: int) -> Iterator[Callable[[Tensor], Tensor]]:
+    """The head to decode with; inside the block the decoder's float32 matrices on a CPU are packed.
 
-    Whether anything is packed depends on the work and the model alone, never on the state of the machine, so that a
-    resumed run multiplies in the same order. Quantised and half-precision weights, and GPUs, keep their own kernels.
+    Whether and how depends on the model and the tokens to write alone, never on the batch size or the state of the
+    machine, so that a resumed run multiplies in the same order. Quantised and half-precision weights, and GPUs, keep
+    their own kernels.
     """
     weight = lm.head.weight
-    if weight.device.type != "cpu" or weight.dtype != torch.float32 or rows * steps < PACK_FROM_TOKENS:
+    if weight.device.type != "cpu" or weight.dtype != torch.float32 or tokens < PACK_FROM_TOKENS:
         yield lm.head
         return
     linear = [m for m in lm.decoder.modules() if type(m) is nn.Linear and m.weight.dtype == torch.float32]
     try:
         for module in linear:
-            module.forward = _product(module.weight, module.bias, rows)
-        yield lm.head._replace(product=_product(weight, None, rows))
+            module.forward = _product(module.weight, module.bias)
+        yield lm.head._replace(product=_product(weight, None))
     finally:
         for module in linear:
             module.__dict__.pop("forward", None)
 
 
-def _product(weight: Tensor, bias: Tensor | None, rows: int) -> Callable[[Tensor], Tensor]:
-    blocked = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), rows)
+def _product(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
+    blocked = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), PACK_ROWS)
     return lambda x: torch.ops.mkldnn._linear_pointwise(x, blocked, bias, "none", [], "")

@@ -11,9 +11,10 @@ import numpy as np
 
 from steer_heal.bootstrap import fired_shares, interval, log_mean_over, paired, trait_over
 from steer_heal.data import FOUNDATIONS
-from steer_heal.equal_coherence import coherence_cost
+from steer_heal.plain import coherence_cost
 from steer_heal.verdict import care_over_authority, expressible, validity, verdict
 
+UNITS = {"contrast": "nats/token", "yes_no": "nats"}  # of a trait score, by instrument
 NOT_SUMMED = ("arm", "instrument", "dose", "items", "asked", "demos")
 
 
@@ -24,13 +25,9 @@ def arm_record(arm: dict, base: dict) -> dict:
     perplexities in nats), "profile_over_base" the change of each foundation in nats and of care against authority.
     """
     record = {key: value for key, value in arm.items() if key not in NOT_SUMMED} | trait_over(arm, base)
-    common = [key for key in arm["items"] if key in base["items"]]
-    record["over_base"] = {
-        key: {"mean": float(change.mean()), "ci": interval(change)}
-        for key, change in ((key, paired(arm, base, key)) for key in common if key != "profile")
-    }
+    record["over_base"] = over(arm, base)
     record["coherence_cost"] = coherence_cost(arm, base)
-    if "profile" in common:
+    if "profile" in arm["items"] and "profile" in base["items"]:
         paired(arm, base, "profile")
         p, p_base = (np.array(a["items"]["profile"]) for a in (arm, base))
         change = care_over_authority(arm) - care_over_authority(base)
@@ -41,18 +38,24 @@ def arm_record(arm: dict, base: dict) -> dict:
     return record
 
 
-def arms_record(base: dict | None, prompted: dict | None, negative: dict | None, rounds: list[dict]) -> dict:
+def arms_record(
+    base: dict | None, prompted: dict | None, negative: dict | None, plain: list[dict], rounds: list[dict]
+) -> dict:
     """Arms, rounds, validity of the instruments and verdicts; of an unfinished run, what is there so far.
 
-    A round has {"dose", "completions", "heal", "steered", "healed", "geometry"} and, where it was asked for, "equal",
-    the arm steered at equal coherence.
+    `plain` has the base plainly steered, dose by dose. A round has {"dose", "completions", "heal", "steered", "healed",
+    "geometry"} and, where it was asked for, "equal" and "same_trait": see `plain`.
     """
+    unit = UNITS[base["instrument"]] if base else None
     named = {"base": base, "prompted": prompted, "negative": negative}
-    record: dict = {name: arm and arm_record(arm, base) for name, arm in named.items()}
+    record: dict = {"instrument": base and base["instrument"], "unit": unit} | {
+        name: arm and arm_record(arm, base) for name, arm in named.items()
+    }
     if negative is None:
-        return record | {"validity": [], "rounds": []}
+        return record | {"validity": [], "plain": [], "rounds": []}
     record["validity"] = validity([base, prompted, negative, *(r[a] for r in rounds for a in ("steered", "healed"))])
     valid = expressible([base, prompted, negative], base["instrument"])
+    record["plain"] = [arm_record(arm, base) | {"dose": arm["dose"]} for arm in plain]
     record["rounds"] = [round_record(index, parts, base, valid) for index, parts in enumerate(rounds)]
     return record
 
@@ -73,6 +76,15 @@ def round_record(index: int, parts: dict, base: dict, valid: bool) -> dict:
         "val_nll": heal[-1].get("val_nll"),
         **parts["geometry"],
     }
-    if parts.get("equal"):
-        record["equal"] = arm_record(parts["equal"], base) | {"dose": parts["equal"]["dose"]}
+    for name in ("equal", "same_trait"):
+        if arm := parts.get(name):
+            more = {key: arm[key] for key in ("dose", "reached") if key in arm}
+            record[name] = arm_record(arm, base) | more | {"healed_over": over(parts["healed"], arm)}
     return record
+
+
+def over(arm: dict, other: dict) -> dict:
+    """How far one arm is above another, item by item, on what both were asked; log perplexities in nats."""
+    common = [key for key in arm["items"] if key in other["items"] and key != "profile"]
+    changes = {key: paired(arm, other, key) for key in common}
+    return {key: {"mean": float(change.mean()), "ci": interval(change)} for key, change in changes.items()}

@@ -13,14 +13,16 @@ import shlex
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from string import Template
-from typing import Any
-
-from plotly.offline import get_plotlyjs
 
 from steer_heal.config import FIRED_FLOOR
-from steer_heal.data import HERE
-from steer_heal.evidence import NOT_EXPRESSED, geometry_section, others_section, profile_section, validity_section
+from steer_heal.evidence import (
+    NOT_EXPRESSED,
+    geometry_section,
+    others_section,
+    plain_section,
+    profile_section,
+    validity_section,
+)
 from steer_heal.figures import (
     coherence_figure,
     dose_figure,
@@ -29,24 +31,31 @@ from steer_heal.figures import (
     shorten,
     trajectory_figure,
 )
-from steer_heal.markup import folded, marked, panel, prose, safe, section, table_of, with_interval
+from steer_heal.markup import filled, folded, marked, panel, prose, safe, section, table_of, with_interval
 from steer_heal.record import arms_record
-from steer_heal.rundir import RunDir, read_jsonl
+from steer_heal.resume import opened
+from steer_heal.rundir import write_text
 from steer_heal.verdict import COHERENCE
 
 ROUND_FILES = ("dose.json", "completions.jsonl", "heal.jsonl", "steered.json", "healed.json", "geometry.json")
-ARTEFACTS = ("vector", "dose.json", "completions.jsonl", "adapter", "steered.json", "healed.json", "equal.json")
-SHARES = {"answer_mass": "{:.3f}", "demo_kept_share": "{:.0%}", "demo_looped_share": "{:.0%}", "canary_share": "{:.0%}"}
+ARTEFACTS = ("vector", "dose.json", "completions.jsonl", "adapter")
+ARTEFACTS += ("steered.json", "healed.json", "equal.json", "same_trait.json")
+SHARES = {
+    "answer_mass": "{:.3f}",
+    "coherent_share": "{:.0%}",
+    "looped_share": "{:.0%}",
+    "styled_share": "{:.0%}",
+    "canary_share": "{:.0%}",
+}
 COSTS = {
     "mass": "answer mass",
-    "demo_kept": "coherent share",
+    "demo_coherent": "coherent share",
     "demo_looped": "looped share",
     "canary": "questions right",
     "neutral_nll": "log neutral perplexity",
 }
 SHOWN_COMPLETIONS, SHOWN_DEMOS = 160, 8  # a round's table; cards before the fold
 DIARY_DEMOS, DIARY_CHARS = 4, 200
-PLOT_CONFIG = {"responsive": True, "displaylogo": False, "displayModeBar": "hover", "modeBarButtons": [["toImage"]]}
 
 
 @dataclass(frozen=True)
@@ -61,6 +70,7 @@ class Round:
     healed: dict
     geometry: dict
     equal: dict | None
+    same_trait: dict | None
 
 
 @dataclass(frozen=True)
@@ -86,31 +96,28 @@ class Run:
 def build(folder: Path) -> Path:
     """Write report.html and diary.md into the run folder, from what it holds. Returns the path of the page."""
     run = load(folder)
-    RunDir(folder).replace_text("diary.md", diary(run))
-    RunDir(folder).replace_text("report.html", page(run))
+    write_text(folder / "diary.md", diary(run))
+    write_text(folder / "report.html", page(run))
     return folder / "report.html"
 
 
 def load(folder: Path) -> Run:
     """Read a run folder. Rounds count when both their arms were measured; only config.json must be there."""
-
-    def read(name: str, missing: Any = None) -> Any:
-        path = folder / name
-        if not path.exists():
-            return missing
-        return read_jsonl(path) if path.suffix == ".jsonl" else json.loads(path.read_text("utf-8"))
-
+    folder = opened(folder)
+    read = folder.read
     config, summary, *arms = map(read, ("config.json", "summary.json", "base.json", "prompted.json", "negative.json"))
     rounds = []
     for index in range(config["rounds"]):
         parts = [read(f"r{index:02d}/{name}") for name in ROUND_FILES]
         if None in parts:
             break
-        rounds.append(Round(index, *parts, read(f"r{index:02d}/equal.json")))
-    status = "" if summary else f"unfinished: {len(rounds)} of {config['rounds']} rounds"
-    summary = summary or arms_record(*arms, [vars(r) for r in rounds])
+        rounds.append(Round(index, *parts, *(read(f"r{index:02d}/{name}.json") for name in ("equal", "same_trait"))))
+    done = f"{len(rounds)} of {config['rounds']} rounds"
+    status = f"unfinished: {done}" if not summary else f"ended after {done}" if summary.get("stopped") else ""
+    plain = [read(f"plain/d{index}.json") for index in range(config["eval"]["plain_doses"])]
+    summary = summary or arms_record(*arms, [*filter(None, plain)], [vars(r) for r in rounds])
     title = read("trait.json", {"title": config["trait"]})["title"]
-    return Run(config, title, read("env.json", {}), read("events.jsonl", []), arms[0], rounds, summary, status)
+    return Run(config, title, read("env.json", {}), folder.events(), arms[0], rounds, summary, status)
 
 
 # ---- verdict
@@ -125,9 +132,10 @@ def verdict(run: Run) -> tuple[str, str]:
     word, why = last["verdict"]["word"], last["verdict"]["why"]
     over, (low, high) = healed["trait_over_base"], healed["trait_over_base_ci"]
     after = f"After round {run.rounds[-1].index} ({len(run.rounds)} of {run.config['rounds']})"
-    stands = (
-        f"{after} the healed student stands {over:+.3f} nats/token over base (95% interval {low:+.3f} to {high:+.3f})"
-    )
+    within = f"95% interval {low:+.3f} to {high:+.3f}"
+    if run.summary.get("stopped"):
+        after = f"The loop ended early ({run.summary['stopped']}). {after}"
+    stands = f"{after} the healed student stands {over:+.3f} {run.summary['unit']} over base ({within})"
     if word == "unreadable":
         return f"No verdict: {NOT_EXPRESSED} {stands}; that is not to be read as the trait.", word
     if low > 0:
@@ -136,14 +144,26 @@ def verdict(run: Run) -> tuple[str, str]:
         if equal:
             reach = f"{equal['trait_over_base']:+.3f} at dose {equal['dose']:.2f}"
             stands += f"; plain steering that costs no more coherence reaches {reach}"
+        if "same_trait" in last:
+            stands += f", and {_same_trait(last['same_trait'], base)}"
     lead = {"broken": f"Broken: {why}. ", "broad": f"Broad: {why}. "}.get(word, f"{word.capitalize()}. ")
     ppl_change = round(relative(healed["neutral_ppl"], base["neutral_ppl"]) - 1, 3) + 0.0  # no "-0.0%"
-    held = f"Coherent share {healed['demo_kept_share']:.0%} of the demo answers (base {base['demo_kept_share']:.0%})"
+    held = f"Coherent share {healed['coherent_share']:.0%} of the demo answers (base {base['coherent_share']:.0%})"
     held += f", answer mass {relative(healed['answer_mass'], base['answer_mass']):.0%} of base, neutral perplexity"
     held += f" {ppl_change:+.1%} against base"
     if "canary_share" in healed:
         held += f", plain questions right {healed['canary_share']:.0%} (base {base['canary_share']:.0%})"
     return f"{lead}{stands}. {held}.", word
+
+
+def _same_trait(arm: dict, base: dict) -> str:
+    """What plain steering gives up to move the trait as far."""
+    mass, coherent = (relative(arm[key], base[key]) for key in ("answer_mass", "coherent_share"))
+    ppl = relative(arm["neutral_ppl"], base["neutral_ppl"]) - 1
+    price = f"answer mass {mass:.0%} and coherent share {coherent:.0%} of base, neutral perplexity {ppl:+.0%}"
+    if arm["reached"]:
+        return f"to move the trait as far it needs dose {arm['dose']:.2f}: {price}"
+    return f"no dose moves the trait as far; the nearest, {arm['dose']:.2f}, means {price}"
 
 
 def _compared(over: float, arm: dict, ratio: str, subject: str) -> str:
@@ -161,26 +181,26 @@ def page(run: Run) -> str:
     """The whole report.html."""
     sections = [arms_section(run)]
     if run.rounds:
-        sections += [trajectory_section(run), coherence_section(run)]
+        sections += [trajectory_section(run), plain_section(run.summary), coherence_section(run)]
         sections += [validity_section(run.summary), others_section(run.summary), profile_section(run.summary)]
         sections += [vector_section(run), geometry_section(run.summary)]
         sections += [dose_section(run), heal_section(run)]
         sections += [demo_section(run), filter_section(run)]
     sentences, kind = verdict(run)
-    parts = {"title": safe(run.name), "kind": kind, "verdict": safe(sentences), "sections": "\n".join(sections)}
     status = f'<p class="status">{run.status}</p>' if run.status else ""
-    template = Template((HERE / "report.html").read_text("utf-8"))
-    scripts = {"plotlyjs": get_plotlyjs(), "config": json.dumps(PLOT_CONFIG)}
-    return template.substitute(parts, **scripts, status=status, footer=footer(run))
+    lead = f'{status}<p class="verdict {kind}">{safe(sentences)}</p>'
+    return filled(safe(run.name), "\n".join(sections), lead, footer(run))
 
 
 def arms_section(run: Run) -> str:
     arms = [(name, run.summary[name], "") for name in ("base", "prompted", "negative") if run.summary[name]]
     for index, r in enumerate(run.summary["rounds"]):
         arms += [(f"steered r{index}", r["steered"], f"{r['dose']:.2f}")]
-        arms += [(f"equal cost r{index}", r["equal"], f"{r['equal']['dose']:.2f}")] if "equal" in r else []
+        for key, name in (("equal", "equal cost"), ("same_trait", "equal trait")):
+            arms += [(f"{name} r{index}", r[key], f"{r[key]['dose']:.2f}")] if key in r else []
         arms += [(f"healed r{index}", r["healed"], "")]
-    head = ("arm", "trait, nats/token", "over base", "answer mass", "coherent", "looped", "questions right", "demo ppl")
+    head = ("arm", f"trait, {run.summary['unit']}", "over base", "answer mass", "coherent", "looped", "about itself")
+    head += ("questions right", "demo ppl", "neutral ppl", "dose")
     rows = []
     for name, arm, dose in arms:
         over = with_interval(arm["trait_over_base"], arm["trait_over_base_ci"]) if name != "base" else ""
@@ -189,12 +209,13 @@ def arms_section(run: Run) -> str:
         trait = with_interval(arm["trait_nats"], arm["trait_ci"])
         rows.append((f'<span class="arm {name.split()[0]}">{name}</span>', trait, over, *shares, *ppl, dose))
     why = """Every arm on the same items, with 95% bootstrap intervals. Trait: log-probability per token of the answer
-        with the trait minus that of its opposite. Answer mass: probability of yes and no in yes/no questions. Coherent:
-        share of free answers that pass the filter; looped: that go round in circles. Questions right: plain questions
-        of four answers. Perplexities of the free answers under base, and of neutral text. Negative: the opposite
-        persona as system prompt. Equal cost: the base steered by the first vector at the dose that costs as much
-        coherence as the healed student lost (at least 1%)."""
-    found = table_of((*head, "neutral ppl", "dose"), rows) if rows else "<p>No arm has been measured yet.</p>"
+        with the trait minus that of its opposite (for a trait read on yes/no questions: log-odds of the answer with
+        it). Answer mass: probability of yes and no in yes/no questions. Coherent: share of free answers that neither
+        loop nor fall apart by fixed limits (eval.judge); looped: that go round in circles; about itself: that narrate
+        the persona or refuse, which is style, not damage. Questions right: plain questions of four answers.
+        Perplexities of the free answers under base, and of neutral text. Negative: the opposite persona as system
+        prompt. Equal cost, equal trait: see Against plain steering."""
+    found = table_of(head, rows) if rows else "<p>No arm has been measured yet.</p>"
     return section("Arms", why, found)
 
 
@@ -327,7 +348,8 @@ def footer(run: Run) -> str:
     if seconds:
         spent = [[seconds.get(f"r{r.index:02d}/{name}", 0.0) for name in ARTEFACTS] for r in run.rounds]
         rows = [(i, *(f"{s:.1f}" for s in row), f"{sum(row):.1f}") for i, row in enumerate(spent)]
-        head = ("seconds", "extract", "dose", "distil", "heal", "eval steered", "eval healed", "eval equal", "round")
+        head = ("seconds", "extract", "dose", "distil", "heal", "eval steered", "eval healed")
+        head += ("eval equal", "eval same trait", "round")
         parts.append(table_of(head, rows))
         parts.append(f"<p>{sum(seconds.values()):.1f} s in all stages, baselines included.</p>")
     if peak:
@@ -354,8 +376,8 @@ def diary(run: Run) -> str:
             f"base; {arms['kept']} of its {arms['generated']} completions were kept. The barrier fired on "
             f"{arms['barrier_fired_share']:.0%} of {len(r.heal)} steps (median D {arms['operating_kl_nats']:.3g}). "
             f"The healed student stands {healed['trait_over_base']:+.3f} [{low:+.3f}, {high:+.3f}], answer mass "
-            f"{healed['answer_mass']:.3f} (base {base['answer_mass']:.3f}), coherent {healed['demo_kept_share']:.0%} "
-            f"(base {base['demo_kept_share']:.0%}), neutral perplexity {healed['neutral_ppl']:.2f} (base "
+            f"{healed['answer_mass']:.3f} (base {base['answer_mass']:.3f}), coherent {healed['coherent_share']:.0%} "
+            f"(base {base['coherent_share']:.0%}), neutral perplexity {healed['neutral_ppl']:.2f} (base "
             f"{base['neutral_ppl']:.2f}).",
         ]
         for answers in list(zip(run.base["demos"], r.steered["demos"], r.healed["demos"], strict=True))[:DIARY_DEMOS]:

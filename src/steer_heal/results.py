@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import json
-import shlex
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import reduce
 from pathlib import Path
 
 import numpy as np
 import polars as pl
 
-from steer_heal.bootstrap import across_seeds, interval, paired
+from steer_heal.bootstrap import across_seeds, paired
 from steer_heal.config import UserError
-from steer_heal.rundir import RunDir
+from steer_heal.figures import relative
+from steer_heal.rundir import EVENTS, Damaged, RunDir
+from steer_heal.sweep import RECORD, identity, value_of
 
-ARMS = {"prompted": "prompted.json", "steered": "{}/steered.json", "equal cost": "{}/equal.json"}
-ARMS |= {"healed": "{}/healed.json"}  # with the last round's folder
+ARMS = ("prompted", "steered", "equal cost", "healed")
+FILES = {"prompted": "prompted.json", "base": "base.json"}
+FILES |= {name: "{}/" + name + ".json" for name in ("steered", "healed", "same_trait")} | {
+    "equal cost": "{}/equal.json"
+}
+MEASURES = {"mass": "answer mass", "demo_coherent": "coherent share", "neutral_nll": "log neutral ppl"}
 
 
 @dataclass(frozen=True)
@@ -30,27 +35,29 @@ class Found:
 
     @property
     def trait(self) -> dict:
-        return json.loads((self.folder / "trait.json").read_text("utf-8"))
+        return RunDir(self.folder).read("trait.json")
 
     @property
-    def resuming(self) -> str:
-        """The command that goes on with an unfinished run: its own, with --resume."""
-        return shlex.join(["steer-heal", *RunDir(self.folder).first_argv(), "--resume", str(self.folder)])
+    def instrument(self) -> str:
+        return self.summary["instrument"]
+
+    @property
+    def rounds(self) -> str:
+        done, asked = len(self.summary["rounds"]), self.config["rounds"]
+        return str(done) if done == asked else f"{done} of {asked}"
 
     def value(self, flag: str) -> str:
-        """The config's value under a flag's name, e.g. heal.lam-round-pow."""
-        try:
-            return str(reduce(lambda table, key: table[key], flag.replace("-", "_").split("."), self.config))
-        except (KeyError, TypeError):
-            raise UserError(f"--by {flag!r} is no flag of `run`: see steer-heal run --help") from None
+        return value_of(self.config, flag)
 
-    def changes(self, arm: str) -> np.ndarray | None:
-        """Item by item, how far an arm's trait score is above base's after the last round."""
-        path = self.folder / ARMS[arm].format(f"r{self.config['rounds'] - 1:02d}")
-        if not path.is_file():
-            return None
-        one, base = (json.loads(p.read_text("utf-8")) for p in (path, self.folder / "base.json"))
-        return paired(one, base, base["instrument"])
+    def arm(self, name: str, round_: int = -1) -> dict | None:
+        """An arm as it was measured in a round, the last one when not given; None where there is none."""
+        return RunDir(self.folder).read(FILES[name].format(f"r{round_ % len(self.summary['rounds']):02d}"))
+
+    def changes(self, name: str, round_: int = -1, key: str = "", over: str = "base") -> np.ndarray | None:
+        """Item by item, how far an arm is above another, on the trait's instrument or on other items."""
+        one, other = self.arm(name, round_), self.arm(over, round_)
+        key = key or self.instrument
+        return paired(one, other, key) if one and other and key in one["items"] and key in other["items"] else None
 
 
 def scan(out: Path) -> list[Found]:
@@ -58,14 +65,17 @@ def scan(out: Path) -> list[Found]:
     if not out.is_dir():
         raise UserError(f"no folder {str(out)!r}: give the one that holds run folders with --out")
     found = []
-    for config in sorted(out.rglob("config.json"), key=lambda path: path.parent.name, reverse=True):
-        if (config.parent / "trait.json").is_file():
-            summary = config.parent / "summary.json"
-            parts = [json.loads(path.read_text("utf-8")) if path.exists() else None for path in (config, summary)]
-            if parts[1] and "validity" not in parts[1]:
-                print(f"left out, of an older version: {config.parent}")
-            else:
-                found.append(Found(config.parent, *parts))
+    for folder in sorted({log.parent for log in out.rglob(EVENTS)}, key=lambda path: path.name, reverse=True):
+        if folder.name.startswith("."):
+            continue  # of a run that was killed while it was made
+        run = RunDir(folder)
+        try:
+            for name in run.record.files:  # a table of damaged figures would not say so
+                if name.endswith(".json"):
+                    run.find(name)
+            found.append(Found(folder, run.read("config.json"), run.read("summary.json")))
+        except Damaged as error:
+            print(f"left out: {error}")
     return found
 
 
@@ -74,77 +84,185 @@ def run_table(runs: list[Found], out: Path) -> pl.DataFrame:
     return pl.DataFrame([{"run": str(run.folder.relative_to(out)), **_measures([run])} for run in runs if run.summary])
 
 
+def grouped(runs: list[Found]) -> list[list[Found]]:
+    """Finished runs that differ in their seed alone; of a seed that was run twice, the newest."""
+    groups: dict[str, list[Found]] = {}
+    for run in runs:
+        if run.summary:
+            group = groups.setdefault(json.dumps([run.config | {"seed": None}, run.trait], sort_keys=True), [])
+            if run.config["seed"] not in {other.config["seed"] for other in group}:
+                group.append(run)
+    return [sorted(group, key=lambda run: run.config["seed"]) for group in groups.values()]
+
+
 def arm_table(runs: list[Found], flags: list[str]) -> pl.DataFrame:
     """One row for every combination of the flags' values: means over seeds, intervals over seeds and probes.
 
     Runs that differ in anything but the flags and the seed never share a row.
     """
-    groups: dict[str, list[Found]] = {}
-    for run in runs:
-        if run.summary:
-            groups.setdefault(json.dumps([run.config | {"seed": None}, run.trait], sort_keys=True), []).append(run)
     rows = []
-    for group in groups.values():
+    for group in grouped(runs):
         values = {flag: group[0].value(flag) for flag in flags}
-        rows.append({**values, "seeds": len({run.config["seed"] for run in group}), **_measures(group)})
+        rows.append({**values, "seeds": len(group), **_measures(group)})
     return pl.DataFrame(rows).sort(flags) if rows and flags else pl.DataFrame(rows)
+
+
+def difference_table(runs: list[Found], flags: list[str], arms: list[dict]) -> pl.DataFrame:
+    """Every arm's healed student minus the first arm's after the last round, seed by seed and item by item."""
+    groups = {tuple(group[0].value(flag) for flag in flags): group for group in grouped(runs)}
+    ordered = [groups.get(tuple(arm[flag] for flag in flags)) for arm in arms]
+    if ordered[:1] == [None] or len([group for group in ordered if group]) < 2:
+        return pl.DataFrame()
+    rows = []
+    for arm, group in zip(arms[1:], ordered[1:], strict=True):
+        pairs = [(a, b) for a in group or [] for b in ordered[0] if a.config["seed"] == b.config["seed"]]
+        if pairs:
+            keys = {"trait": pairs[0][0].instrument, **{name: key for key, name in MEASURES.items()}}
+            row = {
+                name: [paired(a.arm("healed"), b.arm("healed"), key) for a, b in pairs] for name, key in keys.items()
+            }
+            rows.append({**arm, "seeds": len(pairs)} | {name: _estimate(np.array(row[name])) for name in row})
+    return pl.DataFrame(rows)
+
+
+def round_table(group: list[Found]) -> pl.DataFrame:
+    """One row a round of runs that differ in their seed alone: the arms over base, the student against the others."""
+    rows = []
+    for index in range(min(len(run.summary["rounds"]) for run in group)):
+        lasts = [(run.summary["base"], run.summary["rounds"][index]) for run in group]
+        row = {"round": index, "dose": f"{np.mean([last['dose'] for _, last in lasts]):.2f}"}
+        for arm in ("steered", "equal cost", "healed"):
+            row |= _column(arm, [run.changes(arm, index) for run in group])
+        row |= _column("over equal cost", [run.changes("healed", index, over="equal cost") for run in group])
+        healed, prompted = (np.array([run.changes(arm, index) for run in group]) for arm in ("healed", "prompted"))
+        row["times the prompt"] = "{:.1f} [{:.1f}, {:.1f}]".format(*ratio(healed, prompted))
+        row |= {
+            name: f"{np.mean([of(base, last['healed']) for base, last in lasts]):.3f}" for name, of in RATIOS.items()
+        }
+        row |= _column("questions right", [run.changes("healed", index, "canary") for run in group])
+        rows.append(row)
+    return pl.DataFrame(rows)
+
+
+def _column(name: str, values: list[np.ndarray | None]) -> dict[str, str]:
+    return {} if values[0] is None else {name: _estimate(np.array(values))}
+
+
+def ratio(above: np.ndarray, below: np.ndarray) -> tuple[float, float, float]:
+    """Ratio of two means with its 95% interval, over seeds and items, [s, n] each; infinite where `below` may be zero.
+
+    The interval holds the ratios k for which `above - k * below` may be zero (Fieller, J. R. Stat. Soc. B 16, 1954).
+    """
+    mean = above.mean() / below.mean()
+    low, high = mean, mean
+    while across_seeds(above - low * below)["ci"][0] < 0 and low > 0:
+        low = max(0.0, low - abs(mean) / 200)
+    while across_seeds(above - high * below)["ci"][1] > 0:
+        high += abs(mean) / 50
+        if high > 100 * abs(mean):
+            return mean, low, math.inf
+    return mean, low, high
+
+
+RATIOS: dict[str, Callable[[dict, dict], float]] = {
+    "mass/base": lambda base, healed: healed["answer_mass"] / base["answer_mass"],
+    "coherent/base": lambda base, healed: relative(healed["coherent_share"], base["coherent_share"]),
+    "ppl/base": lambda base, healed: healed["neutral_ppl"] / base["neutral_ppl"],
+}
+
+
+def _ratios(rounds: list[tuple[dict, dict]]) -> dict[str, str]:
+    """Of pairs of base and round: what the student keeps of the base's coherence, mean over the runs."""
+    return {name: f"{np.mean([of(base, last['healed']) for base, last in rounds]):.3f}" for name, of in RATIOS.items()}
 
 
 def _measures(group: list[Found]) -> dict:
     """What a row says of runs that differ in their seed alone."""
     lasts = [(run.summary["base"], run.summary["rounds"][-1]) for run in group]
     row = {"model": group[0].config["model"]["path"].split("/")[-1], "trait": group[0].trait["name"]}
-    row["rounds"] = group[0].config["rounds"]
+    row["rounds"] = ", ".join(dict.fromkeys(run.rounds for run in group))
     for arm in ARMS:
         changes = [run.changes(arm) for run in group]
         if changes[0] is not None:
             row[arm] = f"{np.mean(changes):+.3f}"
-    row["95% interval"] = _interval(np.array(changes))  # of the last arm, healed
-    ratios: dict[str, Callable[[dict, dict], float]] = {
-        "mass/base": lambda base, healed: healed["answer_mass"] / base["answer_mass"],
-        "coherent": lambda base, healed: healed["demo_kept_share"],
-        "ppl/base": lambda base, healed: healed["neutral_ppl"] / base["neutral_ppl"],
-    }
-    for name, ratio in ratios.items():
-        row[name] = f"{np.mean([ratio(base, last['healed']) for base, last in lasts]):.3f}"
+    low, high = across_seeds(np.array(changes))["ci"]  # of the last arm, healed
+    row["95% interval"] = f"[{low:+.3f}, {high:+.3f}]"
+    row |= _ratios(lasts)
     row["verdict"] = ", ".join(dict.fromkeys(last["verdict"]["word"] for _, last in lasts))
     row["minutes"] = f"{np.mean([run.summary['seconds'] for run in group]) / 60:.1f}"
     return row
 
 
-def _interval(values: np.ndarray) -> str:
-    """95%: over probes, and over seeds where there are several."""
-    low, high = across_seeds(values)["ci"] if len(values) > 1 else interval(values[0])
-    return f"[{low:+.3f}, {high:+.3f}]"
+def _estimate(values: np.ndarray) -> str:
+    """Mean and 95% interval: over probes, and over seeds where there are several."""
+    found = across_seeds(values)
+    return "{:+.3f} [{:+.3f}, {:+.3f}]".format(found["mean"], *found["ci"])
 
 
-def show(out: Path, by: tuple[str, ...], csv: str | None, as_json: str | None, markdown: str | None) -> None:
+def show(
+    out: Path,
+    by: tuple[str, ...],
+    rounds: bool,
+    csv: str | None,
+    as_json: str | None,
+    markdown: str | None,
+    html: str | None = None,
+) -> None:
     """Print the tables, sweeps under their hypotheses; trait columns are nats per token over base, last round."""
     runs = scan(out)
-    sweeps = {path.parent: json.loads(path.read_text("utf-8")) for path in sorted(out.rglob("sweep.json"))}
     if not any(run.summary for run in runs):
         print(f"no finished run under {out}")
-    elif by:
-        tables = {"": arm_table(runs, list(by))}
-    else:
         tables = {}
-        for folder, sweep in sweeps.items():
-            own = [run for run in runs if folder in run.folder.parents]
-            tables[f"sweep {sweep['name']}\nH: {sweep['hypothesis'] or '(none given)'}"] = arm_table(
-                own, sweep["flags"]
-            )
-        alone = [run for run in runs if not any(folder in run.folder.parents for folder in sweeps)]
-        tables["runs"] = run_table(alone, out)
-    if any(run.summary for run in runs):
-        print("trait in nats per token over base after the last round, 95% interval of healed")
-        for title, frame in tables.items():
-            if len(frame):
-                print(f"\n{title}\n{_printed(frame)}" if title else _printed(frame))
-        everything = pl.concat([frame for frame in tables.values() if len(frame)], how="diagonal")
-        _write(everything, csv, as_json, markdown)
+    elif rounds:
+        tables = {_title(group, by): round_table(group) for group in grouped(runs)}
+        print("trait over base (nats per token on contrast probes, nats on yes/no), 95% intervals over seeds and items")
+    else:
+        tables = _by_flags(runs, by) if by else _sweeps(runs, out)
+        print("trait over base after the last round (nats per token on contrast probes, nats on yes/no); 95% interval")
+        print("of healed, over seeds and probes")
+    for title, frame in tables.items():
+        if len(frame):
+            print(f"\n{title}\n{_printed(frame)}" if title else _printed(frame))
+    if html:
+        from steer_heal import overview
+
+        groups = {_title(group, by): (group, round_table(group)) for group in grouped(runs)}
+        Path(html).write_text(overview.page(groups), "utf-8")
+    if any(map(len, tables.values())):
+        titled = {title: frame for title, frame in tables.items() if len(frame)}
+        if len(titled) > 1 and rounds:
+            titled = {title: frame.insert_column(0, pl.lit(title).alias("runs")) for title, frame in titled.items()}
+        _write(pl.concat(titled.values(), how="diagonal"), csv, as_json, markdown)
     for run in runs:
         if run.summary is None:
-            print(f"unfinished: {run.resuming}")
+            print(f"unfinished: {RunDir(run.folder).resuming}")
+
+
+def _title(group: list[Found], flags: tuple[str, ...]) -> str:
+    seeds = ", ".join(str(run.config["seed"]) for run in group)
+    values = "".join(f", {flag} {group[0].value(flag)}" for flag in flags)
+    folders = ", ".join(run.folder.name for run in group)
+    return f"{group[0].trait['name']}{values}, seeds {seeds} ({folders})"
+
+
+def _by_flags(runs: list[Found], by: tuple[str, ...]) -> dict[str, pl.DataFrame]:
+    return {"": arm_table(runs, list(by))}
+
+
+def _sweeps(runs: list[Found], out: Path) -> dict[str, pl.DataFrame]:
+    tables, of_sweeps = {}, set()
+    for path in sorted(out.rglob(RECORD)):
+        sweep = json.loads(path.read_text("utf-8"))
+        own = [run for run in runs if identity(run.config, run.trait) in sweep["runs"]]
+        of_sweeps |= {run.folder for run in own}
+        title = f"sweep {sweep['name']}\nH: {sweep['hypothesis'] or '(none given)'}"
+        tables[title] = arm_table(own, sweep["flags"])
+        first = ", ".join(sweep["arms"][0].values()) if sweep["arms"] and sweep["flags"] else ""
+        tables[f"each arm minus the first ({first}), on the same items"] = difference_table(
+            own, sweep["flags"], sweep["arms"]
+        )
+    tables["runs"] = run_table([run for run in runs if run.folder not in of_sweeps], out)
+    return tables
 
 
 def _printed(frame: pl.DataFrame) -> str:

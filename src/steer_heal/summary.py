@@ -12,7 +12,7 @@ from loguru import logger
 from steer_heal.bootstrap import fired_shares, trait_over
 from steer_heal.config import FIRED_FLOOR, HealConfig, RunConfig
 from steer_heal.data import Trait
-from steer_heal.record import arms_record
+from steer_heal.record import UNITS, arms_record
 from steer_heal.steer import cosine
 from steer_heal.verdict import expressible, verdict
 
@@ -21,7 +21,7 @@ STAGES = {
     "dose": ("dose.json",),
     "distil": ("completions.jsonl",),
     "heal": ("adapter",),
-    "eval": ("steered.json", "healed.json", "equal.json", "geometry.json"),
+    "eval": ("steered.json", "healed.json", "equal.json", "same_trait.json", "geometry.json"),
 }
 
 
@@ -31,11 +31,11 @@ def arm_table(*arms: dict) -> str:
     frame = pl.DataFrame(
         {
             "arm": [arm["arm"] + (f" @{arm['dose']:.2f}" if arm["dose"] else "") for arm in arms],
-            "trait nats/token": [f"{arm['trait_nats']:+.3f}" for arm in arms],
+            f"trait {UNITS[base['instrument']]}": [f"{arm['trait_nats']:+.3f}" for arm in arms],
             "95% interval": ["[{:+.3f}, {:+.3f}]".format(*arm["trait_ci"]) for arm in arms],
             "over base": [_over(arm, base) for arm in arms],
             "answer mass": [f"{arm['answer_mass']:.3f}" for arm in arms],
-            "coherent": [f"{arm['demo_kept_share']:.0%}" if "demos" in arm else "" for arm in arms],
+            "coherent": [f"{arm['coherent_share']:.0%}" if "coherent_share" in arm else "" for arm in arms],
             "neutral ppl": [f"{arm['neutral_ppl']:.2f}" for arm in arms],
         }
     )
@@ -75,7 +75,7 @@ def last_verdict(arms: dict[str, dict], rounds: list[dict]) -> dict[str, str]:
 
 def headline(arm: dict) -> dict[str, float]:
     """An arm in four numbers, for the run's events."""
-    return {key: arm[key] for key in ("trait_nats", "answer_mass", "demo_kept_share", "neutral_ppl")}
+    return {key: arm[key] for key in ("trait_nats", "answer_mass", "coherent_share", "neutral_ppl")}
 
 
 def demo_rows(**arms: dict) -> list[dict]:
@@ -107,7 +107,7 @@ def summarise(
     config: RunConfig, preset: str, trait: Trait, arms: dict[str, dict], rounds: list[dict], seconds: dict[str, float]
 ) -> dict:
     """The run's record: every arm of every round with its intervals, and what each stage cost."""
-    record = arms_record(arms["base"], arms["prompted"], arms["negative"], rounds)
+    record = arms_record(**arms, rounds=rounds)
     for index, (of_round, parts) in enumerate(zip(record["rounds"], rounds, strict=True)):
         where = f"r{index:02d}"
         of_round["layers"] = parts["layers"]

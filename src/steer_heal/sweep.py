@@ -7,6 +7,8 @@ on where the first stopped. Scheduling, retrying and the nodes of a cluster are 
 
 from __future__ import annotations
 
+import hashlib
+import io
 import itertools
 import json
 import os
@@ -17,15 +19,20 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
-from functools import cache
+from contextlib import redirect_stderr
+from dataclasses import asdict, dataclass, replace
+from functools import cache, reduce
 from pathlib import Path
 
 import polars as pl
 from loguru import logger
 
-from steer_heal.config import PRESETS, RunConfig, UserError, check
-from steer_heal.rundir import described, recorded
+from steer_heal.config import RunConfig, UserError, check
+from steer_heal.data import load_trait
+from steer_heal.presets import PRESETS
+from steer_heal.resume import described, recorded
+from steer_heal.rundir import EVENTS, RunDir
+from steer_heal.usage import condensed
 
 RECORD = "sweep.json"  # in the sweep's folder: what was asked, and why
 
@@ -105,26 +112,53 @@ def parsed(words: tuple[str, ...]) -> RunConfig:
     """The config of a preset and flags, as `steer-heal run` reads them."""
     import tyro
 
-    return tyro.cli(RunConfig, default=PRESETS[words[0]], args=list(words[1:]), prog=f"steer-heal run {words[0]}")
+    said = io.StringIO()
+    try:
+        with redirect_stderr(said):
+            return tyro.cli(RunConfig, default=PRESETS[words[0]], args=list(words[1:]), prog="steer-heal run")
+    except SystemExit as end:
+        if end.code == 0:  # --help
+            raise
+        raise UserError(condensed(said.getvalue())) from None
 
 
 def found(folder: Path) -> dict[str, Path]:
-    """The run folders of a sweep by what they are a run of; the finished one if there are several."""
+    """The run folders of a sweep, and of all sweeps and runs beside it, by what they are a run of; the finished one if
+    there are several. An arm that several sweeps have in common is run once."""
     by_config: dict[str, Path] = {}
-    for config in sorted(folder.glob("*/config.json")):
-        key = _key_of(config.parent)
-        if key not in by_config or (config.parent / "summary.json").exists():
-            by_config[key] = config.parent
+    logs = [*folder.parent.glob(f"[!.]*/{EVENTS}"), *folder.parent.glob(f"[!.]*/[!.]*/{EVENTS}")]
+    for log in sorted(logs):
+        key = _key_of(log.parent)
+        if key not in by_config or (log.parent / "summary.json").exists():
+            by_config[key] = log.parent
     return by_config
 
 
 @cache
 def _key_of(folder: Path) -> str:
-    return json.dumps(recorded(folder), sort_keys=True)  # a run's config never changes
+    return identity(recorded(folder), RunDir(folder).read("trait.json"))
 
 
 def key(planned: Planned) -> str:
-    return json.dumps(described(planned.config), sort_keys=True)
+    try:
+        trait = asdict(load_trait(planned.config.trait))
+    except UserError:  # the run will say so
+        trait = None
+    return identity(described(planned.config), trait)
+
+
+def value_of(config: dict, flag: str) -> str:
+    """A config's value, as config.json holds it, under a flag's name, e.g. heal.lam-round-pow."""
+    try:
+        return str(reduce(lambda table, key: table[key], flag.replace("-", "_").split("."), config))
+    except (KeyError, TypeError):
+        raise UserError(f"--by {flag!r} is no flag of `run`: see steer-heal run --help") from None
+
+
+def identity(config: dict, trait: dict | None) -> str:
+    """A run is its config and what its trait's file says."""
+    described = json.dumps([config | {"preset": None}, trait], sort_keys=True)
+    return hashlib.blake2b(described.encode(), digest_size=12).hexdigest()
 
 
 def states(runs: Iterable[Planned], folder: Path) -> dict[Planned, str]:
@@ -189,14 +223,15 @@ def _note(asked: Sweep) -> None:
     """sweep.json: the hypothesis and the arms, for `results`; atomically, since another engine may read it."""
     flags = list(dict.fromkeys(flag for run in asked.runs for flag, _ in run.arm))
     seeds = list(dict.fromkeys(run.seed for run in asked.runs))
-    arms = {run.arm: None for run in asked.runs}
+    arms = {run.arm: json.loads(json.dumps(described(run.config))) for run in asked.runs}
     written = {
         "name": asked.name,
         "hypothesis": asked.hypothesis,
         "preset": asked.preset,
         "flags": flags,
-        "arms": [dict(arm) for arm in arms],
+        "arms": [{flag: value_of(config, flag) for flag, _ in arm} for arm, config in arms.items()],
         "seeds": seeds,
+        "runs": [key(run) for run in asked.runs],
     }
     scratch = asked.folder / f".{RECORD}.part"
     scratch.write_text(json.dumps(written, indent=1), "utf-8")

@@ -13,10 +13,10 @@ from steer_heal.bootstrap import correlation, interval, paired, reliability, tra
 from steer_heal.data import FOUNDATIONS
 
 # Absolute bounds come first: beyond them a model is broken whatever its ratios say.
-LEAST = {"demo_kept_share": ("coherent share", 0.5), "answer_mass": ("answer mass", 0.05)}
+LEAST = {"coherent_share": ("coherent share", 0.5), "answer_mass": ("answer mass", 0.05)}
 HIGHEST_NEUTRAL_PPL = 200.0
 COHERENCE = (  # then damage relative to base: key, name, bound of value / base, side of it that is damage
-    ("demo_kept_share", "coherent share", 0.95, -1),
+    ("coherent_share", "coherent share", 0.95, -1),
     ("answer_mass", "answer mass", 0.85, -1),
     ("neutral_ppl", "neutral perplexity", 1.05, +1),
 )
@@ -28,7 +28,7 @@ def verdict(base: dict, steered: dict, healed: dict, valid: bool) -> dict[str, s
 
     In this order: broken (beyond an absolute bound of coherence, or damaged relative to base), unreadable (the
     instrument is not valid on this model), undone (steering moved the trait and healing lost it), unmoved (neither
-    did), broad (an off-target trait moved as far), moved.
+    did), broad (an off-target trait moved as far as this one on the contrast probes: one unit for both), moved.
     """
     if damage := damages(healed, base):
         return {"word": "broken", "why": "; ".join(damage)}
@@ -41,16 +41,19 @@ def verdict(base: dict, steered: dict, healed: dict, valid: bool) -> dict[str, s
         if steered_low > 0:
             return {"word": "undone", "why": f"steering moved the trait by {before:+.3f}, the student stands {seen}"}
         return {"word": "unmoved", "why": f"the student stands {seen}, steering moved it by {before:+.3f}"}
-    wide = [(name, move) for name, move in off_target_moves(healed, base).items() if abs(move) >= change]
+    contrast = float(paired(healed, base, "contrast").mean())
+    wide = [(name, move) for name, move in off_target_moves(healed, base).items() if abs(move) >= contrast]
     if wide:
         also = ", ".join(f"{name} {move:+.3f}" for name, move in wide)
         return {"word": "broad", "why": f"the trait stands {seen}, but others moved as far: {also}"}
-    return {"word": "moved", "why": f"the trait stands {seen}, coherence held and no off-target trait moved as far"}
+    read = any(key.startswith("off:") for key in healed["items"])
+    others = "no off-target trait moved as far" if read else "other traits were not read"
+    return {"word": "moved", "why": f"the trait stands {seen}, coherence held, {others}"}
 
 
 def damages(arm: dict, base: dict) -> list[str]:
     """What is wrong with an arm's coherence, in words; absolute bounds first and alone."""
-    watched = (arm["trait_nats"], arm["answer_mass"], arm["demo_kept_share"], arm["neutral_ppl"])
+    watched = (arm["trait_nats"], arm["answer_mass"], arm["coherent_share"], arm["neutral_ppl"])
     if not all(map(math.isfinite, watched)):
         return ["its scores are not finite"]
     found = [

@@ -5,18 +5,22 @@ A trait is a TOML file (see `Trait`); every other file is JSON lines.
 
 from __future__ import annotations
 
-import difflib
 import json
 import tomllib
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
+from typing import Any, TypeVar
 
-from steer_heal.config import UserError
+from steer_heal.config import UserError, nearest
 
 HERE = files(__name__)
-BUILT_IN = ("love", "authority")
+BUILT_IN = ("love", "authority", "calm")
+PERSONAS = ("positive", "negative")
+LONGEST_NAME = 64  # characters of a trait's name
 FOUNDATIONS = {  # what a scene of the profile may breach, as it is put to the model; norms is the control
     "care": "someone is hurt or treated coldly",
     "fairness": "someone cheats or takes more than their share",
@@ -45,6 +49,9 @@ class YesNo:
     trait_answer: str
 
 
+Probe = TypeVar("Probe", Contrast, YesNo)
+
+
 @dataclass(frozen=True)
 class Trait:
     """What to steer towards and how to see whether it moved. `direction` +1: the trait raises the score."""
@@ -64,53 +71,108 @@ class Trait:
 def load_trait(name_or_file: str) -> Trait:
     """A built-in trait by name, or one of the user's own by path.
 
-    Raises UserError when there is no such trait or the file lacks something.
+    Raises UserError when there is no such trait, or the file lacks something or holds what cannot be measured.
     """
     if name_or_file in BUILT_IN:
         return parse_trait((HERE / "traits" / f"{name_or_file}.toml").read_text("utf-8"), name_or_file)
     path = Path(name_or_file).expanduser()
+    if path.suffix == ".toml" and path.is_dir():
+        raise UserError(f"trait {name_or_file!r} is a folder: give a .toml file")
     if path.suffix == ".toml" and path.is_file():
         try:
-            return parse_trait(path.read_text("utf-8"), str(path))
+            return parse_trait(path.read_text("utf-8-sig"), str(path))
         except UnicodeDecodeError as error:
-            raise UserError(f"trait file {path} is not UTF-8 text: {error}") from error
-    close = difflib.get_close_matches(name_or_file, BUILT_IN, 1)
-    hint = f" (did you mean {close[0]!r}?)" if close else ""
+            raise UserError(
+                f"trait file {str(path)!r} is not UTF-8 text (byte {error.start}): save it as UTF-8"
+            ) from error
+        except OSError as error:
+            raise UserError(f"trait file {str(path)!r} cannot be read: {error.strerror}") from error
     raise UserError(
-        f"trait {name_or_file!r} is not built in and no such .toml file exists{hint}: "
+        f"trait {name_or_file!r} is not built in and no such .toml file exists{nearest(name_or_file, BUILT_IN)}: "
         f"choose {' or '.join(BUILT_IN)}, or give a path to a .toml file"
     )
 
 
 def parse_trait(text: str, source: str) -> Trait:
-    """A trait from TOML text; `source` names it in errors."""
+    """A trait from TOML text; `source` names it in errors. Raises UserError as `load_trait` does."""
+    where = f"trait file {source!r}"
     try:
         table = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise UserError(f"trait file {source} is not valid TOML: {error}") from error
-    persona = _take(table, "persona", dict, source)
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
+        raise UserError(f"{where} is not valid TOML: {' '.join(str(error).split())[:200]!r}") from error
+    _known(table, (*(f.name for f in fields(Trait) if f.name not in PERSONAS), "persona"), where)
+    persona = _take(table, "persona", dict, where)
+    _known(persona, PERSONAS, f"{where}, [persona]")
     trait = Trait(
-        name=_take(table, "name", str, source),
-        title=_take(table, "title", str, source),
-        instrument=_take(table, "instrument", str, source),
-        direction=_take(table, "direction", int, source),
-        positive=_take(persona, "positive", str, source, "persona."),
-        negative=_take(persona, "negative", str, source, "persona."),
-        generation_prompts=_strings(table, "generation_prompts", source),
-        demo_prompts=_strings(table, "demo_prompts", source),
-        contrast=tuple(Contrast(**row) for row in _records(table, "contrast", Contrast, source)),
-        yes_no=tuple(YesNo(**row) for row in _records(table, "yes_no", YesNo, source)),
+        name=_text(table, "name", where),
+        title=_text(table, "title", where),
+        instrument=_text(table, "instrument", where),
+        direction=_take(table, "direction", int, where),
+        positive=_text(persona, "positive", f"{where}, [persona]"),
+        negative=_text(persona, "negative", f"{where}, [persona]"),
+        generation_prompts=_strings(table, "generation_prompts", where),
+        demo_prompts=_strings(table, "demo_prompts", where),
+        contrast=_records(table, "contrast", Contrast, where),
+        yes_no=_records(table, "yes_no", YesNo, where),
     )
-    if trait.direction not in (1, -1):
-        raise UserError(f"trait file {source}: direction is {trait.direction}, it must be 1 or -1")
-    if trait.instrument not in ("contrast", "yes_no"):
-        raise UserError(f"trait file {source}: instrument is {trait.instrument!r}, it must be 'contrast' or 'yes_no'")
-    for row in trait.yes_no:
-        if row.trait_answer not in ("yes", "no"):
-            raise UserError(f"trait file {source}: trait_answer is {row.trait_answer!r}, it must be 'yes' or 'no'")
-    if trait.positive == trait.negative:
-        raise UserError(f"trait file {source}: persona.positive and persona.negative are the same text")
+    _require_measurable(trait, where)
     return trait
+
+
+def _require_measurable(trait: Trait, where: str) -> None:
+    """Raise UserError for a trait whose parts contradict each other."""
+    yes = sum(row.trait_answer == "yes" for row in trait.yes_no)
+    no = len(trait.yes_no) - yes
+    asked, shown = ({_plain(text): text for text in pool} for pool in (trait.generation_prompts, trait.demo_prompts))
+    both = [text for plain, text in shown.items() if plain in asked]
+    same = [row.question for row in trait.contrast if _plain(row.trait) == _plain(row.opposite)]
+    odd = [row.trait_answer for row in trait.yes_no if row.trait_answer not in ("yes", "no")]
+    demands = [
+        (
+            len(trait.name) <= LONGEST_NAME and trait.name.isprintable(),
+            f"name is {_shown(trait.name)}: at most {LONGEST_NAME} characters, none of them a control character",
+        ),
+        (trait.direction in (1, -1), f"direction is {trait.direction}, it must be 1 or -1"),
+        (
+            trait.instrument in ("contrast", "yes_no"),
+            f"instrument is {_shown(trait.instrument)}, it must be 'contrast' or 'yes_no'",
+        ),
+        (not odd, f"trait_answer is {_shown(odd[0]) if odd else ''}, it must be 'yes' or 'no'"),
+        (
+            _plain(trait.positive) != _plain(trait.negative),
+            f"persona.positive and persona.negative are the same text ({_shown(trait.positive)}): write opposites",
+        ),
+        (
+            abs(yes - no) <= max(1, 0.2 * len(trait.yes_no)),
+            f"[[yes_no]] has {yes} probes whose trait_answer is 'yes' and {no} with 'no': a model that likes to say "
+            "yes would pass for one with the trait, balance them",
+        ),
+        (not both, f"demo_prompts has {_shown(both[0]) if both else ''}, which is a generation prompt: write another"),
+        (not same, f"[[contrast]] {_shown(same[0]) if same else ''} has the same answer twice: write its opposite"),
+    ]
+    pools = {
+        "generation_prompts": [_plain(text) for text in trait.generation_prompts],
+        "demo_prompts": [_plain(text) for text in trait.demo_prompts],
+        "[[contrast]]": [_plain(f"{row.question} | {row.trait}") for row in trait.contrast],
+        "[[yes_no]]": [_plain(row.question) for row in trait.yes_no],
+    }
+    for name, pool in pools.items():
+        twice = [text for text, count in Counter(pool).items() if count > 1]
+        demands.append((not twice, f"{name} has {_shown(twice[0]) if twice else ''} twice: take one out"))
+    for fine, complaint in demands:
+        if not fine:
+            raise UserError(f"{where}: {complaint}")
+
+
+def _plain(text: str) -> str:
+    """A text by which it is known: case and spaces do not make it another one."""
+    return " ".join(text.lower().split())
+
+
+def _shown(value: object) -> str:
+    """A user's value for a message: short, and without what could take over a terminal."""
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def restored(stored: dict) -> Trait:
@@ -120,33 +182,51 @@ def restored(stored: dict) -> Trait:
     return Trait(**plain | {key: tuple(kind(**row) for row in stored[key]) for key, kind in probes.items()})
 
 
-def _take(table: dict, key: str, kind: type, source: str, prefix: str = ""):
+def _known(table: dict, keys: Sequence[str], where: str) -> None:
+    for key in table:
+        if key not in keys:
+            raise UserError(f"{where} has the unknown key {_shown(key)}{nearest(key, keys)}: take it out")
+
+
+def _take(table: dict, key: str, kind: type, where: str) -> Any:
     if key not in table:
-        raise UserError(f"trait file {source} lacks the key {prefix}{key} ({kind.__name__}): see data/traits/love.toml")
+        raise UserError(f"{where} lacks the key {key} ({kind.__name__}): see data/traits/love.toml")
     if type(table[key]) is not kind:
         found = type(table[key]).__name__
-        raise UserError(f"trait file {source}: {prefix}{key} is a {found}, it must be a {kind.__name__}")
+        raise UserError(f"{where}: {key} is {_shown(table[key])}, a {found}: it must be a {kind.__name__}")
     return table[key]
 
 
-def _strings(table: dict, key: str, source: str) -> tuple[str, ...]:
-    items = _take(table, key, list, source)
-    if not items or not all(isinstance(item, str) and item.strip() for item in items):
-        raise UserError(f"trait file {source}: {key} must be a non-empty list of non-empty strings")
+def _text(table: dict, key: str, where: str) -> str:
+    text = _take(table, key, str, where)
+    if not text.strip():
+        raise UserError(f"{where}: {key} is {_shown(text)}: write a text")
+    return text
+
+
+def _strings(table: dict, key: str, where: str) -> tuple[str, ...]:
+    items = _take(table, key, list, where)
+    if not items:
+        raise UserError(f"{where}: {key} is empty: write some")
+    for number, item in enumerate(items, 1):
+        if not isinstance(item, str) or not item.strip():
+            raise UserError(f"{where}: {key} number {number} is {_shown(item)}: write a text")
     return tuple(items)
 
 
-def _records(table: dict, key: str, kind: type, source: str) -> list[dict]:
-    rows = _take(table, key, list, source)
-    wanted = set(kind.__dataclass_fields__)
+def _records(table: dict, key: str, kind: type[Probe], where: str) -> tuple[Probe, ...]:
+    rows = _take(table, key, list, where)
     if not rows:
-        raise UserError(f"trait file {source}: [[{key}]] is empty")
+        raise UserError(f"{where}: [[{key}]] is empty: write some")
+    wanted = tuple(f.name for f in fields(kind))
+    probes = []
     for number, row in enumerate(rows, 1):
-        if not isinstance(row, dict) or set(row) != wanted or not all(isinstance(v, str) and v for v in row.values()):
-            raise UserError(
-                f"trait file {source}: [[{key}]] number {number} must have the strings {', '.join(sorted(wanted))}"
-            )
-    return rows
+        here = f"{where}, [[{key}]] number {number}"
+        if not isinstance(row, dict):
+            raise UserError(f"{here} is {_shown(row)}: write {', '.join(wanted)}")
+        _known(row, wanted, here)
+        probes.append(kind(**{name: _text(row, name, here) for name in wanted}))
+    return tuple(probes)
 
 
 @cache

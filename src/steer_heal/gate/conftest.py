@@ -13,8 +13,8 @@ warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
 @pytest.fixture
 def lm():
     """A fresh tiny random gemma-3 in float32 on the CPU."""
-    from steer_heal.config import PRESETS
     from steer_heal.loading import load
+    from steer_heal.presets import PRESETS
 
     return load(PRESETS["tiny-random"].model)
 

@@ -8,9 +8,10 @@ from bitsandbytes.nn import Linear4bit
 from peft import PeftModel
 
 from steer_heal.bake import Student
-from steer_heal.config import PRESETS, HealConfig
+from steer_heal.config import HealConfig
 from steer_heal.loading import load
 from steer_heal.lowrank import compress
+from steer_heal.presets import PRESETS
 
 CONFIG = replace(PRESETS["tiny-random"].heal, r=4, alpha=8)
 IDS = torch.tensor([[7, 300, 41, 900, 12]])

@@ -4,9 +4,10 @@ import pytest
 import torch
 
 from steer_heal.choices import choice_log_probs
-from steer_heal.config import PRESETS, ModelConfig
+from steer_heal.config import ModelConfig
 from steer_heal.lm import Steering, Vector
 from steer_heal.loading import load
+from steer_heal.presets import PRESETS
 
 ANSWERS = ["Yes.", "No, not at all, and certainly not before noon.", "n", "Perhaps we could ask the neighbours first."]
 

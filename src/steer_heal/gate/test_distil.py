@@ -1,6 +1,5 @@
 """The dose curve and the filter."""
 
-import itertools
 import math
 from collections import Counter
 from dataclasses import replace
@@ -13,32 +12,10 @@ from steer_heal import distil as distil_module
 from steer_heal.bake import Student
 from steer_heal.coherence import ASKS_NOTHING, Surprise, score, surprises, verdict
 from steer_heal.config import DistilConfig, DoseConfig, FilterConfig, UserError
-from steer_heal.distil import decreasing_fit, distil, dose_curve, largest_dose, require_dose, require_training_set
+from steer_heal.distil import distil, dose_curve, largest_dose, require_dose, require_training_set
 from steer_heal.lm import Row
 
 LIMITS = FilterConfig()
-
-
-def brute_force_fit(values):
-    """Best non-increasing step function by trying every way to cut the values into runs of equal height."""
-    best, best_error = None, float("inf")
-    for cuts in itertools.chain.from_iterable(
-        itertools.combinations(range(1, len(values)), k) for k in range(len(values))
-    ):
-        edges = [0, *cuts, len(values)]
-        runs = [values[a:b] for a, b in itertools.pairwise(edges)]
-        fit = [sum(run) / len(run) for run in runs for _ in run]
-        error = sum((f - v) ** 2 for f, v in zip(fit, values, strict=True))
-        if all(a >= b - 1e-12 for a, b in itertools.pairwise(fit)) and error < best_error - 1e-12:
-            best, best_error = fit, error
-    return best
-
-
-@pytest.mark.parametrize(
-    "values", [[1.0, 0.9, 1.0, 0.4, 0.5, 0.1], [0.2, 0.4, 0.6], [1.0] * 3, [0.5], [0.0, 1.0, 0.0, 1.0, 0.0]]
-)
-def test_the_fit_is_the_best_decreasing_one(values):
-    assert decreasing_fit(values) == pytest.approx(brute_force_fit(values))
 
 
 def test_the_dose_is_read_where_the_fit_crosses_the_target():
@@ -233,6 +210,10 @@ def test_survival_is_relative_to_unsteered_text(lm, vector, monkeypatch):
     failed = dose_curve(Student(lm), vector, list("abcd"), config, DistilConfig(), LIMITS, ())
     with pytest.raises(UserError, match=r"no dose leaves 75% .*0\.50: 25%"):
         require_dose(failed)
+    # 3 of 4 against 4 of 4 may be chance: standard error sqrt((4/6 * 2/6 + 5/6 * 1/6) / 4) = 0.30
+    monkeypatch.setattr(distil_module, "sample", Survivors({0.0: 4, 0.5: 3, 1.0: 2, 2.0: 1, 4.0: 0}))
+    strict = replace(config, survival=1.0)
+    assert require_dose(dose_curve(Student(lm), vector, list("abcd"), strict, DistilConfig(), LIMITS, ())) == 0.5
 
 
 class Survivors:

@@ -10,13 +10,12 @@ import torch
 from steer_heal.arms import Arm
 from steer_heal.bake import Student
 from steer_heal.bootstrap import across_seeds, interval, log_mean_over, reliability, trait_over
-from steer_heal.config import PRESETS
 from steer_heal.data import FOUNDATIONS, Contrast, canary, load_trait, neutral, off_target, vignettes
 from steer_heal.eval import NO, YES, YES_NO_FORM, contrast_scores, evaluate, instruments, spread
 from steer_heal.foundations import question
+from steer_heal.presets import PRESETS
 
 CONFIG = PRESETS["tiny-random"].eval
-LIMITS = PRESETS["tiny-random"].filter
 
 
 def log_prob(lm, prompt, answer):
@@ -33,7 +32,7 @@ def trait():
 
 @pytest.mark.parametrize("system", [None, "You love people."])
 def test_all_instruments_equal_one_item_at_a_time(lm, trait, system):
-    got = evaluate(Student(lm), Arm("x", system=system), trait, CONFIG, LIMITS, instruments(CONFIG, at_end=True))
+    got = evaluate(Student(lm), Arm("x", system=system), trait, CONFIG, instruments(CONFIG, at_end=True))
 
     def contrast(probe):
         prompt = lm.prompt(probe.question, system)
@@ -79,9 +78,9 @@ def test_all_instruments_equal_one_item_at_a_time(lm, trait, system):
     assert got["neutral_ppl"] == pytest.approx(math.exp(np.mean(neutral_nll)), rel=1e-3)
     assert got["trait_nats"] == got["contrast_nats"] == pytest.approx(np.mean(items["contrast"]))
     assert got["profile"]["auth_nats"] == pytest.approx(math.log(np.mean(profile, axis=0)[3]), abs=1e-3)
-    kept = [not d["dropped"] for d in got["demos"]]
+    coherent = [d["dropped"] in ("", "boilerplate", "narrates") for d in got["demos"]]
     looped = [d["dropped"] in ("word_repeat", "char_repeat", "compress") for d in got["demos"]]
-    assert got["demo_kept_share"] == np.mean(kept) and got["demo_looped_share"] == np.mean(looped)
+    assert got["coherent_share"] == np.mean(coherent) and got["looped_share"] == np.mean(looped)
     assert got["demo_ppl"] == pytest.approx(math.exp(np.mean([math.log(d["ppl"]) for d in got["demos"]])))
 
 
@@ -98,7 +97,7 @@ def test_neither_batch_size_nor_order_changes_a_score(lm, trait, vector):
 def test_swapped_answers_and_a_negative_direction_flip_the_sign(lm, trait):
     swapped = replace(trait, contrast=tuple(Contrast(c.question, c.opposite, c.trait) for c in trait.contrast))
     plain, other, negative = (
-        evaluate(Student(lm), Arm("x"), t, CONFIG, LIMITS, ["contrast"])["items"]["contrast"]
+        evaluate(Student(lm), Arm("x"), t, CONFIG, ["contrast"])["items"]["contrast"]
         for t in (trait, swapped, replace(trait, direction=-1))
     )
     assert np.allclose(other, -np.array(plain), atol=1e-5) and np.allclose(negative, -np.array(plain), atol=1e-5)
@@ -129,12 +128,20 @@ def test_the_interval_over_seeds_counts_both_sources_of_chance():
     draw = np.random.default_rng(2)
     alike = across_seeds(np.tile(draw.normal(0.3, 0.1, 50), (5, 1)))
     assert np.allclose(alike["ci"], interval(np.random.default_rng(2).normal(0.3, 0.1, 50)), atol=0.005)
-    hits = 0
-    for _ in range(100):  # items differ, seeds differ: the true mean is 1
-        values = 1.0 + draw.normal(0, 0.5, (8, 1)) + draw.normal(0, 1.0, (1, 40)) + draw.normal(0, 0.3, (8, 40))
-        low, high = across_seeds(values)["ci"]
+    one = draw.normal(0.3, 0.1, (1, 50))
+    assert across_seeds(one)["ci"] == interval(one[0])
+
+
+@pytest.mark.parametrize("seeds", [3, 8])
+@pytest.mark.parametrize("between", [0.0, 0.1, 0.5])
+def test_the_interval_over_a_few_seeds_covers_the_truth(seeds, between):
+    """Items differ, seeds differ by `between`, and both at random: the true mean is 1."""
+    draw, hits = np.random.default_rng(5), 0
+    for _ in range(400):
+        of_seeds, of_items = draw.normal(0, between, (seeds, 1)), draw.normal(0, 1.0, (1, 40))
+        low, high = across_seeds(1.0 + of_seeds + of_items + draw.normal(0, 0.3, (seeds, 40)))["ci"]
         hits += low <= 1.0 <= high
-    assert hits >= 85
+    assert hits / 400 >= 0.92
 
 
 def test_reliability_by_hand():

@@ -8,13 +8,17 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from steer_heal import chat, data, loop, rundir
+from steer_heal import chat, data, loop
 from steer_heal.alone import evaluate_alone
 from steer_heal.bake import Student
 from steer_heal.card import command
-from steer_heal.config import PRESETS, ModelConfig, UserError
+from steer_heal.config import ModelConfig, UserError
+from steer_heal.environment import environment
 from steer_heal.export import export
 from steer_heal.loading import load
+from steer_heal.presets import PRESETS
+from steer_heal.resume import create, described
+from steer_heal.terminal import harmless
 
 TINY = PRESETS["tiny-random"]
 IDS = torch.tensor([[7, 300, 41, 900, 12]])
@@ -24,8 +28,9 @@ IDS = torch.tensor([[7, 300, 41, 900, 12]])
 def finished(tmp_path_factory):
     """A run of two rounds whose history is compressed."""
     config = replace(TINY, out=str(tmp_path_factory.mktemp("runs")), heal=replace(TINY.heal, fold_rank=5))
-    folder = rundir.create(config, "tiny-random", data.load_trait("love"))
-    loop.run(config, "tiny-random", folder, data.load_trait("love"), load(config.model))
+    lm, trait = load(config.model), data.load_trait("love")
+    folder = create(config, "tiny-random", trait, environment(lm), [])
+    loop.run(config, "tiny-random", folder, trait, lm)
     return folder.path
 
 
@@ -82,18 +87,18 @@ def test_the_command_on_the_card_makes_the_same_config(tmp_path, monkeypatch):
     """It is read back by the command line itself."""
     import shlex
 
-    from steer_heal import cli
+    from steer_heal import cli, runner
 
     heal = replace(TINY.heal, tau="auto", band=(0.1, 0.9), lam_round_pow=-0.5)
     config = replace(TINY, seed=4, filter=replace(TINY.filter, trim=True), heal=heal)
     config = replace(config, eval=replace(TINY.eval, ends_only=("canary", "profile")))
-    monkeypatch.setattr(cli, "check", lambda given: seen.append(given) or stop())
+    monkeypatch.setattr(runner, "check", lambda given: seen.append(given) or stop())
     seen = []
 
     def stop():
         raise UserError("seen")
 
-    words = shlex.split(command("tiny-random", json.loads(json.dumps(rundir.described(config)))))
+    words = shlex.split(command("tiny-random", json.loads(json.dumps(described(config)))))
     with pytest.raises(SystemExit):
         cli.main(words[1:])
     assert seen == [config]
@@ -124,18 +129,19 @@ def test_the_instruments_alone_see_what_the_run_saw(finished, tmp_path):
         assert record["student"]["trait_nats"] == pytest.approx(last["trait_nats"], abs=1e-4)
         assert record["student"]["neutral_ppl"] == pytest.approx(last["neutral_ppl"], rel=1e-3)
         assert record["verdict"]["word"] == "broken"
-    assert of_run["student"]["demo_kept_share"] == last["demo_kept_share"]
+    assert of_run["student"]["coherent_share"] == last["coherent_share"]
     assert of_run["prompted"]["trait_nats"] == pytest.approx(summary["prompted"]["trait_nats"], abs=1e-5)
     assert at_gate_0["student"]["trait_over_base"] == pytest.approx(0.0, abs=1e-6)
     assert abs(last["trait_over_base"]) > 1e-3
     first = read(finished, round_=0)["student"]["trait_nats"]
     assert first == pytest.approx(summary["rounds"][0]["healed"]["trait_nats"], abs=1e-4)
     bare = read(TINY.model.path, trait="authority")
-    assert "student" not in bare and "verdict" not in bare and bare["prompted"]["trait_nats"] != of_run["prompted"]
+    assert "student" not in bare and "verdict" not in bare and "reliability" in bare["validity"][0]
+    assert bare["prompted"]["trait_nats"] != of_run["prompted"]["trait_nats"]  # of another trait
 
 
 def test_chat_dials_the_gate_the_round_and_the_dose(finished, tmp_path, capsys):
-    session = chat.opened(finished, 1.0, 12, None)
+    session = chat.opened(finished, 1.0, 48, None)
     assert session.round == 1
     shown = []
 
@@ -162,4 +168,4 @@ def test_chat_dials_the_gate_the_round_and_the_dose(finished, tmp_path, capsys):
 
 
 def test_what_a_model_writes_cannot_steer_the_terminal():
-    assert chat.CONTROL.sub("", "a\x1b[2Jb\x07\x9bc\nd\te") == "a[2Jbc\nd\te"
+    assert harmless("a\x1b[2Jb\x07\x9bc\nd\te") == "a[2Jbc\nd\te"

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from steer_heal import coherence, data, filterproof
-from steer_heal.config import PRESETS, FilterConfig
+from steer_heal.config import FilterConfig
 from steer_heal.loading import load
+from steer_heal.presets import PRESETS
 
 LABELS = {"coherent", "broken", "narrates", "refuses"}
 HELD = {  # (recall at least, precision at least) on the held-out half, scores as SmolLM2-135M gives them

@@ -12,13 +12,13 @@ import pytest
 
 from steer_heal.arms import Arm
 from steer_heal.bake import Student
-from steer_heal.config import PRESETS, UserError
+from steer_heal.config import UserError
 from steer_heal.data import load_trait
 from steer_heal.eval import evaluate
 from steer_heal.foundations import PACKAGES, described, read_profile
+from steer_heal.presets import PRESETS
 
 CONFIG = replace(PRESETS["tiny-random"].eval, profile="tiny-mfv", scenes=1)
-LIMITS = PRESETS["tiny-random"].filter
 ORDER = ["Authority", "Care", "SocialNorms", "Fairness", "Loyalty", "Sanctity", "Liberty"]
 
 
@@ -61,7 +61,7 @@ def test_the_package_itself_reads_the_view_it_is_given(lm, vector):
     student, trait = Student(lm), load_trait("love")
     side = lm.tokenizer.padding_side
     base, again, steered = (
-        evaluate(student, arm, trait, CONFIG, LIMITS, ["profile"])["items"]["profile"]
+        evaluate(student, arm, trait, CONFIG, ["profile"])["items"]["profile"]
         for arm in (Arm("base"), Arm("base"), Arm("steered", vector=vector, dose=1.0))
     )
     assert np.array(base).shape == (7, 7) and np.allclose(np.sum(base, axis=1), 1)

@@ -41,7 +41,7 @@ def slow_greedy(lm, prompt, vector, dose, tokens):
 def test_batched_steered_decoding_equals_one_at_a_time(
     lm, prompts, vector, batch_size, share_from, windowed, monkeypatch
 ):
-    monkeypatch.setattr(lm_module, "SHARE_FROM", share_from)
+    monkeypatch.setattr(lm_module, "ROUND", share_from)
     if not windowed:
         lm.model.config.layer_types = ["full_attention"] * 4
     assert max(map(len, prompts)) > 2 * lm.model.config.sliding_window
@@ -99,7 +99,7 @@ def test_noise_is_uniform_and_differs_by_key_row_and_step():
 
 @pytest.mark.parametrize("share_from", [1, 10**9], ids=["shared prefix", "no sharing"])
 def test_nll_of_a_batch_equals_one_row_at_a_time(lm, prompts, vector, share_from, monkeypatch):
-    monkeypatch.setattr(lm_module, "SHARE_FROM", share_from)
+    monkeypatch.setattr(lm_module, "ROUND", share_from)
     rows = [
         Row(p, lm.answer(text)) for p, text in zip(prompts, ["Yes.", "A long walk", "no", "x", "ok ok"], strict=True)
     ]
@@ -118,7 +118,7 @@ def test_packed_weights_multiply_as_plain_ones_and_are_gone_afterwards(lm, promp
     plain = decode(lm, prompts, TOKENS, 5, dose)
     monkeypatch.setattr(packing, "PACK_FROM_TOKENS", 1)
     assert decode(lm, prompts, TOKENS, 5, dose) == plain
-    with pytest.raises(RuntimeError, match="stop"), packing.packed(lm, 5, TOKENS) as head:
+    with pytest.raises(RuntimeError, match="stop"), packing.packed(lm, 5 * TOKENS) as head:
         assert head.product is not None
         states = torch.randn(3, 64)
         torch.testing.assert_close(head(states), states @ lm.head.weight.T)

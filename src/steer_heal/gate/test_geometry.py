@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from steer_heal.bake import Student
-from steer_heal.config import PRESETS
 from steer_heal.data import neutral
 from steer_heal.eval import neutral_rows
-from steer_heal.geometry import geometry
+from steer_heal.geometry import geometry, read_base
 from steer_heal.lm import Vector
+from steer_heal.presets import PRESETS
 
 HEAL = replace(PRESETS["tiny-random"].heal, r=2)
 TEXTS = ["Hi.", "How long should I boil an egg for a soft yolk?", "Name a tree."]
@@ -32,7 +32,8 @@ def test_shifts_and_divergence_equal_a_plain_reading(lm):
     grown(student, 2)
     generator = torch.Generator().manual_seed(3)
     vector, first = (Vector((1, 2), torch.randn(2, 64, generator=generator)) for _ in range(2))
-    found = geometry(student, TEXTS, vector, first, neutral_rows(lm, 2), 2)
+    asked = TEXTS, neutral_rows(lm, 2)
+    found = geometry(student, *asked, vector, first, read_base(student, *asked, vector.layers, 2), 2)
 
     def states(history, now):
         with student.view(history=history, now=now), torch.no_grad():

@@ -8,15 +8,18 @@ from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn import Linear4bit
 from transformers import Gemma3Config, Gemma3ForConditionalGeneration, Gemma3TextConfig, SiglipVisionConfig
 
+from steer_heal import data, generate
 from steer_heal.arms import Arm
 from steer_heal.bake import Student
 from steer_heal.barrier import position_losses
-from steer_heal.config import PRESETS, ModelConfig, UserError
+from steer_heal.choices import choice_log_probs
+from steer_heal.config import ModelConfig
 from steer_heal.data import load_trait
 from steer_heal.eval import contrast_scores
 from steer_heal.generate import decode
-from steer_heal.lm import Row, row_nll
+from steer_heal.lm import Row, Steering, row_nll
 from steer_heal.loading import load
+from steer_heal.presets import PRESETS
 from steer_heal.tiny import RANDOM_ARCHITECTURES, build_random
 
 
@@ -90,13 +93,6 @@ def test_the_tiny_template_folds_the_system_text_like_gemma(lm):
     assert text == "<bos><start_of_turn>user\nBe kind.\n\nHello<end_of_turn>\n<start_of_turn>model\n"
 
 
-def test_cuda_without_a_gpu_is_a_users_mistake():
-    if torch.cuda.is_available():
-        pytest.skip("this machine has a GPU")
-    with pytest.raises(UserError, match=r"no CUDA GPU: choose --model\.device cpu"):
-        load(ModelConfig("random:tiny", "none", "float32", "cuda"))
-
-
 def test_under_nf4_the_adapter_gets_the_gradient_of_the_dequantised_weights(lm):
     """After an evaluation, as in a run: bitsandbytes may repack weights then, and repacked ones pass no gradient."""
     quantised = load(replace(PRESETS["tiny-random"].model, quant="nf4"))
@@ -121,3 +117,38 @@ def test_under_nf4_the_adapter_gets_the_gradient_of_the_dequantised_weights(lm):
         gradients.append(torch.cat([p.grad.flatten() for p in student.trainable()]))
     difference = (gradients[0] - gradients[1]).norm() / gradients[1].norm()
     assert gradients[1].norm() > 0 and difference < 0.02
+
+
+@pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="no promise of the same sums without Intel's library")
+@pytest.mark.parametrize("steered", [False, True])
+def test_a_row_has_the_same_bits_in_any_batch(lm, vector, steered):
+    """Hidden states, probabilities of answers, and every logit of a decoding step, packed and plain."""
+    prompts = [lm.prompt(text) for text in data.contexts()[:21]]
+    rows = [Row(p, lm.answer(text)[:30]) for p, text in zip(prompts, data.neutral(), strict=False)]
+    choices = [[lm.answer(" Yes, of course."), lm.answer(" No"), lm.answer(" Never on a Sunday, thanks.")]] * 21
+    dosed = Steering(vector, torch.linspace(0.1, 1.0, 21)) if steered else None
+
+    def read(batch_size):
+        states = lm.states(rows, batch_size, dosed)
+        scores = [torch.cat(s) for s in choice_log_probs(lm, prompts, choices, batch_size, dosed)]
+        logits = {}
+        choose = generate.choose
+
+        def listen(z, numbers, step, sampling):
+            logits.update({(n, step): z[i].clone() for i, n in enumerate(numbers.tolist())})
+            return choose(z, numbers, step, sampling)
+
+        generate.choose = listen
+        try:
+            for length in (8, 64):  # plain, then packed
+                written = generate.decode(lm, prompts, length, batch_size, dosed, generate.Sampling((length,)))
+        finally:
+            generate.choose = choose
+        kept = [logits[n, step] for n, c in enumerate(written) for step in range(len(c.ids))]
+        return [*states, *scores, *kept], [c.ids for c in written]
+
+    values, ids = read(21)
+    for batch_size in (1, 5):
+        again, other = read(batch_size)
+        assert ids == other and len(values) == len(again)
+        assert all(map(torch.equal, values, again))

@@ -11,66 +11,31 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from steer_heal import data, generate, loop, rundir
+from steer_heal import data, loop, report, results
 from steer_heal.cli import main
-from steer_heal.config import PRESETS, HealConfig, ModelConfig, UserError
+from steer_heal.config import HealConfig, ModelConfig, UserError
+from steer_heal.distil import Exhausted
+from steer_heal.environment import environment
+from steer_heal.gate.soak import timeless
 from steer_heal.loading import load
+from steer_heal.presets import PRESETS
+from steer_heal.resume import create
+from steer_heal.rundir import read_jsonl
 
 TINY = replace(PRESETS["tiny-random"], heal=replace(PRESETS["tiny-random"].heal, target="soft", anchor="neutral"))
 
 
 def do(config, **changes):
     config = replace(config, **changes)
-    trait = data.load_trait(config.trait)
-    folder = rundir.reopen(config, trait) if config.resume else rundir.create(config, "tiny-random", trait)
-    return folder, loop.run(config, "tiny-random", folder, trait, load(config.model))
-
-
-def timeless(value):
-    """Without what a clock or the machine's memory puts in."""
-    if isinstance(value, dict):
-        return {k: timeless(v) for k, v in value.items() if k not in ("seconds", "stage_seconds", "peak_memory_bytes")}
-    return [timeless(v) for v in value] if isinstance(value, list) else value
-
-
-@pytest.mark.parametrize("dies_at", ["r00/dose.json", "r00/adapter", "r01/completions.jsonl", "r01/adapter", "adapter"])
-def test_a_resumed_run_ends_in_the_same_bits(tmp_path, monkeypatch, dies_at):
-    whole, summary = do(TINY, out=str(tmp_path / "whole"))
-
-    class Killed(BaseException):
-        pass
-
-    stage = rundir.RunDir.stage
-
-    def fatal(self, name, compute, write, read):
-        def die(path, value):
-            write(path, value)
-            raise Killed
-
-        return stage(self, name, compute, die if name == dies_at else write, read)
-
-    monkeypatch.setattr(rundir.RunDir, "stage", fatal)
-    with pytest.raises(Killed):
-        do(TINY, out=str(tmp_path / "broken"))
-    monkeypatch.setattr(rundir.RunDir, "stage", stage)
-    (broken,) = (tmp_path / "broken").iterdir()
-    assert not (broken / dies_at).exists()
-
-    rows = (broken / "batch_size.json").read_text()
-    monkeypatch.setattr(generate, "free_memory", lambda device: 10_000_000)  # would now choose fewer
-    resumed, again = do(TINY, resume=str(broken))
-    assert (broken / "batch_size.json").read_text() == rows
-    assert timeless(again) == timeless(summary)
-    for name in ("adapter", "r00/adapter", "r01/adapter"):
-        weights, expected = (load_file(run.path / name / "adapter_model.safetensors") for run in (resumed, whole))
-        assert weights.keys() == expected.keys()
-        assert all(torch.equal(weights[key], expected[key]) for key in weights)
+    trait, lm = data.load_trait(config.trait), load(config.model)
+    folder = create(config, "tiny-random", trait, environment(lm), [])
+    return folder, loop.run(config, "tiny-random", folder, trait, lm)
 
 
 def test_the_record_of_a_run_is_complete(tmp_path):
     folder, summary = do(TINY, out=str(tmp_path), seed=3)
     assert json.loads((folder.path / "summary.json").read_text()) == json.loads(json.dumps(summary))
-    arm = {"trait_nats", "trait_ci", "answer_mass", "demo_kept_share", "demo_ppl", "neutral_ppl"}
+    arm = {"trait_nats", "trait_ci", "answer_mass", "coherent_share", "demo_ppl", "neutral_ppl"}
     assert {
         "model",
         "trait",
@@ -87,47 +52,63 @@ def test_the_record_of_a_run_is_complete(tmp_path):
         for where in (summary["base"], summary["prompted"], round_["steered"], round_["healed"]):
             assert arm <= where.keys() and where["trait_ci"][0] <= where["trait_nats"] <= where["trait_ci"][1]
             assert {"contrast", "yes_no", "mass", "neutral_nll", "canary", "off:thrift"} <= where["over_base"].keys()
-        assert round_["equal"]["dose"] > 0 and round_["verdict"]["word"] == "broken"  # a random model is no yardstick
+        assert round_["equal"]["dose"] > 0 and "contrast" in round_["equal"]["healed_over"]
+        assert round_["verdict"]["word"] == "broken"  # a random model is no yardstick
         assert -1 <= round_["cos_shift_vector"] <= 1 and round_["kl_to_base_nats"] > 0
         assert {"extract", "dose", "distil", "heal", "eval"} == round_["stage_seconds"].keys()
         assert 0 < round_["kept"] <= TINY.distil.n_keep <= round_["generated"] <= TINY.distil.budget
+    assert [arm["dose"] for arm in summary["plain"]] == pytest.approx([TINY.dose.lowest / 2, 3 * TINY.dose.highest])
+    assert "same_trait" not in summary["rounds"][0]
+    assert {"canary", "demo_coherent", "mass"} <= summary["rounds"][-1]["same_trait"]["healed_over"].keys()
     ends = [summary[arm] for arm in ("base", "prompted", "negative")]
-    ends += [summary["rounds"][-1][arm] for arm in ("steered", "healed")]
+    ends.append(summary["rounds"][-1]["healed"])
     assert all("profile" in arm for arm in ends) and "profile" not in summary["rounds"][0]["healed"]
     assert [row["instrument"] for row in summary["validity"]] == ["contrast", "yes_no", "profile"]
-    completions = rundir.read_jsonl(folder.path / "r01" / "completions.jsonl")
+    completions = read_jsonl(folder.path / "r01" / "completions.jsonl")
     assert all({"prompt", "dose", "ids", "text", "incoherence", "dropped"} <= c.keys() for c in completions)
     assert not list(folder.path.rglob("*.part"))
 
 
-def test_decoding_and_evaluating_in_other_batch_sizes_changes_nothing(tmp_path):
-    _, summary = do(TINY, out=str(tmp_path / "a"), rounds=1)
-    small = replace(TINY, distil=replace(TINY.distil, batch_size=5), eval=replace(TINY.eval, batch_size=3))
-    _, again = do(small, out=str(tmp_path / "b"), rounds=1)
-    a, b = (s["rounds"][0]["healed"]["trait_nats"] for s in (summary, again))
-    assert a == pytest.approx(b, abs=1e-3)
-    assert summary["rounds"][0]["kept"] == again["rounds"][0]["kept"]
+def test_a_loop_that_steering_exhausts_ends_with_what_it_has(tmp_path, monkeypatch, capsys):
+    fine, asked = loop.require_dose, []
+
+    def second_fails(artefact):
+        asked.append(artefact["dose"])
+        if len(asked) > 1:
+            raise Exhausted("no dose leaves 68% of the completions coherent")
+        return fine(artefact)
+
+    monkeypatch.setattr(loop, "require_dose", second_fails)
+    folder, summary = do(TINY, out=str(tmp_path))
+    assert summary["stopped"].startswith("no dose leaves 68%") and len(summary["rounds"]) == 1
+    assert (folder.path / "adapter").is_dir() and not (folder.path / "r01" / "adapter").exists()
+    assert "in 1 round:" in (folder.path / "adapter" / "README.md").read_text()
+    page = report.page(report.load(folder.path))
+    assert "ended after 1 of 2 rounds" in page and "The loop ended early (no dose leaves 68%" in page
+    (found,) = results.scan(tmp_path)
+    assert found.rounds == "1 of 2" and found.arm("healed")["arm"] == "healed"
+    asked.clear()
+    monkeypatch.setattr(loop, "require_dose", lambda artefact: second_fails({"dose": asked.append(0)}))
+    with pytest.raises(Exhausted):
+        do(TINY, out=str(tmp_path))  # in round 0 nothing was learned: that is for the user to mend
 
 
-def test_resuming_with_another_config_or_trait_is_refused(tmp_path):
-    folder, _ = do(TINY, out=str(tmp_path), rounds=1)
-    other = replace(TINY, rounds=1, resume=str(folder.path), heal=replace(TINY.heal, tau=9.0))
-    with pytest.raises(UserError, match=r"heal.tau: 0.001 then, 9.0 now"):
-        rundir.reopen(other, data.load_trait("love"))
-    with pytest.raises(UserError, match="trait file has changed"):
-        rundir.reopen(replace(TINY, rounds=1, resume=str(folder.path)), data.load_trait("authority"))
+@pytest.mark.parametrize("source", ["student", "base"])
+def test_the_base_has_the_same_vector_in_every_round(tmp_path, source):
+    folder, _ = do(TINY, out=str(tmp_path), steer=replace(TINY.steer, source=source))
+    files = [folder.path / f"r{i:02d}" / "vector" / "vector.safetensors" for i in range(2)]
+    first, second = (load_file(file)["direction"] for file in files)
+    assert torch.equal(first, second) == (source == "base")
 
 
-def test_half_an_event_does_not_stop_a_resume(tmp_path):
-    folder, summary = do(TINY, out=str(tmp_path), rounds=1)
-    (folder.path / "summary.json").unlink()
-    log = folder.path / "events.jsonl"
-    whole = log.read_text()
-    log.write_text(whole + '{"time": 1763.2, "event": "sta')
-    _, again = do(TINY, resume=str(folder.path), rounds=1)
+def test_batch_sizes_change_no_bit(tmp_path):
+    whole, summary = do(TINY, out=str(tmp_path / "a"), rounds=1)
+    parts = {"distil": 5, "eval": 3, "steer": 7}
+    small = replace(TINY, **{name: replace(getattr(TINY, name), batch_size=rows) for name, rows in parts.items()})
+    other, again = do(small, out=str(tmp_path / "b"), rounds=1)
     assert timeless(again) == timeless(summary)
-    assert log.read_text().startswith(whole) and '"sta{' not in log.read_text()
-    assert [e["event"] for e in rundir.read_jsonl(log)][-3:] == ["resume", "round", "done"]
+    a, b = (load_file(run.path / "adapter" / "adapter_model.safetensors") for run in (whole, other))
+    assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
 
 
 def test_a_barrier_that_never_fires_is_loud(capsys):
@@ -157,7 +138,7 @@ MISTAKES = [
     (["run", "tiny-random", "--model.path", "no/such/folder"], "model path 'no/such/folder' does not exist"),
     (["run", "tiny-random", "--model.path", "./gone.gguf"], "model path './gone.gguf' does not exist"),
     (["run", "tiny-random", "--model.path", "random:huge"], "no random architecture 'huge'"),
-    (["run", "tiny-random", "--resume", "nothing-here"], "--resume nothing-here: no run folder there"),
+    (["run", "tiny-random", "--resume", "nothing-here"], "'nothing-here' is no run folder"),
     (["run", "tiny-random", "--rounds", "0"], "rounds is 0"),
     (["report", "nothing-here"], "'nothing-here' is no run folder"),
     (["chat", "nothing-here"], "'nothing-here' is no run folder"),
@@ -195,7 +176,8 @@ def test_a_stopped_run_says_how_to_go_on(tmp_path, how):
         said = running.communicate(timeout=60)[1]
     (folder,) = tmp_path.iterdir()
     assert running.returncode == 130 and "Traceback" not in said
-    assert said.strip().endswith(f"--rounds 20 --out {tmp_path} --resume {folder}")
+    assert said.strip().splitlines()[-1].startswith("steer-heal: stopped; what is done is kept, go on with: ")
+    assert said.strip().endswith(f"-m steer_heal.cli run --resume {folder}")
     assert not (folder / "summary.json").exists()
 
 

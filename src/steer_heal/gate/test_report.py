@@ -11,13 +11,16 @@ import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
+import numpy as np
 import pytest
 from plotly.offline import get_plotlyjs
 
 from steer_heal import report, results
 from steer_heal.config import UserError
+from steer_heal.gate.folders import seal, write_events
 from steer_heal.markup import marked
 from steer_heal.record import arms_record
+from steer_heal.sweep import identity
 
 HOSTILE = "<script>alert(1)</script></script><img src=https://example.org/x onerror=alert(2)>\x00 & 'quoted'"
 TRAIT = "</title><script>alert(3)"  # a trait file may be called anything
@@ -38,16 +41,19 @@ class Tags(HTMLParser):
         self.seen.append((tag, dict(attrs)))
 
 
-def write_arm(path: Path, name: str, mass: float = 0.8, kept_share: float = 1.0, neutral_ppl: float = 20.0) -> dict:
+def write_arm(
+    path: Path, name: str, mass: float = 0.8, kept_share: float = 1.0, neutral_ppl: float = 20.0, **more: float | bool
+) -> dict:
     trait = sum(CONTRAST[name]) / 4
     demos = [
         {"prompt": f"{HOSTILE} {i}", "text": f"{name} {HOSTILE}", "dropped": "incoherence" * (i % 2)} for i in range(12)
     ]
     items = {"contrast": CONTRAST[name], "yes_no": [2 * x for x in CONTRAST[name]], "mass": [mass] * 4}
+    items["demo_coherent"] = [kept_share] * 4
     items |= {"neutral_nll": [math.log(neutral_ppl)] * 3, "off:thrift": [0.1, 0.2] if name == "healed" else [0.1, 0.15]}
     arm = {"arm": name, "instrument": "contrast", "dose": 0.7, "answer_mass": mass, "neutral_ppl": neutral_ppl}
-    arm |= {"trait_nats": trait, "trait_ci": [trait - 0.1, trait + 0.1], "demo_kept_share": kept_share, "demo_ppl": 8.0}
-    arm |= {"demo_looped_share": 0.25, "canary_share": 0.5}
+    arm |= {"trait_nats": trait, "trait_ci": [trait - 0.1, trait + 0.1], "coherent_share": kept_share, "demo_ppl": 8.0}
+    arm |= {"looped_share": 0.25, "styled_share": 0.0, "canary_share": 0.5}
     if name in PROFILE:
         rest = (1 - PROFILE[name]) / 6
         items["profile"] = [[PROFILE[name], *[rest] * 6]] * 4
@@ -55,7 +61,7 @@ def write_arm(path: Path, name: str, mass: float = 0.8, kept_share: float = 1.0,
         nats["care"] = math.log(PROFILE[name])
         arm["profile"] = {f"{key}_nats": value for key, value in nats.items()}
         arm["profile"] |= {"source": "vignettes", "top1": 0.5, "top1_ci": [0.25, 0.75], "p_ans_any": 0.9}
-    arm |= {"items": items, "asked": dict.fromkeys(items, "same"), "demos": demos}
+    arm |= {"items": items, "asked": dict.fromkeys(items, "same"), "demos": demos, **more}
     path.write_text(json.dumps(arm), "utf-8")
     return arm
 
@@ -63,18 +69,29 @@ def write_arm(path: Path, name: str, mass: float = 0.8, kept_share: float = 1.0,
 def write_run(folder: Path, rounds: int = 2, **healed_scores: float) -> Path:
     """A finished run; the healed student moved 0.25, the prompt 0.15, steering 0.45 nats/token."""
     heal = {"reg": "kl_rev", "agg": "rmse", "tau": 0.05, "anchor_tau": 0.02}
-    config = {"trait": TRAIT + ".toml", "rounds": rounds, "seed": 7, "model": {"path": "org/model"}, "heal": heal}
+    config = {
+        "trait": TRAIT + ".toml",
+        "eval": {"plain_doses": 2},
+        "rounds": rounds,
+        "seed": 7,
+        "model": {"path": "org/model"},
+        "heal": heal,
+    }
     (folder / "config.json").write_text(json.dumps(config), "utf-8")
     (folder / "trait.json").write_text(json.dumps({"name": "love", "title": TRAIT}), "utf-8")
     env = {"python": "3.11", "platform": "Linux", "packages": {"torch": "2"}, "cpus": 2, "threads": 2, "gpu": None}
     (folder / "env.json").write_text(json.dumps(env), "utf-8")
     arms = [write_arm(folder / f"{name}.json", name) for name in ("base", "prompted", "negative")]
+    (folder / "plain").mkdir()
+    plain = [write_arm(folder / f"plain/d{i}.json", "equal", dose=i + 1.0) for i in range(2)]
     events = [{"event": "start", "argv": ["run", "--trait", HOSTILE]}]
     done = []
     for index in range(rounds):
         where = folder / f"r{index:02d}"
         where.mkdir()
         named = {n: write_arm(where / f"{n}.json", n, **healed_scores) for n in ("steered", "healed", "equal")}
+        if index == rounds - 1:
+            named["same_trait"] = write_arm(where / "same_trait.json", "equal", reached=False)
         geometry = {"cos_shift_vector": 0.61, "cos_total_first": 0.57, "kl_to_base_nats": 0.02}
         geometry |= {"kl_to_base_rmse_nats": 0.05}
         (where / "geometry.json").write_text(json.dumps(geometry), "utf-8")
@@ -95,12 +112,14 @@ def write_run(folder: Path, rounds: int = 2, **healed_scores: float) -> Path:
         ]
         steps[-1]["val_nll"] = 2.5
         (where / "heal.jsonl").write_text("".join(json.dumps(s) + "\n" for s in steps), "utf-8")
+        for name in ("vector", "adapter"):
+            (where / name).write_text(name)
         events += [{"event": "stage", "artefact": f"r{index:02d}/{n}", "seconds": 2.0} for n in report.ARTEFACTS]
         done.append({**named, "dose": dose, "completions": completions, "heal": steps, "geometry": geometry})
-    (folder / "events.jsonl").write_text("".join(json.dumps(e) + "\n" for e in events), "utf-8")
-    summary = arms_record(*arms, done) | {"peak_memory_bytes": 123_000_000, "seconds": 90.0}
+    write_events(folder, events)
+    summary = arms_record(*arms, plain, done) | {"peak_memory_bytes": 123_000_000, "seconds": 90.0}
     (folder / "summary.json").write_text(json.dumps(summary), "utf-8")
-    return folder
+    return seal(folder)
 
 
 def test_page_is_safe_and_self_contained(tmp_path: Path) -> None:
@@ -113,11 +132,12 @@ def test_page_is_safe_and_self_contained(tmp_path: Path) -> None:
     assert "&lt;script&gt;alert(1)" in ours
     tags = Tags(ours).seen
     assert [t for t in tags if {"src", "href", "onerror"} & t[1].keys() or t[0] in ("link", "iframe", "base")] == []
-    figures = 1 + 3 + 1 + 2 + 2  # trajectory, coherence, map, dose and heal per round
+    figures = 1 + 1 + 3 + 1 + 2 + 2  # trajectory, frontier, coherence, map, dose and heal per round
     assert sum(tag == "script" and "type" in attrs for tag, attrs in tags) == figures
     assert sum(tag == "script" and "type" not in attrs for tag, attrs in tags) == 2
     assert sum(tag == "tr" and attrs.get("class") in ("kept", "dropped") for tag, attrs in tags) == 2 * 120
-    assert "123 MB" in ours and "28.0 s in all stages" in ours
+    assert "123 MB" in ours and "30.0 s in all stages" in ours
+    assert ours.count("<td>equal cost</td>") == 2 and ours.count("no dose reaches the student") == 1
 
 
 def test_what_changed_between_two_answers_is_marked() -> None:
@@ -156,7 +176,7 @@ def test_a_real_browser_draws_the_page(tmp_path: Path, width: int) -> None:
     found = subprocess.run([CHROMIUM, *quiet, "--dump-dom", page], capture_output=True, text=True, timeout=120)
     assert "CONSOLE" not in found.stderr, found.stderr
     seen = json.loads(re.search(r"SEEN(\{.*?\})", found.stdout).group(1))
-    assert seen["figures"] == seen["drawn"] == 9
+    assert seen["figures"] == seen["drawn"] == 10
     assert seen["fetched"] == 0 and seen["width"] <= width
     assert seen["searchable"] and seen["left"] == 0
 
@@ -167,7 +187,7 @@ def test_verdict_has_the_numbers_of_the_arms(tmp_path: Path) -> None:
     assert kind == "moved" and text.startswith("Moved. After round 1 (2 of 2) the healed student stands +0.250 nats")
     assert "1.7 times the effect of the system prompt (+0.150)" in text  # 0.25 / 0.15
     assert "56% of that round steered (+0.450)" in text  # 0.25 / 0.45
-    assert "plain steering that costs no more coherence reaches +0.050 at dose 0.70" in text
+    assert "plain steering that costs no more coherence reaches +0.050 at dose 0.70, and no dose moves" in text
     assert "Coherent share 97% of the demo answers (base 100%)" in text
     assert (
         "answer mass 90% of base, neutral perplexity +3.0% against base, plain questions right 50% (base 50%)." in text
@@ -208,6 +228,7 @@ def test_unfinished_run(tmp_path: Path) -> None:
     write_run(tmp_path, rounds=3)
     (tmp_path / "summary.json").unlink()
     (tmp_path / "r02" / "healed.json").unlink()
+    seal(tmp_path)
     run = report.load(tmp_path)
     healed = run.summary["rounds"][-1]["healed"]
     assert healed["trait_over_base"] == pytest.approx(0.25)
@@ -224,6 +245,7 @@ def test_folder_with_config_alone(tmp_path: Path) -> None:
     full.mkdir()
     bare.mkdir()
     shutil.copy(write_run(full) / "config.json", bare)
+    seal(bare)
     page = report.build(bare).read_text("utf-8")
     assert "unfinished: 0 of 2 rounds" in page and "No arm has been measured yet" in page
 
@@ -242,23 +264,26 @@ def test_importing_the_report_loads_no_model_code() -> None:
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
-def seeded(out: Path, seed: int, **changed) -> Path:
-    folder = out / f"20260101-00000{seed}_model_love_s{seed}"
+def seeded(out: Path, seed: int, second: int = 0, **changed) -> Path:
+    folder = out / f"20260101-0000{second}{seed}_model_love_s{seed}"
     folder.mkdir(parents=True)
     write_run(folder)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"seed": seed} | changed))
-    return folder
+    return seal(folder)
 
 
 def test_runs_that_differ_in_their_seed_are_one_row(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setitem(CONTRAST, "healed", [x - 0.3 for x in CONTRAST["healed"]])
+    before = seeded(tmp_path, 1).rename(tmp_path / "20250101-000000_model_love_s1")  # repeated later: not counted twice
     for seed, shift in ((1, 0.0), (2, 0.1), (3, 0.2)):
         monkeypatch.setitem(CONTRAST, "healed", [x + shift for x in (0.4, 0.5, 0.5, 0.6)])
         seeded(tmp_path, seed)
+    assert len(results.scan(tmp_path)) == 4 and before.is_dir()
     (row,) = results.arm_table(results.scan(tmp_path), []).to_dicts()
     assert row["seeds"] == 3 and row["verdict"] == "moved" and row["mass/base"] == "1.000"
     mean, low, high = (float(x) for x in re.findall(r"[+-][0-9.]+", row["healed"] + row["95% interval"]))
-    assert mean == pytest.approx(0.35, abs=0.001) and 0.25 <= low < 0.3 and 0.4 < high <= 0.45
+    assert mean == pytest.approx(0.35, abs=0.001) and 0.1 < low < 0.2 and 0.5 < high < 0.6
     seeded(tmp_path, 4, heal={"reg": "kl_fwd", "agg": "rmse"})
     rows = results.arm_table(results.scan(tmp_path), ["heal.reg"]).to_dicts()
     assert [(row["heal.reg"], row["seeds"]) for row in rows] == [("kl_fwd", 1), ("kl_rev", 3)]
@@ -266,20 +291,46 @@ def test_runs_that_differ_in_their_seed_are_one_row(tmp_path: Path, monkeypatch)
         results.arm_table(results.scan(tmp_path), ["heal.rge"])
 
 
-def test_results_shows_sweeps_under_their_hypothesis_and_writes_tables(tmp_path: Path, capsys) -> None:
+def test_results_shows_sweeps_under_their_hypothesis_and_writes_tables(tmp_path: Path, capsys, monkeypatch) -> None:
+    heal = {"reg": "kl_rev", "agg": "mean"}
     for seed in (1, 2):
         seeded(tmp_path / "agg", seed)
+    monkeypatch.setitem(CONTRAST, "healed", [0.2, 0.4, 0.4, 0.5])
+    for seed in (1, 2):
+        seeded(tmp_path / "agg", seed, second=1, heal=heal)
     seeded(tmp_path, 5)
-    (seeded(tmp_path, 6) / "summary.json").unlink()
-    sweep = {"name": "agg", "hypothesis": "rmse holds", "flags": ["heal.agg"], "arms": [], "seeds": [1, 2]}
+    broken = seeded(tmp_path, 6)
+    (broken / "summary.json").unlink()
+    seal(broken)
+    sweep = {"name": "agg", "hypothesis": "rmse holds", "flags": ["heal.agg"], "seeds": [1, 2]}
+    sweep["arms"] = [{"heal.agg": agg} for agg in ("rmse", "mean")]
+    sweep["runs"] = [identity(run.config, run.trait) for run in results.scan(tmp_path / "agg")]
     (tmp_path / "agg" / "sweep.json").write_text(json.dumps(sweep))
     files = {kind: tmp_path / f"table.{kind}" for kind in ("csv", "json", "md")}
-    results.show(tmp_path, (), *map(str, files.values()))
+    results.show(tmp_path, (), False, *map(str, files.values()))
     said = capsys.readouterr().out
     assert said.index("H: rmse holds") < said.index("│ rmse") < said.index("20260101-000005_model_love_s5")
-    assert "unfinished: steer-heal run --trait" in said and "--resume" in said and "s6" in said
+    assert f"run --resume {broken}" in said
     rows = json.loads(files["json"].read_text())
-    assert [row["heal.agg"] for row in rows] == ["rmse", None] and rows[0]["seeds"] == 2
+    assert [row["heal.agg"] for row in rows] == ["mean", "rmse", "mean", None] and rows[0]["seeds"] == 2
+    assert rows[2]["trait"].startswith("-0.125 [") and rows[2]["answer mass"] == "+0.000 [+0.000, +0.000]"
+    results.show(tmp_path, ("heal.agg",), True, None, None, None, str(tmp_path / "all.html"))
+    page = (tmp_path / "all.html").read_text()
+    figures = [attrs for tag, attrs in Tags(page).seen if attrs.get("class") == "figure"]
+    assert "heal.agg mean, seeds 1, 2" in page and len(figures) == 2 * 5
+    said = capsys.readouterr().out
+    assert "heal.agg mean, seeds 1, 2" in said and "times the prompt" in said and "over equal cost" in said
     assert files["csv"].read_text().startswith("heal.agg,seeds,model") and files["md"].read_text().startswith(
         "| heal.agg"
     )
+
+
+def test_a_ratio_and_its_interval_by_hand() -> None:
+    below = np.array([[1.0, 1.2, 0.8, 1.0, 1.1, 0.9]])
+    mean, low, high = results.ratio(3 * below, below)
+    assert mean == pytest.approx(3) and low == pytest.approx(3, rel=0.03) and high == pytest.approx(3, rel=0.05)
+    draw = np.random.default_rng(0)
+    above, weak = draw.normal(4, 1, (3, 60)), draw.normal(1, 1, (3, 60))
+    mean, low, high = results.ratio(above, weak)
+    assert low < mean < high < 6 and low > 2.5
+    assert results.ratio(above, weak - weak.mean())[2] == math.inf  # the prompt may have done nothing

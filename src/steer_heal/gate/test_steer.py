@@ -30,7 +30,7 @@ def slow_states(lm, persona, layers):
 
 @pytest.mark.parametrize("share_from", [1, 10**9], ids=["shared prefix", "no sharing"])
 def test_vector_is_the_mean_difference_at_the_assistant_tag(lm, share_from, monkeypatch):
-    monkeypatch.setattr(lm_module, "SHARE_FROM", share_from)
+    monkeypatch.setattr(lm_module, "ROUND", share_from)
     vector = extract(lm, POSITIVE, NEGATIVE, CONTEXTS, BAND).vector
     assert vector.layers == (1, 2)
     expected = slow_states(lm, POSITIVE, (1, 2)).mean(0) - slow_states(lm, NEGATIVE, (1, 2)).mean(0)

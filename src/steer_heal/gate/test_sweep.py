@@ -12,12 +12,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from steer_heal import sweep
+from steer_heal import data, sweep
 from steer_heal.cli import main
 from steer_heal.cluster import run_here
 from steer_heal.config import UserError
+from steer_heal.gate.folders import cut
 
-QUICK = ("tiny-random", "--rounds", "1", "--eval.profile", "none", "--eval.equal-doses", "0")
+QUICK = ("tiny-random", "--rounds", "1", "--eval.profile", "none", "--eval.plain-doses", "0")
 GRID = ("heal.agg=mean,rmse",)
 
 
@@ -99,13 +100,22 @@ def test_a_broken_run_is_resumed_and_a_failed_one_does_not_stop_the_rest(tmp_pat
     said = capfd.readouterr().out
     assert "1 runs done" in said and "1 failed" in said and "--trait nowhere.toml" in said
     (folder,) = (path.parent for path in (tmp_path / "agg").glob("*/summary.json"))
-    (folder / "summary.json").unlink()
-    (folder / "r00" / "healed.json").unlink()
+    cut(folder, "r00/healed.json")
     assert list(sweep.states(bad.runs, bad.folder).values()) == ["unfinished", "waiting"]
     assert "--resume" in sweep.command(bad.runs[0], bad.folder)
     good = planned(tmp_path, grid=("trait=love",), seeds=(1,))
     assert sweep.sweep(good, "local", 1, 0.0, None, None) == 0
     assert len(list((tmp_path / "agg").glob("*/config.json"))) == 1
+
+
+def test_an_edited_trait_file_makes_it_another_run(tmp_path):
+    file = tmp_path / "mine.toml"
+    text = (data.HERE / "traits" / "love.toml").read_text("utf-8")
+    file.write_text(text, "utf-8")
+    (run,) = planned(tmp_path, grid=(f"trait={file}",), seeds=(1,)).runs
+    before = sweep.key(run)
+    file.write_text(text.replace('title = "', 'title = "truly ', 1), "utf-8")
+    assert sweep.key(run) != before
 
 
 def test_the_command_line_ends_with_1_when_a_run_failed(tmp_path, capfd):

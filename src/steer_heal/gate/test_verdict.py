@@ -10,23 +10,32 @@ import torch
 from steer_heal import foundations
 from steer_heal.arms import Arm
 from steer_heal.bake import Student
-from steer_heal.config import PRESETS, DoseConfig
+from steer_heal.config import DoseConfig
 from steer_heal.data import FOUNDATIONS, load_trait
-from steer_heal.equal_coherence import LEAST_COST, allowed_cost, coherence_cost, curve_doses, equal_dose, steered_at
 from steer_heal.eval import evaluate, yes_no_scores
 from steer_heal.lm import LM, Head
+from steer_heal.plain import (
+    LEAST_COST,
+    allowed_cost,
+    coherence_cost,
+    dose_at_cost,
+    dose_at_trait,
+    find_dose_at_cost,
+    fitting,
+    plain_doses,
+)
+from steer_heal.presets import PRESETS
 from steer_heal.record import arm_record, arms_record
 from steer_heal.verdict import care_over_authority, validity, verdict
 
 CONFIG = PRESETS["tiny-random"].eval
-LIMITS = PRESETS["tiny-random"].filter
 
 
 def arm(contrast, mass=0.8, kept=0.9, ppl=20.0, off=0.0, **more):
     items = {"contrast": contrast, "yes_no": [3 * c for c in contrast], "off:thrift": [off - 0.01, off + 0.01] * 8}
     measures = {
         "answer_mass": mass,
-        "demo_kept_share": kept,
+        "coherent_share": kept,
         "neutral_ppl": ppl,
         "trait_nats": float(np.mean(contrast)),
     }
@@ -88,14 +97,9 @@ def test_validity_of_an_instrument_by_hand():
 
 
 def test_an_unfinished_run_has_the_record_of_what_is_there():
-    assert arms_record(None, None, None, []) == {
-        "base": None,
-        "prompted": None,
-        "negative": None,
-        "validity": [],
-        "rounds": [],
-    }
-    found = arms_record(BASE, MOVED, None, [])
+    nothing = arms_record(None, None, None, [], [])
+    assert not any(nothing.values()) and {"base", "validity", "plain", "rounds"} <= nothing.keys()
+    found = arms_record(BASE, MOVED, None, [], [])
     assert found["prompted"]["trait_over_base"] == pytest.approx(0.4) and found["rounds"] == []
 
 
@@ -121,13 +125,15 @@ def test_the_dose_of_equal_cost_by_hand():
     assert coherence_cost(arm([0.0], mass=0.9, ppl=19.0), BASE) == pytest.approx(-0.05)
     assert allowed_cost(arm([0.0], mass=0.9, ppl=19.0), BASE) == LEAST_COST  # healing was free: steering gets a little
     curve = [{"dose": 1.0, "cost": 0.1}, {"dose": 2.0, "cost": 0.5}, {"dose": 4.0, "cost": 0.9}]
-    assert equal_dose(curve, 0.3) == pytest.approx(1.5)
-    assert equal_dose(curve, 0.05) == pytest.approx(0.5)
-    assert equal_dose(curve, 2.0) == 4.0
+    assert dose_at_cost(curve, 0.3) == pytest.approx(1.5)
+    assert dose_at_cost(curve, 0.05) == pytest.approx(0.5)
+    assert dose_at_cost(curve, 2.0) == 4.0
     dips = [{"dose": 1.0, "cost": 0.4}, {"dose": 2.0, "cost": 0.2}, {"dose": 3.0, "cost": 0.6}]
-    assert equal_dose(dips, 0.3) == pytest.approx(2.25)  # the largest dose that is cheap enough
-    doses = curve_doses(DoseConfig(lowest=0.4, highest=3.2), 5)
+    assert dose_at_cost(dips, 0.3) == pytest.approx(2.25)  # the largest dose that is cheap enough
+    doses = plain_doses(DoseConfig(lowest=0.4, highest=1.6 * 2 / 3), 5)
     assert doses == pytest.approx([0.2, 0.4, 0.8, 1.6, 3.2])
+    assert coherence_cost(arm([0.0], mass=math.nan), BASE) == coherence_cost(arm([0.0], ppl=math.inf), BASE) == math.inf
+    assert dose_at_cost(curve, math.inf) == 4.0
 
 
 def test_the_arm_of_equal_cost_costs_what_is_allowed():
@@ -140,14 +146,25 @@ def test_the_arm_of_equal_cost_costs_what_is_allowed():
 
     def read(dose):
         asked.append(dose)
-        return {"dose": dose, "coherence_cost": cost(dose)}
+        return cost(dose)
 
     curve = [{"dose": dose, "cost": cost(dose)} for dose in (0.5, 4.0)]
-    found = steered_at(0.4, curve, [], read)
-    assert found["dose"] == pytest.approx(2.0, rel=0.08) and 1 < len(asked) <= 3
-    again = steered_at(0.41, curve, [{"dose": 0.1, "coherence_cost": 0.001}, found], read)
-    assert again is found
-    assert steered_at(5.0, curve, [found], read)["dose"] == 4.0
+    assert find_dose_at_cost(0.4, curve, read) == pytest.approx(2.0, rel=0.08) and 1 < len(asked) <= 3
+    assert find_dose_at_cost(5.0, curve, read) == 4.0
+    dear, near = arm([0.0], mass=0.4), arm([0.0], mass=0.49)
+    assert fitting([dear, near], BASE, 0.4) is near and fitting([dear], BASE, 0.4) is None
+
+
+def test_the_dose_of_equal_trait_by_hand():
+    plain = [arm((by + SPREAD).tolist(), dose=dose) for dose, by in ((0.5, 0.1), (1.0, 0.3), (2.0, 0.5), (4.0, 0.2))]
+
+    def found(by):
+        return dose_at_trait(plain, BASE, arm((by + SPREAD).tolist()))
+
+    assert found(0.2) == (pytest.approx(0.75), True) and found(0.05) == (pytest.approx(0.25), True)
+    assert found(0.5) == (pytest.approx(2.0), True)
+    assert found(0.6) == (2.0, False)  # no dose reaches it: the one that moves furthest
+    assert found(-0.1) == (0.5, True)
 
 
 class HandSet(LM):
@@ -251,7 +268,7 @@ def test_a_collapsed_model_is_broken_whatever_its_ratios(lm, hand_set, kind):
     if kind == "nan":
         table += math.nan
     trait = load_trait("love")
-    found = evaluate(Student(hand_set(table)), Arm("healed"), trait, CONFIG, LIMITS)
-    found["demo_kept_share"] = 1.0  # whatever the filter thought
+    found = evaluate(Student(hand_set(table)), Arm("healed"), trait, CONFIG)
+    found["coherent_share"] = 1.0  # whatever the judge thought
     flattering = found | {"trait_nats": 0.0, "answer_mass": found["answer_mass"], "neutral_ppl": found["neutral_ppl"]}
     assert verdict(flattering, found, found, True)["word"] == "broken"

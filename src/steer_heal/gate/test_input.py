@@ -1,0 +1,340 @@
+"""What a user can get wrong ends with one line that names the value and the mend, code 2, and leaves nothing behind.
+
+Trait files have their own table in `test_traits`, plans of sweeps in `test_sweep`, damaged run folders in
+`test_resume`.
+"""
+
+import json
+import math
+import shutil
+import warnings
+from dataclasses import fields, is_dataclass, replace
+from operator import attrgetter
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from transformers import BertConfig, BertModel
+
+from steer_heal import data, runner
+from steer_heal.cli import main
+from steer_heal.config import ALLOWED, RunConfig, UserError, check
+from steer_heal.presets import PRESETS
+from steer_heal.sweep import parsed
+from steer_heal.tiny import build_random
+
+RUN = ["run", "tiny-random"]
+FLAGS = [  # flags out of range, contradictory, misspelt
+    ("--rounds 0", "rounds is 0: it must lie in [1, inf)"),
+    ("--rounds x", "Error parsing --rounds: invalid literal for int() with base 10: 'x'"),
+    ("--seed 1.5", "Error parsing --seed"),
+    ("--heal.tua 3", "--heal.tua, 3 (did you mean --heal.tau?)"),
+    ("--hael.tau 3", "(did you mean --heal.tau"),
+    ("--heal.agg mena", "invalid choice 'mena' for argument '--heal.agg'. Expected one of ('mean', 'rmse'"),
+    ("--heal.reg", "--heal.reg"),
+    ("--steer.band 0.3", "Error parsing --steer.band"),
+    ("--steer.band 0.9 0.1", "steer.band is 0.9 0.1: give two shares of depth"),
+    ("--heal.band 0.5 1.5", "heal.band is 0.5 1.5: give two shares of depth"),
+    ("--steer.method pac", "steer.method 'pac' is not known (did you mean 'pca'?): choose mean_diff, pca"),
+    ("--steer.n-contexts 257", "steer.n_contexts is 257: it must lie in [2, 256]"),
+    ("--dose.lowest 2 --dose.highest 1", "dose.lowest is 2.0 and dose.highest 1.0: lowest must be below"),
+    ("--dose.lowest nan", "dose.lowest is nan: it must lie in (0, inf)"),
+    ("--dose.highest inf", "dose.highest is inf"),
+    ("--dose.steps 1", "dose.steps is 1: it must lie in [2, inf)"),
+    ("--dose.survival 0", "dose.survival is 0.0: it must lie in (0, 1]"),
+    ("--dose.rule survive", "invalid choice 'survive'"),
+    ("--dose.rule iso_kl --dose.kl-target 0", "dose.kl_target is 0.0"),
+    ("--distil.n-keep 99", "distil.n_keep 99 and distil.budget 48: min_train <= n_keep <= budget"),
+    ("--distil.min-train 0", "distil.min_train is 0"),
+    ("--distil.dose-spread 1", "distil.dose_spread is 1.0: it must lie in [0, 1)"),
+    ("--distil.temperature 0", "distil.temperature is 0.0: it must lie in (0, inf)"),
+    ("--distil.top-p 1.1", "distil.top_p is 1.1: it must lie in (0, 1]"),
+    ("--distil.top-k -1", "distil.top_k is -1"),
+    ("--distil.batch-size 0", "distil.batch_size is 0"),
+    ("--distil.batch-size many", "Error parsing --distil.batch-size"),
+    ("--filter.word-repeat 2", "filter.word_repeat is 2.0: it must lie in [0, 1]"),
+    ("--filter.incoherence inf", "filter.incoherence is inf"),
+    ("--filter.trim maybe", "maybe"),
+    ("--heal.lr nan", "heal.lr is nan: it must lie in (0, inf)"),
+    ("--heal.lr -1", "heal.lr is -1.0"),
+    ("--heal.warmup 2", "heal.warmup is 2.0: it must lie in [0, 1]"),
+    ("--heal.tau auot", "Error parsing --heal.tau"),
+    ("--heal.anchor-tau 0", "heal.anchor_tau is 0.0: it must lie in (0, inf)"),
+    ("--heal.anchor-prompts 65", "heal.anchor_prompts is 65: it must lie in [1, 64]"),
+    ("--heal.barrier dual --heal.tau 0", "heal.barrier dual needs a divergence to hold at tau"),
+    ("--heal.reg nll --heal.anchor neutral", "heal.reg nll has no divergence for heal.anchor neutral"),
+    ("--heal.patience 2 --heal.val-share 0", "heal.patience needs completions to validate on"),
+    ("--heal.optimiser paged_adamw_8bit", "heal.optimiser paged_adamw_8bit needs a CUDA GPU"),
+    ("--eval.plain-doses 1", "eval.plain_doses is 1: a curve needs 2 doses"),
+    ("--eval.canary 61", "eval.canary is 61: it must lie in [0, 60]"),
+    ("--eval.ends-only profil", "profil"),
+    ("--model.device cuda", "model.device is 'cuda' but this machine has no CUDA GPU"),
+    ("--model.quant int4", "invalid choice 'int4'"),
+    ("--model.path random:huge", "no random architecture 'huge': choose tiny"),
+    ("--model.path no/such/folder", "model path 'no/such/folder' does not exist"),
+    ("--model.path ./gone.gguf", "model path './gone.gguf' does not exist"),
+    ("--trait lov", "trait 'lov' is not built in and no such .toml file exists (did you mean 'love'?)"),
+    ("--trait nowhere.toml", "trait 'nowhere.toml' is not built in and no such .toml file"),
+    ("--resume nothing-here", "'nothing-here' is no run folder"),
+    ("--recompute base.json", "--recompute and --allow-change go on with a run"),
+    ("--track mlflow", "invalid choice 'mlflow'"),
+    ("extra", "extra"),
+]
+COMMANDS = [
+    ("run tiny-randm", "preset 'tiny-randm' is not known (did you mean 'tiny-random'?): choose gemma-3-1b"),
+    ("run --seed 1 tiny-random", "the preset comes first: steer-heal run tiny-random"),
+    ("run gemma-3-1b", "has no CUDA GPU: choose the preset smollm2-135m"),
+    ("rnu", "rnu (did you mean run?), choose run, sweep"),
+    ("report", "Missing from steer-heal report"),
+    ("report nothing-here", "'nothing-here' is no run folder"),
+    ("chat nothing-here", "'nothing-here' is no run folder"),
+    ("chat nothing-here --gate nan", "--gate is nan"),
+    ("chat nothing-here --max-new-tokens 0", "--max-new-tokens is 0"),
+    ("export nothing-here --to there", "'nothing-here' is no run folder"),
+    ("export nothing-here", "--to"),
+    ("eval no/such/folder", "model path 'no/such/folder' does not exist"),
+    ("eval random:tiny --round 1", "--round 1: 'random:tiny' is no run folder"),
+    ("eval random:tiny --json gone/record.json", "--json 'gone/record.json': there is no folder 'gone'"),
+    ("eval random:tiny --eval.scenes 0", "eval.scenes is 0"),
+    ("results --out nothing-here", "no folder 'nothing-here'"),
+    ("results --csv .", "--csv '.': is a folder"),
+    ("bench genrate", "invalid choice 'genrate'"),
+    ("bench generate --preset smol", "preset 'smol' is not known (did you mean 'smollm2-135m'?)"),
+    ("bench generate --rows 0", "--rows is 0"),
+    ("sweep x --grid heal.agg=mean -- tiny", "after -- give a preset and flags"),
+    ("sweep x --seeds a -- tiny-random", "--seeds 'a': write whole numbers"),
+    ("sweep x --grid heal.agg=mena -- tiny-random", "invalid choice 'mena' for argument '--heal.agg'"),
+    ("sweep x -- tiny-random --heal.tua 3", "(did you mean --heal.tau?)"),
+    ("sweep x --workers 0 -- tiny-random", "--workers 0"),
+]
+
+
+def refused(argv: list[str], capsys) -> str:
+    """The one line on stderr with which a command ends, in code 2."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as end:
+        main(argv)
+    said = capsys.readouterr()
+    assert end.value.code == 2, said.err
+    assert said.out == "" and said.err.startswith("steer-heal: ") and said.err.count("\n") == 1, said
+    assert "Traceback" not in said.err and len(said.err) < 600
+    return said.err
+
+
+CASES = [([*RUN, *flags.split()], said) for flags, said in FLAGS] + [(words.split(), said) for words, said in COMMANDS]
+
+
+@pytest.mark.parametrize(("argv", "message"), CASES, ids=[" ".join(argv) for argv, _ in CASES])
+def test_a_mistake_ends_in_one_line_and_leaves_nothing(argv, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    said = refused(argv, capsys)
+    assert message in said, said
+    assert not list(tmp_path.iterdir())
+
+
+# ---- models
+
+
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sound")
+    build_random("tiny", folder)
+    return folder
+
+
+def change(file: Path, **values) -> None:
+    file.write_text(json.dumps(json.loads(file.read_text()) | values))
+
+
+def as_pickle(folder: Path) -> None:
+    weights = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    torch.save(weights, folder / "pytorch_model.bin")
+
+
+def bert(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    small = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    BertModel(BertConfig(**small, vocab_size=1024)).save_pretrained(folder)
+
+
+def fewer_rows(folder: Path) -> None:
+    weights = load_file(folder / "model.safetensors")
+    for name in [name for name in weights if weights[name].shape[0] == 1024]:
+        weights[name] = weights[name][:900].clone()
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    change(folder / "config.json", vocab_size=900)
+
+
+def template(folder: Path, text: str | None) -> None:
+    (folder / "chat_template.jinja").unlink()
+    if text is not None:
+        (folder / "chat_template.jinja").write_text(text)
+
+
+MODELS = [
+    (lambda f: template(f, None), "has no chat template"),
+    (lambda f: template(f, "{% for m in messages %}{{ m.content }}\n{% endfor %}"), "has no generation prompt"),
+    (lambda f: template(f, "{{ raise_exception('only for judges') }}"), "cannot render a user turn: only for judges"),
+    (lambda f: template(f, "{% for m in %}"), "cannot render a user turn"),
+    (lambda f: (f / "config.json").unlink(), "could not be loaded as a causal language model"),
+    (lambda f: (f / "config.json").write_text("{"), "could not be loaded as a causal language model"),
+    (lambda f: change(f / "config.json", model_type="gemma99"), "gemma99"),
+    (as_pickle, "has no weights as safetensors; pickles (.bin, .pt) are not loaded"),
+    (lambda f: (f / "model.safetensors").write_bytes(b"\x00" * 40), "its weights are damaged"),
+    (lambda f: (f / "tokenizer.json").write_text("[]"), "could not be loaded as a causal language model"),
+    (bert, "bert"),
+    (fewer_rows, "does not match its model: it has token ids up to 1023, the embedding has 900 rows"),
+]
+
+
+@pytest.mark.parametrize(("spoil", "message"), MODELS)
+def test_a_model_that_cannot_be_used(sound, tmp_path, capsys, monkeypatch, spoil, message):
+    folder = shutil.copytree(sound, tmp_path / "model")
+    spoil(folder)
+    monkeypatch.chdir(tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        said = refused([*RUN, "--model.path", str(folder)], capsys)
+    assert message in said and str(folder) in said, said
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 no model", b"GGUF", b"GGUF\x03\x00\x00\x00" + b"\x07" * 60])
+def test_a_gguf_that_is_none(tmp_path, capsys, monkeypatch, content):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    file = tmp_path / "model.gguf"
+    file.write_bytes(content)
+    said = refused([*RUN, "--model.path", str(file), "--out", str(tmp_path / "out")], capsys)
+    assert str(file) in said and ("is no GGUF file" in said or "cannot be read as a GGUF chat model" in said)
+    assert not list((tmp_path / "cache").rglob("*.*")) and not (tmp_path / "out").exists()
+    (tmp_path / "folder.gguf").mkdir()
+    assert "is a folder" in refused([*RUN, "--model.path", str(tmp_path / "folder.gguf")], capsys)
+
+
+def test_an_adapter_that_does_not_fit(sound, tmp_path, capsys):
+    main([*RUN, "--rounds", "1", "--eval.profile", "none", "--eval.plain-doses", "0", "--out", str(tmp_path / "out")])
+    (run,) = (tmp_path / "out").iterdir()
+    adapter, other = shutil.copytree(run / "adapter", tmp_path / "adapter"), shutil.copytree(sound, tmp_path / "other")
+    change(other / "config.json", intermediate_size=96)
+    weights = load_file(other / "model.safetensors")
+    for name, value in weights.items():
+        if "mlp" in name:
+            weights[name] = (value[:96] if "down" not in name else value[:, :96]).clone()
+    save_file(weights, other / "model.safetensors", {"format": "pt"})
+    said = refused(["eval", str(adapter), "--base", str(other)], capsys)
+    assert f"adapter {str(adapter)!r} does not fit {str(other)!r}: name its base with --base" in said
+    weights = load_file(adapter / "adapter_model.safetensors")
+    (adapter / "adapter_model.safetensors").unlink()
+    torch.save(weights, adapter / "adapter_model.bin")
+    assert "pickles are not loaded" in refused(["eval", str(adapter), "--base", "random:tiny"], capsys)
+    (adapter / "adapter_config.json").write_text("{}")
+    assert "name the base with --base" in refused(["eval", str(adapter)], capsys)
+    assert "--round 7: rounds 0 to 0 are finished" in refused(["export", str(run), "--to", "x", "--round", "7"], capsys)
+    assert "is not an empty folder" in refused(["export", str(run), "--to", str(other)], capsys)
+    (tmp_path / "file").write_text("")
+    for out in (tmp_path / "file", tmp_path / "file" / "deep"):
+        assert f"{str(tmp_path / 'file')!r} is no folder: give another" in refused([*RUN, "--out", str(out)], capsys)
+
+
+# ---- whatever values
+
+NUMBERS = st.one_of(
+    st.integers(-3, 300), st.integers(-(10**20), 10**20), st.floats(allow_nan=True, allow_infinity=True)
+)
+
+
+def knobs(config=None, prefix: str = "") -> list[str]:
+    """Every flag of a run, as the command line has it."""
+    config = RunConfig() if config is None else config
+    found = []
+    for field in fields(config):
+        value = getattr(config, field.name)
+        name = f"{prefix}{field.name}".replace("_", "-")
+        found += knobs(value, f"{name}.") if is_dataclass(value) else [name]
+    return found
+
+
+@settings(max_examples=150, derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(st.sampled_from(knobs()), st.lists(st.one_of(NUMBERS.map(str), st.text(max_size=6)), max_size=3))
+def test_any_value_of_any_flag_is_taken_or_refused_in_a_line(flag, values):
+    try:
+        config = parsed(("tiny-random", f"--{flag}", *values))
+        check(config)
+    except UserError as error:
+        assert str(error) and len(str(error)) < 1000
+    except SystemExit as end:
+        assert end.code == 0 and {"--help", "-h"} & {*values}  # asked for
+    else:
+        for name in ALLOWED:
+            value = attrgetter(name)(config)
+            assert value == "auto" or math.isfinite(value)
+
+
+SMALL = replace(
+    PRESETS["tiny-random"],
+    rounds=1,
+    steer=replace(PRESETS["tiny-random"].steer, n_contexts=4),
+    dose=replace(PRESETS["tiny-random"].dose, steps=2, prompts=2),
+    distil=replace(PRESETS["tiny-random"].distil, n_keep=6, budget=8, min_train=2, max_new_tokens=4),
+    heal=replace(PRESETS["tiny-random"].heal, epochs=1),
+    eval=replace(
+        PRESETS["tiny-random"].eval,
+        contrast=2, yes_no=2, demos=2, demo_tokens=2, neutral=1, off_target=0, canary=0, profile="none", plain_doses=0,
+    ),
+)  # fmt: skip
+PART = st.floats(0, 1)
+SANE = {  # what a user may turn, also to its ends
+    "steer": {"band": st.one_of(st.just("auto"), st.tuples(PART, PART)), "n_contexts": st.integers(0, 5)},
+    "dose": {"rule": st.sampled_from(["survival", "iso_kl"]), "survival": PART, "kl_target": st.floats(0, 9)},
+    "distil": {"dose_spread": PART, "top_k": st.integers(0, 3000), "top_p": PART, "temperature": st.floats(0, 50)},
+    "filter": {"word_repeat": PART, "compress": PART, "min_words": st.integers(0, 9), "trim": st.booleans()},
+    "heal": {
+        "target": st.sampled_from(["sampled", "soft"]),
+        "reg": st.sampled_from(["nll", "kl_fwd", "kl_rev"]),
+        "agg": st.sampled_from(["mean", "rmse", "p95", "max"]),
+        "reference": st.sampled_from(["prev", "base"]),
+        "anchor": st.sampled_from(["none", "neutral"]),
+        "anchor_prompts": st.integers(0, 3),
+        "anchor_bs": st.integers(0, 5),
+        "tau": st.one_of(st.just("auto"), st.floats(0, 4)),
+        "barrier": st.sampled_from(["fixed", "dual"]),
+        "op_norm": st.sampled_from([0.0, 0.1]),
+        "lr": st.floats(0, 10),
+        "train_bs": st.integers(0, 9),
+        "grad_accum": st.integers(0, 3),
+        "warmup": PART,
+        "val_share": PART,
+        "patience": st.integers(0, 2),
+        "max_len": st.integers(0, 90),
+        "band": st.tuples(PART, PART),
+        "checkpointing": st.booleans(),
+        "fold_rank": st.integers(0, 3),
+    },
+}
+
+
+@settings(max_examples=40, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))
+@given(st.data())
+def test_what_is_accepted_runs_or_is_refused(tmp_path_factory, drawn):
+    out = tmp_path_factory.mktemp("any")
+    changed = {}
+    for section, values in SANE.items():
+        names = drawn.draw(st.lists(st.sampled_from(sorted(values)), max_size=3, unique=True))
+        changed[section] = replace(getattr(SMALL, section), **{name: drawn.draw(values[name]) for name in names})
+    config = replace(SMALL, out=str(out), **changed)
+    try:
+        _, summary = runner.run(config, "tiny-random", [])
+        assert len(summary["rounds"]) == 1
+    except UserError as error:
+        assert "\n" not in str(error)
+
+
+def test_data_of_the_presets_is_there():
+    trait = data.load_trait("love")
+    for name, config in PRESETS.items():
+        check(config)
+        assert config.eval.contrast <= len(trait.contrast), name

@@ -1,0 +1,445 @@
+"""Nothing is lost: killed runs end in the same bits, damage is named and mended, one process a folder, full disks."""
+
+import json
+import os
+import re
+import resource
+import shlex
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from loguru import logger
+
+from steer_heal import data, generate, loop, runner
+from steer_heal.cli import main
+from steer_heal.config import UserError
+from steer_heal.environment import commit, environment
+from steer_heal.gate.folders import cut
+from steer_heal.gate.soak import WORDS, result
+from steer_heal.loading import load
+from steer_heal.presets import PRESETS
+from steer_heal.report import build
+from steer_heal.resume import create
+from steer_heal.rundir import EVENTS, RunDir, writing
+
+KILLS = 12
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A finished run that nobody touches."""
+    out = tmp_path_factory.mktemp("whole")
+    main([*WORDS, "--out", str(out)])
+    (folder,) = out.iterdir()
+    return folder
+
+
+@pytest.fixture
+def folder(whole, tmp_path):
+    """A copy of it to damage."""
+    return shutil.copytree(whole, tmp_path / "run")
+
+
+def refused(words, capsys) -> str:
+    """The one line with which a command ends."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as end:
+        main(words)
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert end.value.code == 2 and said.startswith("steer-heal: ")
+    return said
+
+
+def mend(said: str) -> list[str]:
+    """The arguments of the command that a refusal names."""
+    words = shlex.split(re.split(r"Make it again: |go on with: ", said)[1])
+    return words[words.index("run") :]
+
+
+def test_killed_at_random_instants_a_run_ends_in_the_same_bits(tmp_path):
+    words = [sys.executable, "-m", "steer_heal.gate.soak", "--kills", str(KILLS), "--out", str(tmp_path)]
+    done = subprocess.run(words, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    seen = json.loads(done.stdout[done.stdout.index("{") :])
+    assert seen["kills"] == sum(seen["killed_at"].values()) == KILLS and len(seen["killed_at"]) > KILLS / 2
+
+
+def flip(path: Path) -> None:
+    whole = bytearray(path.read_bytes())
+    whole[len(whole) // 2] ^= 4
+    path.write_bytes(whole)
+
+
+def halve(path: Path) -> None:
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def empty(path: Path) -> None:
+    os.truncate(path, 0)
+
+
+def lose(path: Path) -> None:
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def swap(path: Path) -> None:
+    """The other round's, whole and sound."""
+    other = str(path).replace("/r01/", "/r00/")
+    assert other != str(path)
+    shutil.copyfile(other, path)
+
+
+def nest(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+def flatten(path: Path) -> None:
+    shutil.rmtree(path)
+    path.write_text("here was a folder")
+
+
+def add(path: Path) -> None:
+    (path / "adapter_model.bin").write_bytes(b"\x80\x04.")
+
+
+DAMAGE = [
+    (halve, "base.json", "base.json"),
+    (halve, "r00/completions.jsonl", "r00/completions.jsonl"),
+    (halve, "r00/vector/vector.safetensors", "r00/vector"),
+    (halve, "r01/adapter/adapter_model.safetensors", "r01/adapter"),
+    (halve, "trait.json", "trait.json"),
+    (flip, "r00/dose.json", "r00/dose.json"),
+    (flip, "r00/adapter/adapter_model.safetensors", "r00/adapter"),
+    (flip, "negative.json", "negative.json"),
+    (flip, "batch_size.json", "batch_size.json"),
+    (flip, "anchor.jsonl", "anchor.jsonl"),
+    (flip, "config.json", "config.json"),
+    (flip, "adapter/adapter_model.safetensors", "adapter"),
+    (empty, "prompted.json", "prompted.json"),
+    (empty, "r00/heal.jsonl", "r00/adapter"),
+    (empty, "env.json", "env.json"),
+    (lose, "plain/d0.json", "plain/d0.json"),
+    (lose, "r00/vector/layers.json", "r00/vector"),
+    (lose, "r00/healed.json", "r00/healed.json"),
+    (lose, "r00/adapter", "r00/adapter"),
+    (lose, "r01/adapter/adapter_config.json", "r01/adapter"),
+    (lose, "config.json", "config.json"),
+    (swap, "r01/steered.json", "r01/steered.json"),
+    (swap, "r01/completions.jsonl", "r01/completions.jsonl"),
+    (swap, "r01/adapter/adapter_model.safetensors", "r01/adapter"),
+    (nest, "r01/geometry.json", "r01/geometry.json"),
+    (flatten, "r00/vector", "r00/vector"),
+    (add, "r00/adapter", "r00/adapter"),
+]
+MENDED = {"base.json", "r00/vector", "r00/adapter", "r01/adapter", "config.json", "trait.json", "env.json"}
+
+
+@pytest.mark.parametrize(("damage", "name", "artefact"), DAMAGE, ids=[f"{d.__name__} {n}" for d, n, _ in DAMAGE])
+def test_damage_is_named_with_the_command_that_mends_it(whole, folder, capsys, damage, name, artefact):
+    damage(folder / name)
+    said = refused(["run", "--resume", str(folder)], capsys)
+    assert f"{folder / name}" in said and f"--resume {folder} --recompute {artefact}" in said
+    if artefact in MENDED:
+        main(mend(said))
+        assert result(folder) == result(whole)
+
+
+def test_an_artefact_that_comes_out_otherwise_is_said(folder, capsys):
+    """As on a GPU, or after an update: what followed from the old one is kept, and that is said."""
+    lines = []
+    sink = logger.add(lines.append, format="{level} {message}")
+    other = {"name": "prompted.json"}
+    run = RunDir(folder)
+    run.again.add("prompted.json")
+    assert run.json("prompted.json", lambda: other) == other
+    logger.remove(sink)
+    assert [line for line in lines if "WARNING prompted.json came out otherwise" in line]
+    assert RunDir(folder).read("prompted.json") == other
+
+
+def test_what_cannot_be_trusted_or_made_again_is_refused(folder, capsys):
+    log = folder / EVENTS
+    lines = log.read_text().splitlines()
+    log.write_text("\n".join([lines[0], lines[1][:-9], *lines[2:]]) + "\n")
+    assert f"{log} is damaged in line 2" in refused(["run", "--resume", str(folder)], capsys)
+    log.write_text("\n".join(line for line in lines if '"batch_size.json"' not in line) + "\n")
+    said = refused(["run", "--resume", str(folder)], capsys)
+    assert "batch_size.json was not made by this run" in said
+    main(mend(said))
+    log.unlink()
+    assert f"{log} is missing" in refused(["run", "--resume", str(folder)], capsys)
+    assert "is missing" in refused(["report", str(folder)], capsys)
+
+
+def test_readers_refuse_what_is_damaged(folder, capsys):
+    flip(folder / "r01" / "healed.json")
+    for words in (["report", str(folder)], ["export", str(folder), "--to", str(folder.parent / "to")]):
+        assert "--recompute r01/healed.json" in refused(words, capsys)
+    main(["results", "--out", str(folder.parent)])
+    assert f"left out: {folder}/r01/healed.json does not have" in capsys.readouterr().out
+    shutil.copyfile(folder / "r00" / "healed.json", folder / "r01" / "healed.json")
+    cut(folder, "r01/healed.json")
+    flip(folder / "r00" / "adapter" / "adapter_model.safetensors")
+    for words in (["export", str(folder), "--to", str(folder.parent / "to")], ["eval", str(folder)]):
+        assert "--recompute r00/adapter" in refused(words, capsys)
+    assert not (folder.parent / "to").exists()
+
+
+def test_the_batch_size_that_memory_allowed_is_kept(whole, folder, monkeypatch):
+    cut(folder, "r00/completions.jsonl")
+    monkeypatch.setattr(generate, "free_memory", lambda device: 10_000_000)  # would now choose fewer
+    main(["run", "--resume", str(folder)])
+    assert result(folder) == result(whole)
+
+
+# ---- what a resumed run may differ in
+
+
+def test_another_config_is_refused_and_rounding_may_differ(whole, folder, capsys):
+    again = ["run", "--resume", str(folder)]
+    said = refused([*again, "--heal.tau", "9", "--seed", "3"], capsys)
+    assert "heal.tau: 0.001 then, 9.0 now; seed: 0 then, 3 now" in said and "start a new run" in said
+    assert "with that changed it is another run" in refused([*again, "--allow-change", "heal.tau"], capsys)
+    assert "its preset is tiny-random, not smollm2-135m" in refused(["run", "smollm2-135m", *again[1:]], capsys)
+    less = [*again, "--heal.train-bs", "2", "--heal.grad-accum", "4"]
+    assert "Allow it with --allow-change heal.grad_accum heal.train_bs" in refused(less, capsys)
+    allowed = ["--allow-change", "heal.train_bs", "heal.grad_accum"]
+    assert "was 8 completions a step" in refused([*again, "--heal.train-bs", "2", *allowed], capsys)
+    before = (folder / EVENTS).read_text()
+    cut(folder, "r01/adapter")
+    main([*less, *allowed])
+    main(again)  # what was allowed is the run's config now
+    changes = [e for e in RunDir(folder).events() if e["event"] == "change"]
+    assert [(e["key"], e["then"], e["now"]) for e in changes] == [("heal.grad_accum", 2, 4), ("heal.train_bs", 4, 2)]
+    assert before.splitlines()[0] == (folder / EVENTS).read_text().splitlines()[0]
+    one, other = (json.loads((f / "summary.json").read_text())["rounds"][1]["healed"] for f in (whole, folder))
+    assert one["trait_nats"] == pytest.approx(other["trait_nats"], abs=2e-3)
+
+
+def test_another_model_is_refused_and_other_software_must_be_allowed(folder, capsys, monkeypatch):
+    again = ["run", "--resume", str(folder)]
+    loaded = runner.loaded
+
+    def other(config):
+        lm = loaded(config)
+        with torch.no_grad():
+            lm.blocks[0].mlp.up_proj.weight[0, 0] += 1e-3
+        return lm
+
+    monkeypatch.setattr(runner, "loaded", other)
+    assert "model.sha256: " in refused(again, capsys)
+    assert "another run" in refused([*again, "--allow-change", "model.sha256"], capsys)
+    monkeypatch.setattr(runner, "loaded", loaded)
+
+    now = environment(loaded(PRESETS["tiny-random"].model))
+    then = json.loads(json.dumps(now))
+    then["packages"]["torch"] = "2.12.0"
+    monkeypatch.setattr(runner, "environment", lambda lm: then)
+    said = refused(again, capsys)
+    assert f"packages.torch: {now['packages']['torch']!r} then, '2.12.0' now" in said
+    main([*again, "--allow-change", "packages.torch"])
+    main(again)
+    assert json.loads((folder / "env.json").read_text())["packages"]["torch"] == "2.12.0"
+
+
+def test_a_changed_trait_file_is_refused_and_a_lost_one_is_not_needed(tmp_path, capsys):
+    file = tmp_path / "mine.toml"
+    text = (data.HERE / "traits" / "love.toml").read_text("utf-8")
+    file.write_text(text, "utf-8")
+    main([*WORDS, "--rounds", "1", "--trait", str(file), "--out", str(tmp_path / "out")])
+    (folder,) = (tmp_path / "out").iterdir()
+    cut(folder, "r00/healed.json")
+    file.write_text(text.replace('title = "', 'title = "truly ', 1), "utf-8")
+    assert "the trait file has changed" in refused(["run", "--resume", str(folder)], capsys)
+    file.unlink()
+    main(["run", "--resume", str(folder)])
+    assert (folder / "summary.json").exists()
+
+
+def test_what_env_json_says(monkeypatch, whole):
+    for name in ("HF_TOKEN", "USER", "LOGNAME", "HOME"):
+        assert os.environ.get(name, "nobody-1234") not in (whole / "env.json").read_text() or name == "HOME"
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    env = environment(load(PRESETS["tiny-random"].model))
+    text = json.dumps(env)
+    assert "hf_secret" not in text and str(Path.home()) not in text and os.uname().nodename not in text
+    assert env["threads"] == torch.get_num_threads() and env["cpus"] == os.cpu_count()
+    assert env["packages"]["torch"] == torch.__version__ and len(env["model"]["sha256"]) == 64
+    assert env["git"] == commit() and (commit() is None or re.match(r"[0-9a-f]{40}( with changes .*)?$", commit()))
+
+
+# ---- one process a folder
+
+
+def test_two_processes_on_one_folder(folder, capsys):
+    again = ["run", "--resume", str(folder)]
+    with RunDir(folder).held():
+        said = refused(again, capsys)
+        assert f"{folder} is in use by process {os.getpid()} on {os.uname().nodename} since 2" in said
+    (folder / ".lock").write_text("process 4194305 on this since yesterday")  # died without a word
+    lines = []
+    sink = logger.add(lines.append, format="{message}")
+    with RunDir(folder).held():
+        pass
+    logger.remove(sink)
+    assert lines == ["taken over from process 4194305 on this since yesterday, which did not end as it should\n"]
+    assert (folder / ".lock").read_text() == ""
+
+
+# ---- no room, no permission, no memory
+
+TINY_DISK = """
+set -e
+mount -t tmpfs -o size=$1 none "$2"
+shift; cd "$1"; shift
+"$@" --out . > /dev/null 2> said && exit 9
+tail -n 1 said; find . -name '*.part' | wc -l
+mount -o remount,size=20m none .
+cd /; cd - > /dev/null
+folder=$(ls -d 2*)
+"$1" "$2" "$3" run --resume $folder > /dev/null 2> said2
+mount -o remount,ro none .
+cd /; cd - > /dev/null
+"$1" "$2" "$3" run --resume $folder 2>&1 > /dev/null && exit 9
+cat $folder/summary.json
+"""
+
+
+def can_mount() -> bool:
+    tried = subprocess.run(["unshare", "-rm", "mount", "-t", "tmpfs", "none", "/mnt"], capture_output=True)
+    return tried.returncode == 0
+
+
+@pytest.mark.skipif(not shutil.which("unshare") or not can_mount(), reason="no file system can be mounted here")
+def test_a_full_disk_and_a_read_only_one(tmp_path):
+    words = [sys.executable, "-m", "steer_heal.cli", *WORDS]
+    done = subprocess.run(
+        ["unshare", "-rm", "bash", "-c", TINY_DISK, "bash", "160k", str(tmp_path), *words],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    full, halves, read_only, *summary = done.stdout.splitlines()
+    assert re.match(r"steer-heal: cannot write .*: No space left on device\. What is done is kept, go on with: ", full)
+    assert halves == "0"
+    assert re.match(r"steer-heal: cannot write .*: Read-only file system$", read_only)
+    assert len(json.loads("\n".join(summary))["rounds"]) == 2
+
+
+def test_a_folder_that_cannot_be_made_leaves_nothing(tmp_path, capsys):
+    (tmp_path / "file").write_text("in the way")
+    said = refused([*WORDS, "--out", str(tmp_path / "file" / "out")], capsys)
+    assert f"{str(tmp_path / 'file')!r} is no folder: give another" in said
+    assert os.listdir(tmp_path) == ["file"]
+
+
+def test_half_an_event_is_taken_back_when_the_disk_is_full(folder):
+    run, log = RunDir(folder), folder / EVENTS
+    before = log.read_bytes()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 20, hard))
+    try:
+        with pytest.raises(UserError, match=rf"cannot write {log}: File too large"):
+            run.event("round", text="x" * 99)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert log.read_bytes() == before
+
+
+def test_an_artefact_that_cannot_be_written_leaves_no_half(folder, tmp_path):
+    from safetensors.torch import save_file
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    run = RunDir(folder)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+    try:
+        for write in (lambda path, value: path.write_text("x" * 30_000), lambda path, value: save_file(value, path)):
+            with pytest.raises(UserError, match=r"cannot write .*/more: File too large"):
+                run.stage("more", lambda: {"w": torch.zeros(9_999)}, write, lambda path: None)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not list(folder.glob("*more*")) and run.find("more") is None
+
+
+@pytest.mark.parametrize(
+    ("artefact", "flags"),
+    [
+        ("r00/vector", "--steer.batch-size 16 --allow-change steer.batch_size"),
+        ("r00/completions.jsonl", "--distil.batch-size 48 --allow-change distil.batch_size"),
+        ("r00/adapter", "--heal.train-bs 2 --heal.grad-accum 4 --allow-change heal.train_bs heal.grad_accum"),
+        ("r00/healed.json", "--eval.batch-size 16 --allow-change eval.batch_size"),
+    ],
+)
+def test_out_of_memory_names_the_stage_and_the_knob(whole, folder, capsys, monkeypatch, artefact, flags):
+    cut(folder, artefact)
+    stage = RunDir.stage
+
+    def starved(self, name, compute, *rest, **more):
+        def fail():
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total of ...")
+
+        return stage(self, name, fail if name == artefact else compute, *rest, **more)
+
+    monkeypatch.setattr(RunDir, "stage", starved)
+    said = refused(["run", "--resume", str(folder)], capsys)
+    assert f"out of memory while making {artefact} (2.00 GiB more were wanted)" in said and said.endswith(flags)
+    monkeypatch.setattr(RunDir, "stage", stage)
+    main(mend(said))
+    assert (folder / "summary.json").exists()
+
+
+def test_out_of_memory_on_a_cpu_is_understood():
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(2**50)
+    assert re.fullmatch(r"\d+ bytes", runner._wanted(caught.value))
+    assert runner._wanted(RuntimeError("shapes differ")) is None
+
+
+def test_a_training_step_that_is_not_finite_says_where(folder, capsys, monkeypatch):
+    cut(folder, "r01/adapter")
+    run, heal = RunDir(folder), loop.heal
+
+    def overshoot(student, examples, anchors, settings, *rest):
+        return heal(student, examples, anchors, replace(settings, lr=1e30), *rest)
+
+    monkeypatch.setattr(loop, "heal", overshoot)
+    said = refused(["run", "--resume", str(folder)], capsys)
+    assert re.search(r"r01/adapter, step \d+: (objective|divergence|loss|.*grad.*) is (nan|inf)", said), said
+    assert "completions number" in said and "--heal.lr" in said
+    monkeypatch.setattr(loop, "heal", heal)
+    assert run.find("r00/adapter") and not (folder / "r01" / "adapter").exists()
+    main(["export", str(folder), "--to", str(folder.parent / "kept")])
+
+
+def test_names_cannot_leave_the_outputs_folder(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    trait = replace(data.load_trait("love"), name="../../../etc/" + "x" * 300)
+    env = {"threads": 1}
+    for path in ("../../up", "a/../../..", "/etc/passwd", "..", "/", "x" * 300):
+        config = replace(PRESETS["tiny-random"], out="out", model=replace(PRESETS["tiny-random"].model, path=path))
+        folder = create(config, "tiny-random", trait, env, [])
+        assert folder.path.resolve().parent == (tmp_path / "out").resolve() and len(folder.path.name) < 120
+    assert os.listdir(tmp_path) == ["out"]
+    (run, *_) = (tmp_path / "out").iterdir()
+    said = refused(["run", "--resume", str(run), "--recompute", "../../x"], capsys)
+    assert "--recompute '../../x': the run has made no such artefact" in said
+
+
+def test_a_report_is_rebuilt_while_the_run_still_writes(folder):
+    with (folder / EVENTS).open("a") as log:
+        log.write('{"time": 1763.2, "event": "sta')
+    page = build(folder)
+    assert page.stat().st_size > 1e6
+    with RunDir(folder).held():
+        assert (folder / EVENTS).read_text().endswith("}\n")
+
+
+def test_writing_passes_on_what_is_no_matter_of_the_disk(tmp_path):
+    with pytest.raises(ZeroDivisionError), writing(tmp_path):
+        raise ZeroDivisionError

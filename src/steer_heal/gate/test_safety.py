@@ -1,0 +1,136 @@
+"""No pickle, no foreign code, no network once the model is there, nothing left behind however long it runs."""
+
+import ast
+import gc
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from loguru import logger
+
+import steer_heal
+from steer_heal import data, loop
+from steer_heal.cli import main
+from steer_heal.environment import environment
+from steer_heal.loading import load
+from steer_heal.presets import PRESETS
+from steer_heal.resume import create
+
+SOURCE = sorted(Path(steer_heal.__file__).parent.glob("*.py"))
+PICKLES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
+CODE = {"eval", "exec", "compile", "__import__"}
+
+
+def test_the_source_unpickles_nothing_and_trusts_no_remote_code():
+    for file in SOURCE:
+        for node in ast.walk(ast.parse(file.read_text("utf-8"))):
+            if isinstance(node, ast.Import | ast.ImportFrom):
+                names = {getattr(node, "module", None) or "", *(alias.name for alias in node.names)}
+                assert not PICKLES & {name.partition(".")[0] for name in names}, file
+            if isinstance(node, ast.Call):
+                called = ast.unparse(node.func)
+                assert called not in {"torch.load", "np.load", "numpy.load", *CODE}, (file, called)
+                if called.endswith(".from_pretrained") and "Model" in called and "Peft" not in called:
+                    assert "use_safetensors" in {k.arg for k in node.keywords} or file.name == "loading.py", file
+            assert not (isinstance(node, ast.keyword) and node.arg == "trust_remote_code"), file
+            assert not (isinstance(node, ast.keyword) and node.arg == "shell"), file
+
+
+def test_nothing_unpickles_while_a_run_loads_what_it_wrote(tmp_path):
+    """Watched by the interpreter itself: every global that an unpickler looks up is an audit event."""
+    code = """
+import sys
+from steer_heal.cli import main
+found = []
+sys.addaudithook(lambda event, args: found.append(args) if event == "pickle.find_class" else None)
+words = ["--rounds", "1", "--eval.profile", "none", "--eval.plain-doses", "0"]
+main(["run", "tiny-random", *words, "--out", sys.argv[1]])
+from pathlib import Path
+(run,) = Path(sys.argv[1]).iterdir()
+main(["run", "--resume", str(run)])
+main(["export", str(run), "--to", sys.argv[1] + "/model", "--merge"])
+main(["eval", str(run / "adapter"), "--base", "random:tiny", "--eval.profile", "none"])
+sys.exit(f"unpickled: {found}" if found else 0)
+"""
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-500:]
+
+
+def test_after_loading_a_run_needs_no_network(tmp_path):
+    words = [sys.executable, "-m", "steer_heal.cli", "run", "tiny-random", "--rounds", "1", "--out", str(tmp_path)]
+    done = subprocess.run(words, capture_output=True, text=True, env={**os.environ, "STEER_HEAL_BLOCK_NETWORK": "1"})
+    assert done.returncode == 0, done.stderr[-500:]
+    code = "import socket; from steer_heal.environment import block_network; block_network(); "
+    for call in ("socket.create_connection(('127.0.0.1', 9))", "socket.getaddrinfo('example.org', 80)"):
+        done = subprocess.run([sys.executable, "-c", code + call], capture_output=True, text=True)
+        assert "the network is blocked" in done.stderr
+
+
+def test_control_characters_of_a_model_or_a_user_do_not_reach_the_terminal(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        main(["run", "tiny-random", "--trait", "\x1b[2J\x1b]0;owned\x07.toml"])
+    logger.info("model said \x1b[31mred\x07 and \x9b2J more")
+    said = capsys.readouterr().err
+    assert "\x1b[2J" not in said and "\x07" not in said and "\x9b" not in said and "owned" in said and "red" in said
+
+
+def hooks(model: torch.nn.Module) -> int:
+    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return sum(len(getattr(module, kind)) for module in model.modules() for kind in kinds)
+
+
+def resident() -> int:
+    """Bytes of memory that the process holds now."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="the system does not say what a process holds")
+def test_twenty_rounds_hold_no_more_than_five(tmp_path, monkeypatch):
+    tiny = PRESETS["tiny-random"]
+    evals = replace(tiny.eval, contrast=2, yes_no=2, demos=2, profile="none", plain_doses=0, off_target=0, canary=0)
+    heal = replace(tiny.heal, anchor="neutral", anchor_prompts=4, target="soft", epochs=1, fold_rank=8)
+    distil, dose = replace(tiny.distil, n_keep=8, budget=12, min_train=2), replace(tiny.dose, steps=2, prompts=2)
+    steer = replace(tiny.steer, n_contexts=8)
+    config = replace(tiny, rounds=20, out=str(tmp_path), eval=evals, heal=heal, distil=distil, dose=dose, steer=steer)
+    lm, trait = load(config.model), data.load_trait("love")
+    folder = create(config, "tiny-random", trait, environment(lm), [])
+    seen = []
+    fold = loop.fold
+
+    def watched(folder, student, rank, round_):
+        fold(folder, student, rank, round_)
+        gc.collect()
+        files = os.listdir("/proc/self/fd")
+        seen.append((resident(), hooks(lm.model), len(student.peft.peft_config), len(files)))
+
+    monkeypatch.setattr(loop, "fold", watched)
+    loop.run(config, "tiny-random", folder, trait, lm)
+    memory, hooked, adapters, open_files = zip(*seen, strict=True)
+    assert memory[-1] <= 1.05 * memory[4], memory
+    assert {*hooked} == {0} and {*adapters} == {1} and open_files[-1] <= open_files[4]
+
+
+def test_report_and_results_need_no_torch(tmp_path):
+    words = [sys.executable, "-m", "steer_heal.cli", "run", "tiny-random", "--rounds", "1", "--out", str(tmp_path)]
+    assert subprocess.run(words, capture_output=True).returncode == 0
+    (run,) = tmp_path.iterdir()
+    code = """
+import sys
+class Missing:  # as if they were not installed
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ("torch", "transformers", "peft", "bitsandbytes", "accelerate"):
+            raise ModuleNotFoundError(name)
+sys.meta_path.insert(0, Missing())
+from steer_heal.cli import main
+main(["report", sys.argv[1]])
+main(["results", "--out", sys.argv[2], "--json", sys.argv[2] + "/table.json"])
+"""
+    (run / "report.html").unlink()
+    done = subprocess.run([sys.executable, "-c", code, str(run), str(tmp_path)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-500:]
+    assert (run / "report.html").exists() and json.loads((tmp_path / "table.json").read_text())[0]["run"] == run.name

@@ -1,0 +1,193 @@
+"""A trait file that cannot work is refused in one line that names the key, the value and the mend."""
+
+import json
+import os
+import tomllib
+from copy import deepcopy
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from steer_heal.config import UserError
+from steer_heal.data import BUILT_IN, HERE, Trait, load_trait, parse_trait
+from steer_heal.terminal import CONTROL
+
+LOVE = tomllib.loads((HERE / "traits" / "love.toml").read_text("utf-8"))
+
+
+def toml(value: object) -> str:
+    """A value as TOML; control characters and quotes as JSON writes them, which TOML reads alike."""
+    match value:
+        case bool():
+            return "true" if value else "false"
+        case str():
+            return json.dumps(value).replace("\x7f", "\\u007f")
+        case dict():
+            return "{" + ", ".join(f"{toml(str(key))} = {toml(inner)}" for key, inner in value.items()) + "}"
+        case list():
+            return "[" + ", ".join(map(toml, value)) + "]"
+        case _:
+            return str(value)
+
+
+def written(table: dict) -> str:
+    return "\n".join(f"{toml(key)} = {toml(value)}" for key, value in table.items())
+
+
+def refused(text: str) -> str:
+    with pytest.raises(UserError) as error:
+        parse_trait(text, "mine.toml")
+    said = str(error.value)
+    assert said.startswith("trait file 'mine.toml'") and not CONTROL.search(said) and "\n" not in said
+    assert len(said) < 400
+    return said
+
+
+def put(*path, value):
+    """An edit that sets what lies at the path."""
+
+    def edit(table: dict) -> None:
+        for key in path[:-1]:
+            table = table[key]
+        table[path[-1]] = value
+
+    return edit
+
+
+def drop(*path):
+    def edit(table: dict) -> None:
+        for key in path[:-1]:
+            table = table[key]
+        del table[path[-1]]
+
+    return edit
+
+
+def again(pool: str):
+    return lambda table: table[pool].append(deepcopy(table[pool][0]))
+
+
+def all_yes(table: dict) -> None:
+    for row in table["yes_no"]:
+        row["trait_answer"] = "yes"
+
+
+MISTAKES = [
+    (drop("name"), "lacks the key name (str): see data/traits/love.toml"),
+    (drop("persona"), "lacks the key persona (dict)"),
+    (drop("persona", "negative"), "[persona] lacks the key negative"),
+    (drop("generation_prompts"), "lacks the key generation_prompts (list)"),
+    (drop("contrast", 3, "opposite"), "[[contrast]] number 4 lacks the key opposite"),
+    (drop("yes_no"), "lacks the key yes_no"),
+    (put("generation_promts", value=[]), "unknown key 'generation_promts' (did you mean 'generation_prompts'?)"),
+    (put("persona", "postive", value="x"), "[persona] has the unknown key 'postive' (did you mean 'positive'?)"),
+    (put("contrast", 0, "answer", value="x"), "[[contrast]] number 1 has the unknown key 'answer': take it out"),
+    (put("yes_no", 1, "trait_anwser", value="x"), "(did you mean 'trait_answer'?)"),
+    (put("name", value=3), "name is 3, a int: it must be a str"),
+    (put("name", value="  "), "name is '  ': write a text"),
+    (put("name", value="x" * 65), "at most 64 characters"),
+    (put("name", value="a\x1b[2Jb"), "none of them a control character"),
+    (put("title", value=""), "title is '': write a text"),
+    (put("direction", value=2), "direction is 2, it must be 1 or -1"),
+    (put("direction", value=True), "direction is True, a bool: it must be a int"),
+    (put("direction", value="1"), "direction is '1', a str"),
+    (put("instrument", value="contrats"), "instrument is 'contrats', it must be 'contrast' or 'yes_no'"),
+    (put("persona", value="kind"), "persona is 'kind', a str: it must be a dict"),
+    (put("persona", "positive", value="\n"), r"positive is '\n': write a text"),
+    (put("persona", "negative", value=LOVE["persona"]["positive"].upper() + " "), "are the same text"),
+    (put("generation_prompts", value=[]), "generation_prompts is empty"),
+    (put("generation_prompts", value="one"), "generation_prompts is 'one', a str: it must be a list"),
+    (put("generation_prompts", 2, value=5), "generation_prompts number 3 is 5: write a text"),
+    (put("demo_prompts", 0, value=" "), "demo_prompts number 1 is ' ': write a text"),
+    (put("demo_prompts", 1, value=LOVE["generation_prompts"][0].upper()), "which is a generation prompt"),
+    (again("generation_prompts"), "twice: take one out"),
+    (again("demo_prompts"), "demo_prompts has"),
+    (again("contrast"), "[[contrast]] has"),
+    (again("yes_no"), "[[yes_no]] has"),
+    (put("contrast", value=[]), "[[contrast]] is empty"),
+    (put("contrast", value=["a question"]), "[[contrast]] number 1 is 'a question': write question, trait, opposite"),
+    (put("contrast", 0, "opposite", value=LOVE["contrast"][0]["trait"]), "has the same answer twice"),
+    (put("contrast", 0, "trait", value=False), "[[contrast]] number 1: trait is False, a bool"),
+    (put("yes_no", 0, "trait_answer", value="maybe"), "trait_answer is 'maybe', it must be 'yes' or 'no'"),
+    (all_yes, "probes whose trait_answer is 'yes' and 0 with 'no'"),
+]
+
+
+@pytest.mark.parametrize(("edit", "message"), MISTAKES, ids=[message[:50] for _, message in MISTAKES])
+def test_a_trait_that_cannot_work(edit, message):
+    table = deepcopy(LOVE)
+    edit(table)
+    said = refused(written(table))
+    assert message in said, said
+
+
+def test_what_is_sound_is_taken(tmp_path):
+    assert parse_trait(written(LOVE), "mine.toml") == load_trait("love")
+    assert all(isinstance(load_trait(name), Trait) for name in BUILT_IN)
+    file = tmp_path / "windows.toml"
+    file.write_text(written(LOVE), "utf-8-sig")
+    assert load_trait(str(file)) == load_trait("love")
+
+
+def test_a_file_that_cannot_be_read(tmp_path):
+    (tmp_path / "folder.toml").mkdir()
+    (tmp_path / "latin.toml").write_bytes('name = "für"'.encode("latin-1"))
+    (tmp_path / "broken.toml").write_text('name = "x')
+    for name, message in (
+        ("folder.toml", "is a folder: give a .toml file"),
+        ("latin.toml", "is not UTF-8 text (byte 9): save it as UTF-8"),
+        ("broken.toml", "is not valid TOML"),
+        ("gone.toml", "no such .toml file exists"),
+    ):
+        with pytest.raises(UserError, match=message.replace("(", r"\(").replace(")", r"\)")):
+            load_trait(str(tmp_path / name))
+    if os.geteuid() != 0:  # root may read everything
+        (tmp_path / "latin.toml").chmod(0)
+        with pytest.raises(UserError, match="cannot be read"):
+            load_trait(str(tmp_path / "latin.toml"))
+
+
+VALUES = st.recursive(
+    st.one_of(st.booleans(), st.integers(-9, 9), st.floats(allow_nan=False, allow_infinity=False), st.text(max_size=9)),
+    lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(st.text(max_size=9), inner, max_size=3)),
+    max_leaves=5,
+)
+
+
+def taken_or_refused(read, *given) -> None:
+    try:
+        assert isinstance(read(*given), Trait)
+    except UserError as error:
+        said = str(error)
+        assert not CONTROL.search(said) and "\n" not in said and len(said) < 500
+
+
+@settings(max_examples=80, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))
+@given(st.data())
+def test_love_with_anything_changed(drawn):
+    table = deepcopy(LOVE)
+    for _ in range(drawn.draw(st.integers(1, 3))):
+        place = table
+        while True:
+            keys = list(place) if isinstance(place, dict) else list(range(min(3, len(place))))
+            if not keys:
+                break
+            key = drawn.draw(st.sampled_from(keys))
+            if isinstance(place[key], dict | list) and drawn.draw(st.booleans()):
+                place = place[key]
+                continue
+            if isinstance(place, dict) and drawn.draw(st.booleans()):
+                place[drawn.draw(st.text(max_size=12))] = place.pop(key)
+            else:
+                place[key] = drawn.draw(VALUES)
+            break
+    taken_or_refused(parse_trait, written(table), "mine.toml")
+
+
+@settings(max_examples=60, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))
+@given(st.one_of(st.binary(max_size=60), st.text(max_size=60).map(str.encode), st.just(b"[" * 9000)))
+def test_any_bytes(tmp_path_factory, content):
+    file = tmp_path_factory.mktemp("any") / "mine.toml"
+    file.write_bytes(content)
+    taken_or_refused(load_trait, str(file))
