@@ -59,6 +59,11 @@ bench what="generate" *flags: setup
 results *flags: setup
     {{bin}}/steer-heal results {{flags}}
 
+# what a folder of runs measured, without weights and training texts, small enough to publish: docs/runs/NAME.tar.xz
+pack folder name:
+    mkdir -p docs/runs
+    tar -cJf "docs/runs/{{name}}.tar.xz" --sort=name --owner=0 --group=0 --numeric-owner --exclude='*.safetensors' --exclude=adapter --exclude=report.html --exclude=.lock --exclude=completions.jsonl --exclude=heal.jsonl --exclude=anchor.jsonl --exclude=demos.jsonl -C "{{folder}}" .
+
 # clone the code bases we measure ourselves against into docs/vendor, and install the first two
 vendor: setup
     #!/usr/bin/env bash

@@ -22,7 +22,7 @@ from steer_heal.lm import (
     filled,
     left_padded,
     rounded,
-    shared_prefix,
+    shared_left_padded,
     steering,
     token_nll,
 )
@@ -46,11 +46,12 @@ def choice_log_probs(
     """
     out: list[list[Tensor] | None] = [None] * len(prompts)
     with torch.no_grad(), steering(lm, steering_) as dial:
-        shared, longest = shared_prefix(prompts), max(map(len, prompts))
-        for chunk in batches([len(prompt) for prompt in prompts], batch_size, steering_):
+        shared = shared_left_padded(lm, prompts)
+        widths = [rounded(len(prompt) - shared) for prompt in prompts]
+        for chunk in batches(widths, batch_size, steering_):
             dose = None if steering_ is None else steering_.dose[chunk].to(lm.device)
             batch = [prompts[i] for i in chunk]
-            padded = left_padded(lm, batch, shared, longest)
+            padded = left_padded(lm, batch, shared, widths[chunk[0]])
             scored = _score(lm, batch, padded, [choices[i] for i in chunk], batch_size, dose, dial)
             for i, log_probs in zip(chunk, scored, strict=True):
                 out[i] = log_probs

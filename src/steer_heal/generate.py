@@ -23,7 +23,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
-from steer_heal.lm import LM, Steering, batches, filled, left_padded, shared_prefix, steering
+from steer_heal.lm import LM, Steering, batches, filled, left_padded, rounded, shared_left_padded, steering
 from steer_heal.packing import packed
 
 COMPACT_SHARE = 0.8  # rows are dropped from the batch when fewer than this share still write
@@ -93,18 +93,19 @@ def decode(
     """Complete every prompt; greedy without `sampling`.
 
     Args:
-        prompts: token ids, of any lengths; batches are made of prompts of similar length.
+        prompts: token ids, of any lengths.
         steering_: vector and one dose per prompt.
         on_batch: told how many rows were finished, for progress.
     """
     out: list[Completion | None] = [None] * len(prompts)
-    shared, longest = shared_prefix(prompts), max(map(len, prompts))
+    shared = shared_left_padded(lm, prompts)
+    width = rounded(max(map(len, prompts)) - shared)  # of all batches, so that many rows are decoded together
     with torch.no_grad(), steering(lm, steering_) as dial, packed(lm, len(prompts) * max_new_tokens) as head:
-        for chunk in batches([len(prompt) for prompt in prompts], batch_size, steering_):
+        for chunk in batches([width] * len(prompts), batch_size, steering_):
             rows = torch.tensor(chunk)
             dose = None if steering_ is None else steering_.dose[rows].to(lm.device)
             batch = [prompts[i] for i in chunk]
-            padded = left_padded(lm, filled(batch), shared, longest)
+            padded = left_padded(lm, filled(batch), shared, width)
             written = _decode_batch(lm, head, batch, padded, rows, dose, dial, max_new_tokens, sampling)
             for i, completion in zip(rows.tolist(), written, strict=True):
                 out[i] = completion

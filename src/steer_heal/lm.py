@@ -190,13 +190,14 @@ class LM:
     def states(self, rows: list[Row], batch_size: int, steering_: Steering | None = None) -> list[Float[Tensor, "n d"]]:
         """Hidden states that predict each completion token, one tensor [len(completion), d] a row, without gradient.
 
-        Rows are batched by length; right padding needs no mask under causal attention, so results do not depend
+        Rows are batched by width; right padding needs no mask under causal attention, so results do not depend
         on the batch they were computed in beyond float rounding.
         """
         out: list[Tensor | None] = [None] * len(rows)
         with torch.no_grad(), steering(self, steering_) as dial:
             shared = shared_prefix([row.prompt for row in rows])
-            for chunk in batches([len(r.prompt) + len(r.completion) for r in rows], batch_size, steering_):
+            widths = [rounded(len(row.prompt) + len(row.completion) - 1 - shared) for row in rows]
+            for chunk in batches(widths, batch_size, steering_):
                 batch = [rows[i] for i in chunk]
                 dose = None if steering_ is None else steering_.dose[chunk].to(self.device)
                 for i, states in zip(chunk, self.forward(batch, dial, dose, shared), strict=True):
@@ -245,15 +246,21 @@ class LM:
         return cache
 
 
-def batches(lengths: list[int], batch_size: int, steering_: Steering | None = None) -> Iterator[list[int]]:
-    """Row numbers batch by batch, rows of similar length together; one dose a batch under a foreign vector."""
-    groups: dict[float, list[int]] = {}
+def batches(widths: list[int], batch_size: int, steering_: Steering | None = None) -> Iterator[list[int]]:
+    """Row numbers batch by batch: rows of a batch are equally wide, and have one dose under a foreign vector."""
+    groups: dict[tuple[int, float], list[int]] = {}
     alike = steering_ is None or not isinstance(steering_.vector, ForeignVector)
-    for i in sorted(range(len(lengths)), key=lengths.__getitem__):
-        groups.setdefault(0.0 if alike else steering_.dose[i].item(), []).append(i)
-    for order in groups.values():
-        for start in range(0, len(order), batch_size):
-            yield order[start : start + batch_size]
+    for i, width in enumerate(widths):
+        groups.setdefault((width, 0.0 if alike else steering_.dose[i].item()), []).append(i)
+    for _, rows in sorted(groups.items()):
+        for start in range(0, len(rows), batch_size):
+            yield rows[start : start + batch_size]
+
+
+def shared_left_padded(lm: LM, prompts: list[list[int]]) -> int:
+    """`shared_prefix` where padding on the left comes between it and the rest."""
+    # A window is counted in cache columns: the padding would push the prefix out.
+    return 0 if lm.windowed else shared_prefix(prompts)
 
 
 def shared_prefix(prompts: list[list[int]], multiple: int = ROUND) -> int:
@@ -276,12 +283,9 @@ class Padded(NamedTuple):
     position: Int[Tensor, "b t"]
 
 
-def left_padded(lm: LM, prompts: list[list[int]], shared: int, longest: int) -> Padded:
-    """Prompts that have the first `shared` tokens in common, as wide as the `longest` of all batches needs."""
-    # A window is counted in cache columns: left padding between the prefix and the rest would push the prefix out.
-    shared = 0 if lm.windowed else shared
+def left_padded(lm: LM, prompts: list[list[int]], shared: int, width: int) -> Padded:
+    """Prompts that have the first `shared` tokens in common, each with `width` tokens of its own and padding."""
     own = [p[shared:] for p in prompts]
-    width = rounded(longest - shared)
     # Padding is a real token: a zero embedding would divide another library's hooks by zero.
     ids = torch.tensor([p[:1] * (width - len(p)) + p for p in own], device=lm.device)
     mask = torch.tensor([[1] * shared + [0] * (width - len(p)) + [1] * len(p) for p in own], device=lm.device)
@@ -358,9 +362,8 @@ def last_token_states(
 ) -> Float[Tensor, "n l d"]:
     """Residual stream after each of `layers` at the last token of each prompt, float32, on the CPU.
 
-    Batched by length; the pass stops after the last layer wanted, so the rest of the model costs nothing.
+    Batched by width; the pass stops after the last layer wanted, so the rest of the model costs nothing.
     """
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     out = torch.empty(len(prompts), len(layers), lm.model.config.get_text_config().hidden_size)
     seen: dict[int, Tensor] = {}
 
@@ -374,8 +377,7 @@ def last_token_states(
     try:
         with torch.no_grad(), first_blocks(lm, layers[-1] + 1):
             shared = shared_prefix(prompts)
-            for start in range(0, len(order), batch_size):
-                chunk = order[start : start + batch_size]
+            for chunk in batches([rounded(len(prompt) - shared) for prompt in prompts], batch_size):
                 lm.forward([Row(prompts[i], [0]) for i in chunk], shared=shared)
                 last = torch.tensor([len(prompts[i]) for i in chunk]) - shared - 1
                 for index, stream in seen.items():

@@ -276,10 +276,11 @@ def heal_section(run: Run) -> str:
         cells = f"{own:.0%}", f"{anchor:.0%}", *nats, "" if val_nll is None else f"{val_nll:.3f}"
         rows.append((r.index, len(r.heal), *cells))
         silent += [str(r.index)] * (max(own, anchor) < FIRED_FLOOR and heal["reg"] != "nll")
+    held = "within the loop's budget" if heal["reference"] == "base" else "plain fine-tuning"
     why = f"Training of each round, in nats. D is the {heal['agg']} of {heal['reg']} over tokens; the barrier acts "
     why += "where D exceeds its tau (dotted), and diamonds mark the steps on which it fired."
     if silent:
-        why += f" In round {', '.join(silent)} it fired on fewer than 5% of the steps: that was plain fine-tuning."
+        why += f" In round {', '.join(silent)} it fired on fewer than 5% of the steps: that was {held}."
     panels = "".join(panel(f"Round {r.index}", heal_figure(r.heal, heal)) for r in run.rounds)
     return section("Heal", why, f'<div class="panels">{panels}</div>{table_of(head, rows)}')
 

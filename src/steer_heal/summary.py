@@ -95,7 +95,9 @@ def barrier_warning(records: list[dict], config: HealConfig) -> None:
     own, anchor = fired_shares(records).values()
     seen = f"the barrier fired on {own:.0%} of the steps" + f", its anchor on {anchor:.0%}" * (config.anchor != "none")
     at = f"operating {config.agg} of {config.reg} {operating:.3g} nats, tau {records[0]['tau']:.3g}"
-    if max(own, anchor) < FIRED_FLOOR:
+    if max(own, anchor) < FIRED_FLOOR and config.reference == "base":
+        logger.info(f"{seen}: the loop is still within its budget ({at})")
+    elif max(own, anchor) < FIRED_FLOOR:
         logger.warning(f"{seen}: this round was plain fine-tuning ({at}). Try --heal.tau {operating / 2:.2g}")
     elif own < FIRED_FLOOR:
         logger.info(f"{seen}: the anchor alone held this round back ({at})")

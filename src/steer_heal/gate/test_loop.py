@@ -123,11 +123,13 @@ def test_a_barrier_that_never_fires_is_loud(capsys):
     barrier_warning([{**r, "fired": True} for r in records], HealConfig(tau=0.05))
     barrier_warning(records, HealConfig(reg="nll"))
     barrier_warning([{**r, "anchor_fired": True} for r in records], HealConfig(anchor="neutral"))
+    barrier_warning(records, HealConfig(reference="base"))
     logger.remove(sink)
-    assert len(lines) == 3
+    assert len(lines) == 4
     assert "WARNING" in lines[0] and "0.13 nats" in lines[0] and "--heal.tau 0.065" in lines[0]
     assert "INFO" in lines[1] and "100%" in lines[1]
     assert "INFO" in lines[2] and "the anchor alone held this round back" in lines[2]
+    assert "INFO" in lines[3] and "within its budget" in lines[3]
 
 
 MISTAKES = [
