@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import asdict
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -16,7 +17,7 @@ import pytest
 from plotly.offline import get_plotlyjs
 
 from steer_heal import report, results
-from steer_heal.config import UserError
+from steer_heal.config import HealConfig, UserError
 from steer_heal.gate.folders import seal, write_events
 from steer_heal.markup import marked
 from steer_heal.record import arms_record
@@ -68,7 +69,7 @@ def write_arm(
 
 def write_run(folder: Path, rounds: int = 2, **healed_scores: float) -> Path:
     """A finished run; the healed student moved 0.25, the prompt 0.15, steering 0.45 nats/token."""
-    heal = {"reg": "kl_rev", "agg": "rmse", "tau": 0.05, "anchor_tau": 0.02}
+    heal = asdict(HealConfig(tau=0.05, anchor_tau=0.02))  # whole: the report reads whatever a real run has
     config = {
         "trait": TRAIT + ".toml",
         "eval": {"plain_doses": 2},
