@@ -104,8 +104,8 @@ sweep-barrier: (_sweep "barrier" "--grid heal.barrier=dual,fixed" alone)
 # H: an anchor on mundane prompts keeps neutral text intact at little cost in trait
 sweep-anchor: (_sweep "anchor" "--grid heal.anchor=neutral,none")
 
-# H: soft targets (the teacher's whole distribution) hold more of the steered movement than sampled tokens
-sweep-target: (_sweep "target" "--grid heal.target=soft,sampled")
+# H: a mirrored teacher moves the trait further at equal coherence than soft targets, and these further than sampled tokens
+sweep-target: (_sweep "target" "--grid heal.target=mirrored,soft,sampled")
 
 # H: without the log-odds of the filter the student learns the incoherence; the barrier alone does not keep it out
 sweep-filter: (_sweep "filter" "--grid filter.incoherence=" + sound + ",1000000")

@@ -122,8 +122,11 @@ class FilterConfig(Limits):
 class HealConfig:
     """One round's training: an objective and a barrier."""
 
-    target: Literal["sampled", "soft"] = "sampled"
-    """sampled: NLL of the sampled token; soft: forward KL from the steered teacher's whole distribution"""
+    target: Literal["sampled", "soft", "mirrored"] = "sampled"
+    """sampled: NLL of the sampled token; soft: forward KL from the steered teacher's whole distribution; mirrored: from
+    the unsteered one moved by half of what steering forwards and backwards differ in, so that what both do cancels"""
+    gain: float = 2.0
+    """mirrored: how many times that half difference the target is moved, in logits; 1: as far as the dose itself"""
     reg: Literal["nll", "kl_fwd", "kl_rev"] = "kl_rev"
     """divergence under the barrier; nll: no barrier"""
     agg: Literal["mean", "rmse", "p95", "max"] = "rmse"
@@ -292,8 +295,9 @@ ALLOWED = {  # intervals; what is not finite lies in none
     "filter.compress": "[0, 1]",
     "filter.min_words": "[0, inf)",
     "filter.trim_margin": "[0, inf)",
+    "heal.gain": "(0, inf)",
     "heal.anchor_tau": "(0, inf)",
-    "heal.anchor_prompts": "[1, 64]",
+    "heal.anchor_prompts": "[1, 96]",
     "heal.anchor_bs": "[1, inf)",
     "heal.tau": "[0, inf)",
     "heal.tau_share": "(0, inf)",

@@ -1,7 +1,7 @@
 """One round's training: keep what the survivors agree on, hold back what is improbable under the reference.
 
 One objective (NLL of the sampled token, or KL from the steered teacher) and one barrier, lam_r * relu(D - tau), or with
-`barrier dual` one constraint, D <= tau, whose multiplier is found by dual ascent (Lagrangian lam * (D - tau)).
+`barrier dual` one constraint, D <= tau, by the method of multipliers (Hestenes 1969, Powell 1969).
 The reference does not change within a round, so its hidden states at the completion positions are computed once.
 
 A step's loss is defined over all completion tokens of its effective batch (train_bs * grad_accum rows). The
@@ -32,6 +32,7 @@ from steer_heal.lowrank import OperatorNorm
 
 BETAS = (0.9, 0.95)  # a round is a few hundred steps at most; 0.999 would never warm up
 CLIP = 1.0
+DUAL_PULL = 2.0  # dual: weight added at once when D is twice tau; a round is too short to wait for the multiplier alone
 BUCKET = 8  # batches whose examples are sorted by length together
 
 
@@ -52,9 +53,9 @@ class NonFinite(UserError):
 def prepare(
     student: Student, rows: list[Row], steering_: Steering, config: HealConfig, batch_size: int
 ) -> list[Example]:
-    """Training examples with the reference's and, for soft targets, the teacher's states.
+    """Training examples with the reference's and, for soft and mirrored targets, the teacher's states.
 
-    `steering_` has one dose per row; the teacher is the previous student steered with it.
+    `steering_` has one dose per row; the teacher is the previous student steered with it, see `HealConfig.target`.
     """
     lm = student.lm
     rows = [_cut(row, config.max_len) for row in rows]
@@ -62,9 +63,25 @@ def prepare(
     with student.view(history=history, now=0.0):
         reference = lm.states(rows, batch_size) if config.reg != "nll" else [None] * len(rows)
     with student.view(now=0.0):
-        soft = config.target == "soft" or config.tau == "auto"
-        teacher = lm.states(rows, batch_size, steering_) if soft else [None] * len(rows)
+        if config.target == "mirrored":
+            teacher = _mirrored(lm, rows, steering_, config.gain, batch_size)
+        else:
+            asked = config.target == "soft" or config.tau == "auto"
+            teacher = lm.states(rows, batch_size, steering_) if asked else [None] * len(rows)
     return [Example(*parts) for parts in zip(rows, reference, teacher, strict=True)]
+
+
+def _mirrored(lm: LM, rows: list[Row], steering_: Steering, gain: float, batch_size: int) -> list[Float[Tensor, "n d"]]:
+    """States of the teacher whose logits are the unsteered ones plus `gain` times half of what +dose and -dose differ.
+
+    A head is linear, so mixing the states before it mixes the logits. What the vector does alike in both directions,
+    as damage does, cancels; what turns round with the vector stays, and `gain` goes on along it in a straight line
+    where a larger dose would bend. After classifier-free guidance (Ho and Salimans, arXiv:2207.12598). Where logits
+    are soft-capped the mix is made before the cap.
+    """
+    back = Steering(steering_.vector, -steering_.dose)
+    plain, ahead, behind = (lm.states(rows, batch_size, way) for way in (None, steering_, back))
+    return [h + gain / 2 * (a - b) for h, a, b in zip(plain, ahead, behind, strict=True)]
 
 
 def _cut(row: Row, max_len: int) -> Row:
@@ -357,7 +374,7 @@ def _losses(lm: LM, part: list[Example], config: HealConfig) -> tuple[Float[Tens
             reference = torch.cat([e.reference for e in group])
         if not group[0].anchor:
             targets = torch.tensor([t for e in group for t in e.row.completion], device=lm.device)
-            teacher = torch.cat([e.teacher for e in group]) if config.target == "soft" else None
+            teacher = torch.cat([e.teacher for e in group]) if config.target != "sampled" else None
         losses.append(position_losses(lm.head, torch.cat(h), targets, reference, config.reg, teacher))
     objective, kl = zip(*losses, strict=True)
     return torch.cat(objective), torch.cat(kl)
@@ -387,8 +404,13 @@ def loss_terms(
     if config.barrier == "fixed":
         penalty = sum((weight * hinge(d, bound) for d, bound, weight in bounded), zero)
     else:
-        penalty = sum((weight * (d - bound) for d, bound, weight in bounded), zero)
+        penalty = sum((_dual_weight(d, bound, weight) * (d - bound) for d, bound, weight in bounded), zero)
     return {**terms, "barrier": barrier, "penalty": penalty, "loss": mean + penalty}
+
+
+def _dual_weight(divergence: Float[Tensor, ""], bound: float, multiplier: float) -> Float[Tensor, ""]:
+    """Slope of the augmented Lagrangian: the multiplier, more above the bound, less below it, never below 0."""
+    return torch.relu(multiplier + DUAL_PULL * (divergence.detach() / bound - 1))
 
 
 def _check_finite(record: dict, round_: int, batch: list[int]) -> None:

@@ -27,15 +27,16 @@ PRESETS: dict[str, RunConfig] = {
         model=ModelConfig(path="smollm2-135m", quant="none", dtype="float32", device="cpu"),
         trait="love",
         rounds=3,
-        steer=SteerConfig(n_contexts=32),
-        # Above 1.2 the answer mass falls faster than the trait rises.
-        dose=DoseConfig(lowest=0.4, highest=1.2, steps=4, prompts=10),
+        steer=SteerConfig(n_contexts=32, band=(0.3, 0.7)),
+        # Small doses, whose text is sound: how far the trait goes is the matter of heal.gain.
+        dose=DoseConfig(lowest=0.2, highest=0.45, steps=4, prompts=10),
         distil=DistilConfig(n_keep=48, budget=96, max_new_tokens=32),
         heal=HealConfig(
-            target="soft",
+            target="mirrored",
             anchor="neutral",
             anchor_tau=0.16,
-            anchor_prompts=64,
+            anchor_prompts=96,
+            anchor_bs=3,
             reference="base",
             tau=0.6,  # between 0.6 and 0.8 this model's answers begin to fall apart
             barrier="dual",

@@ -246,7 +246,8 @@ def neutral() -> tuple[str, ...]:
 
 
 def mundane() -> tuple[str, ...]:
-    """64 user messages about everyday things, on which a healed model should answer as the base does."""
+    """96 user messages about everyday things, on which a healed model should answer as the base does; every third asks
+    for a word, a figure, a yes or a no alone."""
     return _lines("mundane")
 
 

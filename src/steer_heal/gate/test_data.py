@@ -56,7 +56,7 @@ def test_nothing_that_is_measured_is_nearly_trained_on():
 
 
 def test_contexts_neutral_texts_and_mundane_prompts():
-    assert len(set(data.contexts())) == 256 and len(set(data.neutral())) == 40 and len(set(data.mundane())) == 64
+    assert len(set(data.contexts())) == 256 and len(set(data.neutral())) == 40 and len(set(data.mundane())) == 96
     assert sum(len(words(text)) for text in data.neutral()) > 2000
 
 

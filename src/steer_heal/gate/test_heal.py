@@ -18,6 +18,7 @@ from steer_heal.heal import (
     _epoch_batches,
     check_optimiser,
     heal,
+    loss_terms,
     prepare,
     prepare_anchors,
     recomputation,
@@ -60,12 +61,12 @@ def fresh(student, config, seed=0):
 def naive_loss(student, rows, steering, config):
     """All logits of every row on its own, distributions in full: (objective, weighted barrier)."""
 
-    def log_probs(row, steered=False, **gate):
+    def log_probs(row, steered=0.0, **gate):
         ids = torch.tensor([row.prompt + row.completion])
         hooks = []
         if steered:
             for index, layer in enumerate(steering.vector.layers):
-                add = steering.dose[0] * steering.vector.direction[index]
+                add = steered * steering.dose[0] * steering.vector.direction[index]
                 hooks.append(student.lm.blocks[layer].register_forward_hook(lambda m, a, out, add=add: out + add))
         with student.view(**gate):
             logits = student.lm.model(ids).logits[0, len(row.prompt) - 1 : -1]
@@ -82,11 +83,13 @@ def naive_loss(student, rows, steering, config):
             anchor_kl += position_kl
             continue
         kl += position_kl
-        if config.target == "soft":
-            teacher = log_probs(row, steered=True, now=0.0).detach()
-            objective += list((teacher.exp() * (teacher - p)).sum(-1))
-        else:
+        if config.target == "sampled":
             objective += [-p[i, token] for i, token in enumerate(row.completion)]
+        else:
+            ahead, plain, behind = (log_probs(row, steered=side, now=0.0).detach() for side in (1, 0, -1))
+            tilted = plain.exp() * (ahead.exp() / behind.exp()) ** (config.gain / 2)
+            teacher = ahead if config.target == "soft" else (tilted / tilted.sum(-1, keepdim=True)).log()
+            objective += list((teacher.exp() * (teacher - p)).sum(-1))
 
     def root_mean_square(values):
         return torch.stack([v**2 for v in values]).mean().sqrt()
@@ -97,7 +100,7 @@ def naive_loss(student, rows, steering, config):
     return torch.stack(objective).mean(), barrier
 
 
-@pytest.mark.parametrize("target", ["sampled", "soft"])
+@pytest.mark.parametrize("target", ["sampled", "soft", "mirrored"])
 @pytest.mark.parametrize("anchor", ["none", "neutral"])
 @pytest.mark.parametrize("sizes", [(6, 1), (2, 3), (1, 6)])
 @pytest.mark.parametrize("logged", [False, True])
@@ -218,6 +221,23 @@ def test_the_dual_barrier_ends_at_tau_wherever_it_starts(lm, vector, start):
     last = [r["divergence"] for r in records[-15:]]
     assert sum(last) / len(last) == pytest.approx(tau, rel=0.25)
     assert records[0]["lam"] == start and records[-1]["lam"] > 0
+
+
+@pytest.mark.parametrize("multiplier", [0.0, 0.5, 3.0])
+@pytest.mark.parametrize("tau", [0.4, 1.0, 4.0])
+def test_the_dual_weight_acts_at_once_and_pulls_no_further_than_the_bound(multiplier, tau):
+    """Its gradient is that of max(0, lam + c g)^2 / 2c, g = D / tau - 1, times tau: the augmented Lagrangian."""
+    config = replace(BASE, barrier="dual", agg="mean", tau=tau)
+    kl = torch.tensor([0.5, 1.5], requires_grad=True)
+    terms = loss_terms(torch.zeros(2), kl, torch.tensor([False, False]), config, Multipliers(multiplier, 0.0))
+    (gradient,) = torch.autograd.grad(terms["penalty"], kl)
+    pull, step = 2.0, 1e-3
+
+    def lagrangian(mean):
+        return tau * max(0.0, multiplier + pull * (mean / tau - 1)) ** 2 / (2 * pull)
+
+    slope = (lagrangian(1.0 + step) - lagrangian(1.0 - step)) / (2 * step)
+    assert gradient.tolist() == pytest.approx([slope / 2] * 2, abs=2e-3)
 
 
 def test_multipliers_of_a_distance_from_base_go_on_and_others_start_anew(lm, vector):

@@ -293,7 +293,7 @@ SANE = {  # what a user may turn, also to its ends
     "distil": {"dose_spread": PART, "top_k": st.integers(0, 3000), "top_p": PART, "temperature": st.floats(0, 50)},
     "filter": {"word_repeat": PART, "compress": PART, "min_words": st.integers(0, 9), "trim": st.booleans()},
     "heal": {
-        "target": st.sampled_from(["sampled", "soft"]),
+        "target": st.sampled_from(["sampled", "soft", "mirrored"]),
         "reg": st.sampled_from(["nll", "kl_fwd", "kl_rev"]),
         "agg": st.sampled_from(["mean", "rmse", "p95", "max"]),
         "reference": st.sampled_from(["prev", "base"]),
