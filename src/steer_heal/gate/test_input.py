@@ -63,7 +63,7 @@ FLAGS = [  # flags out of range, contradictory, misspelt
     ("--heal.warmup 2", "heal.warmup is 2.0: it must lie in [0, 1]"),
     ("--heal.tau auot", "Error parsing --heal.tau"),
     ("--heal.anchor-tau 0", "heal.anchor_tau is 0.0: it must lie in (0, inf)"),
-    ("--heal.anchor-prompts 65", "heal.anchor_prompts is 65: it must lie in [1, 64]"),
+    ("--heal.anchor-prompts 97", "heal.anchor_prompts is 97: it must lie in [1, 96]"),
     ("--heal.barrier dual --heal.tau 0", "heal.barrier dual needs a divergence to hold at tau"),
     ("--heal.reg nll --heal.anchor neutral", "heal.reg nll has no divergence for heal.anchor neutral"),
     ("--heal.patience 2 --heal.val-share 0", "heal.patience needs completions to validate on"),
