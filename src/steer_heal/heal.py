@@ -74,9 +74,9 @@ def prepare(
 def _mirrored(lm: LM, rows: list[Row], steering_: Steering, gain: float, batch_size: int) -> list[Float[Tensor, "n d"]]:
     """States of the teacher whose logits are the unsteered ones plus `gain` times half of what +dose and -dose differ.
 
-    A head is linear, so mixing the states before it mixes the logits. What the vector does alike in both directions,
-    as damage does, cancels; what turns round with the vector stays, and `gain` goes on along it in a straight line
-    where a larger dose would bend. After classifier-free guidance (Ho and Salimans, arXiv:2207.12598). Where logits
+    A head is linear, so mixing the states before it mixes the logits. What the vector does alike in both directions
+    cancels; what turns round with it, as the trait does, stays, and `gain` goes on along that in a straight line where
+    a larger dose would bend. After classifier-free guidance (Ho and Salimans, arXiv:2207.12598). Where logits
     are soft-capped the mix is made before the cap.
     """
     back = Steering(steering_.vector, -steering_.dose)
