@@ -207,7 +207,7 @@ class EvalConfig:
     """neutral texts for perplexity"""
     off_target: int = 16
     """probes of each of five traits that should stay put; 0: none"""
-    canary: int = 60
+    canary: int = 180
     """plain questions with one right answer of four; 0: none"""
     profile: Literal["vignettes", "tiny-mfv", "none"] = "vignettes"
     """moral-foundation profile: on our scenes, or on those of tiny-mfv through that package (`just vendor`)"""
@@ -325,7 +325,7 @@ ALLOWED = {  # intervals; what is not finite lies in none
     "eval.demo_tokens": "[1, inf)",
     "eval.neutral": "[1, 40]",
     "eval.off_target": "[0, 16]",
-    "eval.canary": "[0, 60]",
+    "eval.canary": "[0, 180]",
     "eval.scenes": "[1, 20]",
     "eval.plain_doses": "[0, inf)",
     "eval.batch_size": "[1, inf)",

@@ -100,7 +100,9 @@ def _read(lm: LM, arm: Arm, trait: Trait, config: EvalConfig, name: str) -> Read
             return {f"off:{other}": (part, pair_texts(some)) for (other, some), part in named}
         case "canary":
             asked = spread(canary(), config.canary)
-            return {name: (canary_scores(lm, arm, asked, size), [q["question"] for q in asked])}
+            texts = [q["question"] for q in asked]
+            right, margin = canary_scores(lm, arm, asked, size)
+            return {name: (right, texts), "canary_margin": (margin, texts)}
         case "profile":
             return read_profile(lm, arm, config)
         case "demos":
@@ -117,6 +119,7 @@ MEANS = {
     "yes_no": "yes_no_nats",
     "mass": "answer_mass",
     "canary": "canary_share",
+    "canary_margin": "canary_margin_nats",
     "demo_coherent": "coherent_share",
     "demo_looped": "looped_share",
     "demo_styled": "styled_share",
@@ -177,13 +180,15 @@ def neutral_rows(lm: LM, texts: int) -> list[Row]:
     return [Row(ids[:1], ids[1:]) for ids in (lm.tokenizer(text).input_ids for text in neutral()[:texts])]
 
 
-def canary_scores(lm: LM, arm: Arm, questions: list[dict], batch_size: int) -> np.ndarray:
-    """1 where the right answer is the likeliest of the four, 0 where it is not, NaN where none can be told."""
+def canary_scores(lm: LM, arm: Arm, questions: list[dict], batch_size: int) -> tuple[np.ndarray, np.ndarray]:
+    """(1 where the right answer is the likeliest of the four, 0 where it is not, NaN where none can be told; log-odds
+    of the right one against the three others together, nats), one each a question."""
     prompts = [lm.prompt(q["question"], arm.system) for q in questions]
     answers = [[lm.answer(a) for a in (q["right"], *q["wrong"])] for q in questions]
     scored = choice_log_probs(lm, prompts, answers, batch_size, arm.steering(len(prompts)))
     log_p = np.array([[answer.double().sum().item() for answer in options] for options in scored])
-    return np.where(np.isfinite(log_p).all(1), (log_p[:, :1] > log_p[:, 1:]).all(1), np.nan)
+    right = np.where(np.isfinite(log_p).all(1), (log_p[:, :1] > log_p[:, 1:]).all(1), np.nan)
+    return right, log_p[:, 0] - np.logaddexp.reduce(log_p[:, 1:], axis=1)
 
 
 def spread(rows: tuple[dict, ...], count: int) -> list[dict]:

@@ -52,6 +52,7 @@ COSTS = {
     "demo_coherent": "coherent share",
     "demo_looped": "looped share",
     "canary": "questions right",
+    "canary_margin": "log-odds of the right answer",
     "neutral_nll": "log neutral perplexity",
 }
 SHOWN_COMPLETIONS, SHOWN_DEMOS = 160, 8  # a round's table; cards before the fold

@@ -140,6 +140,7 @@ def round_table(group: list[Found]) -> pl.DataFrame:
             name: f"{np.mean([of(base, last['healed']) for base, last in lasts]):.3f}" for name, of in RATIOS.items()
         }
         row |= _column("questions right", [run.changes("healed", index, "canary") for run in group])
+        row |= _column("right, log-odds", [run.changes("healed", index, "canary_margin") for run in group])
         rows.append(row)
     return pl.DataFrame(rows)
 

@@ -257,7 +257,7 @@ def vignettes() -> tuple[dict, ...]:
 
 
 def canary() -> tuple[dict, ...]:
-    """60 plain questions with one right answer and three wrong ones: arithmetic, facts, form."""
+    """180 plain questions with one right answer and three wrong ones: arithmetic, facts, form."""
     return _records_of("canary")
 
 

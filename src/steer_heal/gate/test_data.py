@@ -80,8 +80,8 @@ def test_vignettes_are_balanced_and_none_repeats_another():
 
 def test_canary_questions_have_one_right_answer_of_the_form_of_the_wrong_ones():
     rows = data.canary()
-    assert len(rows) >= 40 and len({row["question"] for row in rows}) == len(rows)
-    assert min(Counter(row["kind"] for row in rows).values()) >= 12
+    assert len(rows) == 180 and len({row["question"] for row in rows}) == len(rows)
+    assert min(Counter(row["kind"] for row in rows).values()) >= 48
     for row in rows:
         answers = [row["right"], *row["wrong"]]
         assert len(set(answers)) == 4 and all(len(a.split()) == len(row["right"].split()) for a in answers), row

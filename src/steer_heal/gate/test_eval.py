@@ -52,10 +52,12 @@ def test_all_instruments_equal_one_item_at_a_time(lm, trait, system):
     for text in neutral()[: CONFIG.neutral]:
         ids = lm.answer(text)
         neutral_nll.append(-log_prob(lm, ids[:1], ids[1:]) / (len(ids) - 1))
-    right = []
+    right, margin = [], []
     for q in spread(canary(), CONFIG.canary):
         prompt = lm.prompt(q["question"], system)
-        right.append(max([q["right"], *q["wrong"]], key=lambda a: log_prob(lm, prompt, lm.answer(a))) == q["right"])
+        p = {a: math.exp(log_prob(lm, prompt, lm.answer(a))) for a in (q["right"], *q["wrong"])}
+        right.append(max(p, key=p.get) == q["right"])
+        margin.append(math.log(p[q["right"]] / sum(p[a] for a in q["wrong"])))
     profile = []
     for row in [next(v for v in vignettes() if v["foundation"] == name) for name in FOUNDATIONS]:
         both = []
@@ -70,6 +72,7 @@ def test_all_instruments_equal_one_item_at_a_time(lm, trait, system):
     assert items["mass"] == pytest.approx(mass, rel=1e-3)
     assert items["neutral_nll"] == pytest.approx(neutral_nll, abs=1e-4)
     assert items["canary"] == right and len(right) == CONFIG.canary
+    assert items["canary_margin"] == pytest.approx(margin, abs=1e-3)
     assert np.allclose(items["profile"], profile, rtol=1e-3, atol=1e-9)
     for name, probes in off_target().items():
         expected = [contrast(p) for p in probes[: CONFIG.off_target]]

@@ -69,7 +69,7 @@ FLAGS = [  # flags out of range, contradictory, misspelt
     ("--heal.patience 2 --heal.val-share 0", "heal.patience needs completions to validate on"),
     ("--heal.optimiser paged_adamw_8bit", "heal.optimiser paged_adamw_8bit needs a CUDA GPU"),
     ("--eval.plain-doses 1", "eval.plain_doses is 1: a curve needs 2 doses"),
-    ("--eval.canary 61", "eval.canary is 61: it must lie in [0, 60]"),
+    ("--eval.canary 181", "eval.canary is 181: it must lie in [0, 180]"),
     ("--eval.ends-only profil", "profil"),
     ("--model.device cuda", "model.device is 'cuda' but this machine has no CUDA GPU"),
     ("--model.quant int4", "invalid choice 'int4'"),
