@@ -59,11 +59,6 @@ bench what="generate" *flags: setup
 results *flags: setup
     {{bin}}/steer-heal results {{flags}}
 
-# what a folder of runs measured, without weights and training texts, small enough to publish: docs/runs/NAME.tar.xz
-pack folder name:
-    mkdir -p docs/runs
-    tar -cJf "docs/runs/{{name}}.tar.xz" --sort=name --owner=0 --group=0 --numeric-owner --exclude='*.safetensors' --exclude=adapter --exclude=report.html --exclude=.lock --exclude=completions.jsonl --exclude=heal.jsonl --exclude=anchor.jsonl --exclude=demos.jsonl -C "{{folder}}" .
-
 # clone the code bases we measure ourselves against into docs/vendor, and install the first two
 vendor: setup
     #!/usr/bin/env bash
@@ -82,12 +77,17 @@ SCALE := "gemma-3-1b"
 SEEDS := "0"
 ROUNDS := "8"
 ENGINE := "local"
+FLAGS := "" # of `run`, for every arm: e.g. FLAGS="--model.dtype bfloat16 --eval.plain-doses 0"
 sound := if SCALE == "tiny" { "8" } else { "0" } # log-odds; what a random model writes is never sound
 taus := if SCALE =~ "gemma" { "auto,0.5,1.0,2.0" } else { "auto,0.05,0.15,0.5" } # around what the model operates at
 held := if SCALE =~ "gemma" { "1.0" } else { "0.15" } # nats: what a round, or with reference base a whole loop, may move
+# doses at which text begins to break, where the demo's own stay below: what filters and narrow bands are about
+ranged := if SCALE =~ "smollm2" { "--dose.highest 1.8 --dose.steps 7" } else { "" }
+high := if SCALE =~ "smollm2" { "--heal.target soft --dose.lowest 0.4 --dose.highest 0.9" } else { "" }
 preset := if SCALE == "tiny" { "tiny-random" } else { SCALE }
-# the barrier on its own, at half of what the teacher itself diverges, whatever the aggregate and the divergence
-alone := "--heal.anchor none --heal.reference prev --heal.tau auto"
+# the barrier on its own, at half of what the teacher itself diverges, whatever the aggregate and the divergence, and
+# with the same learning rate in every round, so that what holds a later round back is the barrier and not the step
+alone := "--heal.anchor none --heal.reference prev --heal.tau auto --heal.lr-round-pow 0"
 
 # the numbers of the README, from nothing: two traits, three seeds, 8 rounds on a CPU (about 3 hours on 2 cores)
 reproduce: setup
@@ -108,7 +108,7 @@ sweep-anchor: (_sweep "anchor" "--grid heal.anchor=neutral,none")
 sweep-target: (_sweep "target" "--grid heal.target=mirrored,soft,sampled")
 
 # H: without the log-odds of the filter the student learns the incoherence; the barrier alone does not keep it out
-sweep-filter: (_sweep "filter" "--grid filter.incoherence=" + sound + ",1000000")
+sweep-filter: (_sweep "filter" "--grid filter.incoherence=" + sound + ",1000000" high)
 
 # H: a lower dose target (more broken text to filter) moves the trait further at equal coherence
 sweep-dose: (_sweep "dose" "--grid dose.survival=0.75,0.5,0.9")
@@ -120,7 +120,7 @@ sweep-source: (_sweep "source" "--grid steer.source=student,base")
 sweep-lr: (_sweep "lr" "--grid heal.lr-round-pow=-1,0")
 
 # H: a narrow middle band moves the trait at less cost than a wide one
-sweep-band: (_sweep "band" "--grid steer.band=0.45+0.55,0.3+0.7,auto")
+sweep-band: (_sweep "band" "--grid steer.band=0.45+0.55,0.3+0.7,auto" ranged)
 
 # H: loosening the barrier round by round (a negative power) delays saturation
 sweep-pow: (_sweep "pow" "--grid heal.lam-round-pow=-0.5,0,0.5" alone + " --heal.barrier fixed")
@@ -138,4 +138,4 @@ sweep-agg: (_sweep "agg" "--grid heal.agg=rmse,mean,p95,max" alone)
 sweep-reg: (_sweep "reg" "--grid heal.reg=kl_rev,kl_fwd,nll" alone + " --heal.barrier fixed")
 
 _sweep name grid flags="": setup
-    {{bin}}/steer-heal sweep {{name}} {{grid}} --seeds {{SEEDS}} --engine {{ENGINE}} --out outputs/sweeps-{{SCALE}} --hypothesis "$(grep -B1 '^sweep-{{name}}:' '{{justfile()}}' | sed -n 's/^# H: //p')" -- {{preset}} --rounds {{ROUNDS}} {{flags}}
+    {{bin}}/steer-heal sweep {{name}} {{grid}} --seeds {{SEEDS}} --engine {{ENGINE}} --out outputs/sweeps-{{SCALE}} --hypothesis "$(grep -B1 '^sweep-{{name}}:' '{{justfile()}}' | sed -n 's/^# H: //p')" -- {{preset}} --rounds {{ROUNDS}} {{FLAGS}} {{flags}}

@@ -125,6 +125,8 @@ def run(config: RunConfig, preset: str, folder: RunDir, trait: data.Trait, lm: L
         barrier_warning(records, config.heal)
         said = last_verdict(arms, rounds)
         logger.info(f"{where} verdict: {said['word']} ({said['why']})")
+        if said["word"] == "broken" and not last:
+            logger.info("an early round that is broken is not lost: where a bound holds, later rounds often mend it")
         measures = {arm["arm"]: headline(arm) for arm in (base, prompted, steered, healed)}
         folder.event("round", round=round_, verdict=said["word"], dose=dose["dose"], **measures)
 
