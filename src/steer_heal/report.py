@@ -221,7 +221,10 @@ def arms_section(run: Run) -> str:
 
 
 def trajectory_section(run: Run) -> str:
-    why = "How far each round moved the trait. Healed that climbs has room left; healed that stands while steered is above it is held back by a bound. Bars and bands: 95% intervals."
+    why = (
+        "How far each round moved the trait. Healed that climbs has room left; healed that stands while steered is "
+        "above it is held back by a bound. Bars and bands: 95% intervals."
+    )
     return section("Trajectory", why, panel("", trajectory_figure(run.summary)))
 
 
