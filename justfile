@@ -81,9 +81,9 @@ FLAGS := "" # of `run`, for every arm: e.g. FLAGS="--model.dtype bfloat16 --eval
 sound := if SCALE == "tiny" { "8" } else { "0" } # log-odds; what a random model writes is never sound
 taus := if SCALE =~ "gemma" { "auto,0.5,1.0,2.0" } else { "auto,0.05,0.15,0.5" } # around what the model operates at
 held := if SCALE =~ "gemma" { "1.0" } else { "0.15" } # nats: what a round, or with reference base a whole loop, may move
-# doses at which text begins to break, where the demo's own stay below: what filters and narrow bands are about
-ranged := if SCALE =~ "smollm2" { "--dose.highest 1.8 --dose.steps 7" } else { "" }
-high := if SCALE =~ "smollm2" { "--heal.target soft --dose.lowest 0.4 --dose.highest 0.9" } else { "" }
+# the demo's own doses are small, for a wide band and sound text: a narrow band needs larger ones, a filter broken text
+every_dose := if SCALE =~ "smollm2" { "--dose.highest 1.8 --dose.steps 7" } else { "" }
+breaking_dose := if SCALE =~ "smollm2" { "--heal.target soft --dose.lowest 0.4 --dose.highest 0.9" } else { "" }
 preset := if SCALE == "tiny" { "tiny-random" } else { SCALE }
 # the barrier on its own, at half of what the teacher itself diverges, whatever the aggregate and the divergence, and
 # with the same learning rate in every round, so that what holds a later round back is the barrier and not the step
@@ -108,7 +108,7 @@ sweep-anchor: (_sweep "anchor" "--grid heal.anchor=neutral,none")
 sweep-target: (_sweep "target" "--grid heal.target=mirrored,soft,sampled")
 
 # H: without the log-odds of the filter the student learns the incoherence; the barrier alone does not keep it out
-sweep-filter: (_sweep "filter" "--grid filter.incoherence=" + sound + ",1000000" high)
+sweep-filter: (_sweep "filter" "--grid filter.incoherence=" + sound + ",1000000" breaking_dose)
 
 # H: a lower dose target (more broken text to filter) moves the trait further at equal coherence
 sweep-dose: (_sweep "dose" "--grid dose.survival=0.75,0.5,0.9")
@@ -120,7 +120,7 @@ sweep-source: (_sweep "source" "--grid steer.source=student,base")
 sweep-lr: (_sweep "lr" "--grid heal.lr-round-pow=-1,0")
 
 # H: a narrow middle band moves the trait at less cost than a wide one
-sweep-band: (_sweep "band" "--grid steer.band=0.45+0.55,0.3+0.7,auto" ranged)
+sweep-band: (_sweep "band" "--grid steer.band=0.45+0.55,0.3+0.7,auto" every_dose)
 
 # H: loosening the barrier round by round (a negative power) delays saturation
 sweep-pow: (_sweep "pow" "--grid heal.lam-round-pow=-0.5,0,0.5" alone + " --heal.barrier fixed")

@@ -101,8 +101,8 @@ def _read(lm: LM, arm: Arm, trait: Trait, config: EvalConfig, name: str) -> Read
         case "canary":
             asked = spread(canary(), config.canary)
             texts = [q["question"] for q in asked]
-            right, margin = canary_scores(lm, arm, asked, size)
-            return {name: (right, texts), "canary_margin": (margin, texts)}
+            right, log_odds = canary_scores(lm, arm, asked, size)
+            return {name: (right, texts), "canary_log_odds": (log_odds, texts)}
         case "profile":
             return read_profile(lm, arm, config)
         case "demos":
@@ -119,7 +119,7 @@ MEANS = {
     "yes_no": "yes_no_nats",
     "mass": "answer_mass",
     "canary": "canary_share",
-    "canary_margin": "canary_margin_nats",
+    "canary_log_odds": "canary_log_odds_nats",
     "demo_coherent": "coherent_share",
     "demo_looped": "looped_share",
     "demo_styled": "styled_share",

@@ -64,27 +64,23 @@ def prepare(
         reference = lm.states(rows, batch_size) if config.reg != "nll" else [None] * len(rows)
     with student.view(now=0.0):
         if config.target == "mirrored":
-            known = reference if history and config.reg != "nll" else None
-            teacher = _mirrored(lm, rows, steering_, config.gain, batch_size, known)
+            teacher = _mirrored(lm, rows, steering_, config.gain, batch_size)
         else:
             asked = config.target == "soft" or config.tau == "auto"
             teacher = lm.states(rows, batch_size, steering_) if asked else [None] * len(rows)
     return [Example(*parts) for parts in zip(rows, reference, teacher, strict=True)]
 
 
-def _mirrored(
-    lm: LM, rows: list[Row], steering_: Steering, gain: float, batch_size: int, plain: list[Tensor] | None
-) -> list[Float[Tensor, "n d"]]:
+def _mirrored(lm: LM, rows: list[Row], steering_: Steering, gain: float, batch_size: int) -> list[Float[Tensor, "n d"]]:
     """States of the teacher whose logits are the unsteered ones plus `gain` times half of what +dose and -dose differ.
 
     A head is linear, so mixing the states before it mixes the logits. What the vector does alike in both directions
     cancels; what turns round with it, as the trait does, stays, and `gain` goes on along that in a straight line where
     a larger dose would bend. After classifier-free guidance (Ho and Salimans, arXiv:2207.12598). Where logits
-    are soft-capped the mix is made before the cap. `plain` are the unsteered states, if they were read before.
+    are soft-capped the mix is made before the cap.
     """
     back = Steering(steering_.vector, -steering_.dose)
-    ahead, behind = (lm.states(rows, batch_size, way) for way in (steering_, back))
-    plain = plain or lm.states(rows, batch_size)
+    plain, ahead, behind = (lm.states(rows, batch_size, way) for way in (None, steering_, back))
     return [h + gain / 2 * (a - b) for h, a, b in zip(plain, ahead, behind, strict=True)]
 
 

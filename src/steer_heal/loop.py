@@ -54,6 +54,7 @@ from steer_heal.summary import (
     last_verdict,
     peak_memory,
     summarise,
+    verdict_line,
 )
 
 FIXED_TEXTS = 12  # neutral texts on which the divergence from base is read, about a thousand tokens
@@ -124,9 +125,7 @@ def run(config: RunConfig, preset: str, folder: RunDir, trait: data.Trait, lm: L
         print(f"\nround {round_}\n{arm_table(base, prompted, steered, *filter(None, [equal, same_trait]), healed)}\n")
         barrier_warning(records, config.heal)
         said = last_verdict(arms, rounds)
-        logger.info(f"{where} verdict: {said['word']} ({said['why']})")
-        if said["word"] == "broken" and not last:
-            logger.info("an early round that is broken is not lost: where a bound holds, later rounds often mend it")
+        logger.info(f"{where} verdict: {verdict_line(said, config.rounds - 1 - round_)}")
         measures = {arm["arm"]: headline(arm) for arm in (base, prompted, steered, healed)}
         folder.event("round", round=round_, verdict=said["word"], dose=dose["dose"], **measures)
 

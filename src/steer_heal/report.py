@@ -16,6 +16,7 @@ from pathlib import Path
 
 from steer_heal.config import FIRED_FLOOR
 from steer_heal.evidence import (
+    LOSSES,
     NOT_EXPRESSED,
     geometry_section,
     others_section,
@@ -47,14 +48,7 @@ SHARES = {
     "styled_share": "{:.0%}",
     "canary_share": "{:.0%}",
 }
-COSTS = {
-    "mass": "answer mass",
-    "demo_coherent": "coherent share",
-    "demo_looped": "looped share",
-    "canary": "questions right",
-    "canary_margin": "log-odds of the right answer",
-    "neutral_nll": "log neutral perplexity",
-}
+COSTS = LOSSES | {"demo_looped": "looped share"}
 SHOWN_COMPLETIONS, SHOWN_DEMOS = 160, 8  # a round's table; cards before the fold
 DIARY_DEMOS, DIARY_CHARS = 4, 200
 

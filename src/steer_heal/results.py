@@ -140,7 +140,7 @@ def round_table(group: list[Found]) -> pl.DataFrame:
             name: f"{np.mean([of(base, last['healed']) for base, last in lasts]):.3f}" for name, of in RATIOS.items()
         }
         row |= _column("questions right", [run.changes("healed", index, "canary") for run in group])
-        row |= _column("right, log-odds", [run.changes("healed", index, "canary_margin") for run in group])
+        row |= _column("right, log-odds", [run.changes("healed", index, "canary_log_odds") for run in group])
         rows.append(row)
     return pl.DataFrame(rows)
 
@@ -231,8 +231,10 @@ def show(
         Path(html).write_text(overview.page(groups), "utf-8")
     if any(map(len, tables.values())):
         titled = {title: frame for title, frame in tables.items() if len(frame)}
-        if len(titled) > 1 and rounds:
-            titled = {title: frame.insert_column(0, pl.lit(title).alias("runs")) for title, frame in titled.items()}
+        if len(titled) > 1:
+            # one line each: Markdown has no other cells
+            for title, frame in titled.items():
+                frame.insert_column(0, pl.lit(title.replace("\n", ", ")).alias("table"))
         _write(pl.concat(titled.values(), how="diagonal"), csv, as_json, markdown)
     for run in runs:
         if run.summary is None:

@@ -73,6 +73,12 @@ def last_verdict(arms: dict[str, dict], rounds: list[dict]) -> dict[str, str]:
     return verdict(base, steered, healed, expressible(list(arms.values()), base["instrument"]))
 
 
+def verdict_line(said: dict[str, str], rounds_left: int) -> str:
+    """A verdict as the terminal says it; a broken round is not the end where others are left."""
+    goes_on = "; the next round starts from it, and may heal it" if said["word"] == "broken" and rounds_left else ""
+    return f"{said['word']} ({said['why']}){goes_on}"
+
+
 def headline(arm: dict) -> dict[str, float]:
     """An arm in four numbers, for the run's events."""
     return {key: arm[key] for key in ("trait_nats", "answer_mass", "coherent_share", "neutral_ppl")}

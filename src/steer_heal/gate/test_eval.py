@@ -72,7 +72,7 @@ def test_all_instruments_equal_one_item_at_a_time(lm, trait, system):
     assert items["mass"] == pytest.approx(mass, rel=1e-3)
     assert items["neutral_nll"] == pytest.approx(neutral_nll, abs=1e-4)
     assert items["canary"] == right and len(right) == CONFIG.canary
-    assert items["canary_margin"] == pytest.approx(margin, abs=1e-3)
+    assert items["canary_log_odds"] == pytest.approx(margin, abs=1e-3)
     assert np.allclose(items["profile"], profile, rtol=1e-3, atol=1e-9)
     for name, probes in off_target().items():
         expected = [contrast(p) for p in probes[: CONFIG.off_target]]

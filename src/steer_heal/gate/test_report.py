@@ -314,6 +314,8 @@ def test_results_shows_sweeps_under_their_hypothesis_and_writes_tables(tmp_path:
     assert f"run --resume {broken}" in said
     rows = json.loads(files["json"].read_text())
     assert [row["heal.agg"] for row in rows] == ["mean", "rmse", "mean", None] and rows[0]["seeds"] == 2
+    compared = "each arm minus the first (rmse), on the same items"
+    assert [row["table"] for row in rows] == ["sweep agg, H: rmse holds"] * 2 + [compared, "runs"]
     assert rows[2]["trait"].startswith("-0.125 [") and rows[2]["answer mass"] == "+0.000 [+0.000, +0.000]"
     results.show(tmp_path, ("heal.agg",), True, None, None, None, str(tmp_path / "all.html"))
     page = (tmp_path / "all.html").read_text()
@@ -321,9 +323,8 @@ def test_results_shows_sweeps_under_their_hypothesis_and_writes_tables(tmp_path:
     assert "heal.agg mean, seeds 1, 2" in page and len(figures) == 2 * 5
     said = capsys.readouterr().out
     assert "heal.agg mean, seeds 1, 2" in said and "times the prompt" in said and "over equal cost" in said
-    assert files["csv"].read_text().startswith("heal.agg,seeds,model") and files["md"].read_text().startswith(
-        "| heal.agg"
-    )
+    assert files["csv"].read_text().startswith("table,heal.agg,seeds,model")
+    assert files["md"].read_text().startswith("| table ")
 
 
 def test_a_ratio_and_its_interval_by_hand() -> None:

@@ -26,6 +26,7 @@ from steer_heal.plain import (
 )
 from steer_heal.presets import PRESETS
 from steer_heal.record import arm_record, arms_record
+from steer_heal.summary import verdict_line
 from steer_heal.verdict import care_over_authority, validity, verdict
 
 CONFIG = PRESETS["tiny-random"].eval
@@ -272,3 +273,9 @@ def test_a_collapsed_model_is_broken_whatever_its_ratios(lm, hand_set, kind):
     found["coherent_share"] = 1.0  # whatever the judge thought
     flattering = found | {"trait_nats": 0.0, "answer_mass": found["answer_mass"], "neutral_ppl": found["neutral_ppl"]}
     assert verdict(flattering, found, found, True)["word"] == "broken"
+
+
+def test_a_broken_round_says_that_others_follow_and_only_then():
+    broken, moved = ({"word": word, "why": "answer mass 83% of base"} for word in ("broken", "moved"))
+    assert verdict_line(broken, 2) == verdict_line(broken, 0) + "; the next round starts from it, and may heal it"
+    assert verdict_line(moved, 2) == verdict_line(moved, 0) == "moved (answer mass 83% of base)"
