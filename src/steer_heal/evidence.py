@@ -42,7 +42,7 @@ LOSSES = {
     "mass": "answer mass",
     "demo_coherent": "coherent share",
     "canary": "questions right",
-    "canary_log_odds": "log-odds of the right answer",
+    "canary_log_odds": "right, log-odds",
     "neutral_nll": "log neutral perplexity",
 }
 
