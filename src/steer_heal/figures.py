@@ -67,6 +67,34 @@ def frontier_figure(summary: dict) -> go.Figure:
     return _styled(fig, 420)
 
 
+def paths_figure(paths: dict[str, dict]) -> go.Figure:
+    """The students of several groups of runs, round by round: answer mass against trait, both over base."""
+    fig = go.Figure()
+    hues = [COLOURS[name] for name in ("healed", "prompted", "steered", "equal", "negative")] + [DIVERGENCE_COLOUR]
+    dashes = ("solid", "dash", "dot")
+    for index, (name, summary) in enumerate(paths.items()):
+        students = [r["healed"] for r in summary["rounds"]]
+        x = [1.0, *(relative(arm["answer_mass"], summary["base"]["answer_mass"]) for arm in students)]
+        y = [0.0, *(arm["trait_over_base"] for arm in students)]
+        at = {"customdata": ["base", *(f"round {i}" for i in range(len(students)))]}
+        at["hovertemplate"] = f"{_hover_text(name)}<br>%{{customdata}}: %{{y:+.3f}} at %{{x:.0%}}<extra></extra>"
+        style = hues[index % len(hues)], name, dashes[index // len(hues) % len(dashes)], 1.5
+        _line(
+            fig,
+            x,
+            y,
+            *style,
+            mode="lines+markers",
+            marker={"size": [3, *(6 + i for i, _ in enumerate(students))]},
+            **at,
+        )
+    fig.update_xaxes(title="answer mass, share of base's (log)", type="log", tickformat=".3~p", dtick="D2")
+    fig.update_yaxes(title="trait over base")
+    _styled(fig, 440 + 20 * len(paths))
+    below = {"orientation": "v", "y": 0, "yref": "container", "yanchor": "bottom"}
+    return fig.update_layout(legend=below, margin={"t": 16, "b": 84 + 20 * len(paths)})
+
+
 def map_figure(arms: list[tuple[str, dict]]) -> go.Figure:
     """Care against authority: one node an arm, log mean probabilities over the scenes, nats."""
     fig = go.Figure()

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterator
+
 import numpy as np
 import polars as pl
 
 from steer_heal.bootstrap import across_seeds
-from steer_heal.figures import coherence_figure, frontier_figure, trajectory_figure
+from steer_heal.config import PLACE_FIELDS
+from steer_heal.figures import coherence_figure, frontier_figure, paths_figure, trajectory_figure
 from steer_heal.markup import filled, panel, safe, section, table_of
 from steer_heal.results import Found
 from steer_heal.verdict import COHERENCE
@@ -14,6 +18,9 @@ from steer_heal.verdict import COHERENCE
 WHY = """Means over the seeds. Bars and bands: 95% intervals over seeds and items. Against plain steering: the base
     steered by the first vector, dose by dose, and the student after every round; up is more trait, left is less
     damage."""
+
+PATHS = """One line a group of runs, from the base through its rounds (larger dots are later); named by what sets it
+    apart from most others. Up is more trait, left is less of the answers that were asked for."""
 
 
 def averaged(group: list[Found]) -> dict:
@@ -42,11 +49,34 @@ def averaged(group: list[Found]) -> dict:
     }
 
 
+def names(groups: list[list[Found]]) -> list[str]:
+    """What sets every group apart: its flags that are not as in more than half of them."""
+    flags = [dict(_flags(group[0].config)) for group in groups]
+    values = {key: Counter(table[key] for table in flags).most_common(1)[0] for key in flags[0]}
+    usual = {key: value for key, (value, times) in values.items() if times > len(groups) / 2}
+    return [
+        ", ".join(f"{key} {value}" for key, value in table.items() if value != usual.get(key)) or "as most others are"
+        for table in flags
+    ]
+
+
+def _flags(table: dict, before: str = "") -> Iterator[tuple[str, str]]:
+    for key, value in table.items():
+        if isinstance(value, dict):
+            yield from _flags(value, f"{before}{key}.")
+        elif key not in ("preset", "seed", *PLACE_FIELDS):
+            yield before + key, str(value)
+
+
 def page(groups: dict[str, tuple[list[Found], pl.DataFrame]]) -> str:
-    """The whole page: a section a group, under its title, with its figures and its table of rounds."""
+    """The whole page: all groups in one figure, then a section a group with its figures and its table of rounds."""
+    summaries = {title: averaged(group) for title, (group, _) in groups.items()}
     sections = []
-    for title, (group, table) in groups.items():
-        summary = averaged(group)
+    if len(groups) > 1:
+        paths = dict(zip(names([group for group, _ in groups.values()]), summaries.values(), strict=True))
+        sections.append(section("All of them", PATHS, panel("Trait against answer mass", paths_figure(paths))))
+    for title, (_, table) in groups.items():
+        summary = summaries[title]
         panels = [panel("Trait", trajectory_figure(summary))]
         if summary["plain"]:
             panels.append(panel("Against plain steering", frontier_figure(summary)))

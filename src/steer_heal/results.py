@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import polars as pl
+from scipy.optimize import brentq
 
 from steer_heal.bootstrap import across_seeds, paired
 from steer_heal.config import UserError
@@ -108,7 +109,8 @@ def arm_table(runs: list[Found], flags: list[str]) -> pl.DataFrame:
 
 
 def difference_table(runs: list[Found], flags: list[str], arms: list[dict]) -> pl.DataFrame:
-    """Every arm's healed student minus the first arm's after the last round, seed by seed and item by item."""
+    """Every arm's healed student minus the first arm's, seed by seed and item by item, after the last round that all
+    of these runs have done."""
     groups = {tuple(group[0].value(flag) for flag in flags): group for group in grouped(runs)}
     ordered = [groups.get(tuple(arm[flag] for flag in flags)) for arm in arms]
     if ordered[:1] == [None] or len([group for group in ordered if group]) < 2:
@@ -118,10 +120,11 @@ def difference_table(runs: list[Found], flags: list[str], arms: list[dict]) -> p
         pairs = [(a, b) for a in group or [] for b in ordered[0] if a.config["seed"] == b.config["seed"]]
         if pairs:
             keys = {"trait": pairs[0][0].instrument, **{name: key for key, name in MEASURES.items()}}
-            row = {
-                name: [paired(a.arm("healed"), b.arm("healed"), key) for a, b in pairs] for name, key in keys.items()
-            }
-            rows.append({**arm, "seeds": len(pairs)} | {name: _estimate(np.array(row[name])) for name in row})
+            last = min(len(run.summary["rounds"]) for pair in pairs for run in pair) - 1
+            healed = [(a.arm("healed", last), b.arm("healed", last)) for a, b in pairs]
+            row = {name: [paired(a, b, key) for a, b in healed] for name, key in keys.items()}
+            found = {name: _estimate(np.array(values)) for name, values in row.items()}
+            rows.append({**arm, "seeds": len(pairs), "round": last} | found)
     return pl.DataFrame(rows)
 
 
@@ -154,15 +157,20 @@ def ratio(above: np.ndarray, below: np.ndarray) -> tuple[float, float, float]:
 
     The interval holds the ratios k for which `above - k * below` may be zero (Fieller, J. R. Stat. Soc. B 16, 1954).
     """
-    mean = above.mean() / below.mean()
-    low, high = mean, mean
-    while across_seeds(above - low * below)["ci"][0] < 0 and low > 0:
-        low = max(0.0, low - abs(mean) / 200)
-    while across_seeds(above - high * below)["ci"][1] > 0:
-        high += abs(mean) / 50
-        if high > 100 * abs(mean):
-            return mean, low, math.inf
-    return mean, low, high
+    if below.mean() < 0:
+        above, below = -above, -below
+    mean = float(above.mean() / below.mean())
+
+    def end(side: int, far: float) -> float:
+        def edge(k: float) -> float:
+            return across_seeds(above - k * below)["ci"][side]
+
+        still_zero = edge(far) <= 0 if side == 0 else edge(far) >= 0
+        begin = mean - 1e-9 * (far - mean)  # at the mean itself an edge may be zero
+        return math.copysign(math.inf, far) if still_zero else float(brentq(edge, begin, far, rtol=1e-4))
+
+    reach = 100 * max(1.0, abs(mean))
+    return mean, end(0, mean - reach), end(1, mean + reach)
 
 
 RATIOS: dict[str, Callable[[dict, dict], float]] = {

@@ -16,8 +16,10 @@ import numpy as np
 import pytest
 from plotly.offline import get_plotlyjs
 
-from steer_heal import report, results
+from steer_heal import overview, report, results
+from steer_heal.bootstrap import across_seeds
 from steer_heal.config import HealConfig, UserError
+from steer_heal.figures import paths_figure
 from steer_heal.gate.folders import seal, write_events
 from steer_heal.markup import marked
 from steer_heal.record import arms_record
@@ -293,7 +295,7 @@ def test_runs_that_differ_in_their_seed_are_one_row(tmp_path: Path, monkeypatch)
 
 
 def test_results_shows_sweeps_under_their_hypothesis_and_writes_tables(tmp_path: Path, capsys, monkeypatch) -> None:
-    heal = {"reg": "kl_rev", "agg": "mean"}
+    heal = asdict(HealConfig(tau=0.05, anchor_tau=0.02, agg="mean"))
     for seed in (1, 2):
         seeded(tmp_path / "agg", seed)
     monkeypatch.setitem(CONTRAST, "healed", [0.2, 0.4, 0.4, 0.5])
@@ -316,11 +318,21 @@ def test_results_shows_sweeps_under_their_hypothesis_and_writes_tables(tmp_path:
     assert [row["heal.agg"] for row in rows] == ["mean", "rmse", "mean", None] and rows[0]["seeds"] == 2
     compared = "each arm minus the first (rmse), on the same items"
     assert [row["table"] for row in rows] == ["sweep agg, H: rmse holds"] * 2 + [compared, "runs"]
-    assert rows[2]["trait"].startswith("-0.125 [") and rows[2]["answer mass"] == "+0.000 [+0.000, +0.000]"
+    assert (
+        rows[2]["round"] == 1
+        and rows[2]["trait"].startswith("-0.125 [")
+        and rows[2]["answer mass"] == "+0.000 [+0.000, +0.000]"
+    )
     results.show(tmp_path, ("heal.agg",), True, None, None, None, str(tmp_path / "all.html"))
     page = (tmp_path / "all.html").read_text()
     figures = [attrs for tag, attrs in Tags(page).seen if attrs.get("class") == "figure"]
-    assert "heal.agg mean, seeds 1, 2" in page and len(figures) == 2 * 5
+    assert "heal.agg mean, seeds 1, 2" in page and len(figures) == 1 + 2 * 5
+    groups = results.grouped(results.scan(tmp_path / "agg"))
+    assert overview.names(groups) == ["heal.agg mean", "heal.agg rmse"]
+    assert overview.names([*groups, groups[0]]) == ["as most others are", "heal.agg rmse", "as most others are"]
+    lines = paths_figure({"mean": overview.averaged(groups[0])}).data
+    by_hand = [float(np.mean([run.changes("healed", i) for run in groups[0]])) for i in range(2)]
+    assert lines[0].y == pytest.approx((0, *by_hand)) and lines[0].x == pytest.approx((1, 1, 1))
     said = capsys.readouterr().out
     assert "heal.agg mean, seeds 1, 2" in said and "times the prompt" in said and "over equal cost" in said
     assert files["csv"].read_text().startswith("table,heal.agg,seeds,model")
@@ -330,9 +342,12 @@ def test_results_shows_sweeps_under_their_hypothesis_and_writes_tables(tmp_path:
 def test_a_ratio_and_its_interval_by_hand() -> None:
     below = np.array([[1.0, 1.2, 0.8, 1.0, 1.1, 0.9]])
     mean, low, high = results.ratio(3 * below, below)
-    assert mean == pytest.approx(3) and low == pytest.approx(3, rel=0.03) and high == pytest.approx(3, rel=0.05)
+    assert mean == pytest.approx(3) and low == pytest.approx(3, rel=1e-3) and high == pytest.approx(3, rel=1e-3)
     draw = np.random.default_rng(0)
     above, weak = draw.normal(4, 1, (3, 60)), draw.normal(1, 1, (3, 60))
     mean, low, high = results.ratio(above, weak)
     assert low < mean < high < 6 and low > 2.5
+    for k in (low, high):  # at either end the difference may just be zero
+        assert min(np.abs(across_seeds(above - k * weak)["ci"])) < 1e-3
+    assert results.ratio(-above, -weak) == (mean, low, high) and results.ratio(-above, weak) == (-mean, -high, -low)
     assert results.ratio(above, weak - weak.mean())[2] == math.inf  # the prompt may have done nothing
