@@ -6,6 +6,7 @@ and each answer goes on from them. What all prompts of a batch begin with is com
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -15,6 +16,7 @@ from transformers.cache_utils import DynamicCache
 
 from steer_heal.lm import (
     LM,
+    ROUND,
     Dial,
     Padded,
     Steering,
@@ -26,6 +28,8 @@ from steer_heal.lm import (
     steering,
     token_nll,
 )
+
+STEP = 4  # what the width of an answer is rounded to
 
 
 def choice_log_probs(
@@ -77,24 +81,33 @@ def _score(
 
     answers = [(row, answer) for row, options in enumerate(choices) for answer in options]
     log_probs = [first[row, answer[:1]] for row, answer in answers]
-    longer = sorted((i for i, (_, answer) in enumerate(answers) if len(answer) > 1), key=lambda i: len(answers[i][1]))
-    for start in range(0, len(longer), batch_size):
-        part = longer[start : start + batch_size]
-        rest = _rest(lm, [answers[i] for i in part], cache, mask, position[:, -1], dose, dial)
-        for i, more in zip(part, rest, strict=True):
-            log_probs[i] = torch.cat([log_probs[i], more])
+    by_width: dict[int, list[int]] = {}
+    for i, (_, answer) in enumerate(answers):
+        if len(answer) > 1:
+            by_width.setdefault(rounded(len(answer) - 1, STEP), []).append(i)
+    for width, alike in sorted(by_width.items()):
+        at_once = batch_size * max(1, ROUND // width)  # most answers are a word or two
+        for start in range(0, len(alike), at_once):
+            part = alike[start : start + at_once]
+            rest = _rest(lm, [answers[i] for i in part], width, cache, mask, position[:, -1], dose, dial)
+            for i, more in zip(part, rest, strict=True):
+                log_probs[i] = torch.cat([log_probs[i], more])
     scored: list[list[Tensor]] = [[] for _ in prompts]
     for (row, _), values in zip(answers, log_probs, strict=True):
         scored[row].append(values.cpu())
     return scored
 
 
-def _rest(lm, answers, cache, mask, last, dose, dial) -> list[Tensor]:
-    """Log-probabilities of the second and later tokens of (row, answer) pairs, each from its row's keys and values."""
+def _rest(lm, answers, width, cache, mask, last, dose, dial) -> list[Tensor]:
+    """Log-probabilities of the second and later tokens of (row, answer) pairs, each from its row's keys and values.
+
+    All are `width` tokens wide, and there are as many rows as make the tokens a multiple of ROUND, see `lm.rounded`.
+    """
+    lengths = [len(answer) - 1 for _, answer in answers]
+    answers = filled(answers, ROUND // math.gcd(ROUND, width))
     rows = torch.tensor([row for row, _ in answers], device=lm.device)
-    longest = rounded(max(len(answer) for _, answer in answers) - 1)
     # Padding on the right is seen by nothing that is read.
-    ids = torch.tensor([a[:-1] + a[-1:] * (longest - len(a) + 1) for _, a in answers], device=lm.device)
+    ids = torch.tensor([a[:-1] + a[-1:] * (width - len(a) + 1) for _, a in answers], device=lm.device)
     went_on = DynamicCache()
     for index, layer in enumerate(cache.layers):
         went_on.update(layer.keys[rows], layer.values[rows], index)
@@ -102,12 +115,11 @@ def _rest(lm, answers, cache, mask, last, dose, dial) -> list[Tensor]:
         dial.turn(dose[rows])
     hidden = lm.decoder(
         input_ids=ids,
-        attention_mask=torch.cat([mask[rows], mask.new_ones(len(rows), longest)], dim=1),
-        position_ids=last[rows, None] + 1 + torch.arange(longest, device=lm.device),
+        attention_mask=torch.cat([mask[rows], mask.new_ones(len(rows), width)], dim=1),
+        position_ids=last[rows, None] + 1 + torch.arange(width, device=lm.device),
         past_key_values=went_on,
         use_cache=True,
-    ).last_hidden_state
-    lengths = [len(answer) - 1 for _, answer in answers]
+    ).last_hidden_state[: len(lengths)]
     states = torch.cat([h[:n] for h, n in zip(hidden, lengths, strict=True)])
-    targets = torch.tensor([token for _, answer in answers for token in answer[1:]], device=lm.device)
+    targets = torch.tensor([token for _, a in answers[: len(lengths)] for token in a[1:]], device=lm.device)
     return list((-token_nll(lm, states, targets)).split(lengths))

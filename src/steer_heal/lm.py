@@ -37,9 +37,9 @@ def rounded(size: int, to: int = ROUND) -> int:
     return -(-size // to) * to
 
 
-def filled(rows: Sequence) -> list:
-    """The rows and as many copies of the first as make them a multiple of ROUND, see `rounded`."""
-    return [*rows, *[rows[0]] * (rounded(len(rows)) - len(rows))]
+def filled(rows: Sequence, to: int = ROUND) -> list:
+    """The rows and as many copies of the first as make them a multiple, see `rounded`."""
+    return [*rows, *[rows[0]] * (rounded(len(rows), to) - len(rows))]
 
 
 class Row(NamedTuple):

@@ -125,7 +125,8 @@ def test_a_row_has_the_same_bits_in_any_batch(lm, vector, steered):
     """Hidden states, probabilities of answers, and every logit of a decoding step, packed and plain."""
     prompts = [lm.prompt(text) for text in data.contexts()[:21]]
     rows = [Row(p, lm.answer(text)[:30]) for p, text in zip(prompts, data.neutral(), strict=False)]
-    choices = [[lm.answer(" Yes, of course."), lm.answer(" No"), lm.answer(" Never on a Sunday, thanks.")]] * 21
+    long = " I would rather not say, with so many people in the room, which of the two I find the more likely."
+    choices = [[lm.answer(a) for a in (" Yes, of course.", " No", " Never on a Sunday, thanks.", long)]] * 21
     dosed = Steering(vector, torch.linspace(0.1, 1.0, 21)) if steered else None
 
     def read(batch_size):
