@@ -371,7 +371,7 @@ def heal_stage(
         examples = prepare(student, rows, steering, config.heal, config.eval.batch_size)
         with progress(f"{where} heal", config.heal.epochs * len(rows), "row") as done:
             settled = with_tau(student.lm, examples, config.heal)
-            held = prepare_anchors(student, anchors, config.eval.batch_size)
+            held = prepare_anchors(student, anchors, config.eval.batch_size) if anchors else []
             return heal(student, examples, held, settled, round_, seed, done, before)
 
     def write(path: Path, records: list[dict]) -> None:
