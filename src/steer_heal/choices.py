@@ -29,7 +29,7 @@ from steer_heal.lm import (
     token_nll,
 )
 
-STEP = 4  # what the width of an answer is rounded to
+ANSWER_ROUND = 4  # in place of ROUND: most answers are a word or two
 
 
 def choice_log_probs(
@@ -84,9 +84,9 @@ def _score(
     by_width: dict[int, list[int]] = {}
     for i, (_, answer) in enumerate(answers):
         if len(answer) > 1:
-            by_width.setdefault(rounded(len(answer) - 1, STEP), []).append(i)
+            by_width.setdefault(rounded(len(answer) - 1, ANSWER_ROUND), []).append(i)
     for width, alike in sorted(by_width.items()):
-        at_once = batch_size * max(1, ROUND // width)  # most answers are a word or two
+        at_once = batch_size * max(1, ROUND // width)
         for start in range(0, len(alike), at_once):
             part = alike[start : start + at_once]
             rest = _rest(lm, [answers[i] for i in part], width, cache, mask, position[:, -1], dose, dial)

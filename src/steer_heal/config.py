@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from functools import reduce
 from typing import Any, Literal
@@ -138,7 +138,7 @@ class HealConfig:
     anchor_tau: float = 0.02
     """barrier threshold on the anchor's divergence, nats"""
     anchor_prompts: int = 32
-    """mundane prompts that the anchor's base completions, written anew in every round, are drawn from"""
+    """mundane prompts to draw from: in every round the base answers as many anew as the steps use"""
     anchor_bs: int = 2
     """anchor completions joined to each optimiser step"""
     tau: float | Literal["auto"] = 2.0
@@ -268,6 +268,15 @@ def of_record(table: dict, default: Any = None) -> Any:
             of_record(value, inner) if is_dataclass(inner) else tuple(value) if isinstance(value, list) else value
         )
     return replace(default, **values)
+
+
+def flat(table: dict, joint: str = ".", before: str = "") -> Iterator[tuple[str, Any]]:
+    """Values of nested tables under the joined names of what they lie in."""
+    for key, value in table.items():
+        if isinstance(value, dict):
+            yield from flat(value, joint, f"{before}{key}{joint}")
+        else:
+            yield f"{before}{key}", value
 
 
 ALLOWED = {  # intervals; what is not finite lies in none

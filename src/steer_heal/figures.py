@@ -67,12 +67,12 @@ def frontier_figure(summary: dict) -> go.Figure:
     return _styled(fig, 420)
 
 
-def paths_figure(paths: dict[str, dict]) -> go.Figure:
-    """The students of several groups of runs, round by round: answer mass against trait, both over base."""
+def paths_figure(paths: list[tuple[str, dict]]) -> go.Figure:
+    """The students of several runs, (name, summary) each, round by round: answer mass against trait, both over base."""
     fig = go.Figure()
     hues = [COLOURS[name] for name in ("healed", "prompted", "steered", "equal", "negative")] + [DIVERGENCE_COLOUR]
     dashes = ("solid", "dash", "dot")
-    for index, (name, summary) in enumerate(paths.items()):
+    for index, (name, summary) in enumerate(paths):
         students = [r["healed"] for r in summary["rounds"]]
         x = [1.0, *(relative(arm["answer_mass"], summary["base"]["answer_mass"]) for arm in students)]
         y = [0.0, *(arm["trait_over_base"] for arm in students)]
@@ -89,7 +89,7 @@ def paths_figure(paths: dict[str, dict]) -> go.Figure:
             **at,
         )
     fig.update_xaxes(title="answer mass, share of base's (log)", type="log", tickformat=".3~p", dtick="D2")
-    fig.update_yaxes(title="trait over base")
+    fig.update_yaxes(title=f"trait over base, {paths[0][1]['unit']}")
     _styled(fig, 440 + 20 * len(paths))
     below = {"orientation": "v", "y": 0, "yref": "container", "yanchor": "bottom"}
     return fig.update_layout(legend=below, margin={"t": 16, "b": 84 + 20 * len(paths)})

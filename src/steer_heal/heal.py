@@ -173,8 +173,8 @@ def heal(
     training = [e for i, e in enumerate(examples) if i not in held_out]
     validation = [examples[i] for i in sorted(held_out)]
     per_step = config.train_bs * config.grad_accum
-    steps_an_epoch = math.ceil(len(training) / per_step)
     total = steps(config, len(examples))
+    steps_an_epoch = total // config.epochs
     next_anchors = _in_turn(anchors, shuffle)
     weight = config.lam * (1 + round_) ** config.lam_round_pow
     lam = Multipliers(weight, weight)

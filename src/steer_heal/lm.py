@@ -265,11 +265,13 @@ def shared_left_padded(lm: LM, prompts: list[list[int]]) -> int:
 
 def shared_prefix(prompts: list[list[int]], multiple: int = ROUND) -> int:
     """Length of what all prompts begin with, leaving each at least one token of its own, down to a `multiple`."""
+    if len(prompts) < 2:
+        return 0
     first, last = min(prompts), max(prompts)
     length = 0
     while length < min(map(len, prompts)) - 1 and first[length] == last[length]:
         length += 1
-    return length // multiple * multiple if len(prompts) > 1 else 0
+    return length // multiple * multiple
 
 
 class Padded(NamedTuple):

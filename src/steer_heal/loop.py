@@ -264,7 +264,7 @@ def anchor_stage(
     folder: RunDir, where: str, student: Student, completions: list[dict], config: RunConfig, round_: int
 ) -> list[Row]:
     """Base completions of mundane prompts, as many as the round's steps ask for and written anew in every round: what
-    a student sees again and again it learns by heart, and moves everywhere else."""
+    a student sees again and again it may learn by heart."""
     if config.heal.anchor == "none":
         return []
 
@@ -371,7 +371,7 @@ def heal_stage(
         examples = prepare(student, rows, steering, config.heal, config.eval.batch_size)
         with progress(f"{where} heal", config.heal.epochs * len(rows), "row") as done:
             settled = with_tau(student.lm, examples, config.heal)
-            held = prepare_anchors(student, anchors, config.eval.batch_size) if anchors else []
+            held = prepare_anchors(student, anchors, config.eval.batch_size)
             return heal(student, examples, held, settled, round_, seed, done, before)
 
     def write(path: Path, records: list[dict]) -> None:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
 
 import numpy as np
 import polars as pl
 
 from steer_heal.bootstrap import across_seeds
-from steer_heal.config import PLACE_FIELDS
+from steer_heal.config import flat
 from steer_heal.figures import coherence_figure, frontier_figure, paths_figure, trajectory_figure
 from steer_heal.markup import filled, panel, safe, section, table_of
 from steer_heal.results import Found
@@ -51,21 +50,12 @@ def averaged(group: list[Found]) -> dict:
 
 def names(groups: list[list[Found]]) -> list[str]:
     """What sets every group apart: its flags that are not as in more than half of them."""
-    flags = [dict(_flags(group[0].config)) for group in groups]
-    values = {key: Counter(table[key] for table in flags).most_common(1)[0] for key in flags[0]}
-    usual = {key: value for key, (value, times) in values.items() if times > len(groups) / 2}
-    return [
-        ", ".join(f"{key} {value}" for key, value in table.items() if value != usual.get(key)) or "as most others are"
-        for table in flags
+    flags = [
+        {key: str(value) for key, value in flat(group[0].config) if key not in ("preset", "seed")} for group in groups
     ]
-
-
-def _flags(table: dict, before: str = "") -> Iterator[tuple[str, str]]:
-    for key, value in table.items():
-        if isinstance(value, dict):
-            yield from _flags(value, f"{before}{key}.")
-        elif key not in ("preset", "seed", *PLACE_FIELDS):
-            yield before + key, str(value)
+    times = Counter(pair for table in flags for pair in table.items())
+    apart = [[f"{k} {v}" for k, v in table.items() if times[k, v] <= len(groups) / 2] for table in flags]
+    return [", ".join(own) or "as most others are" for own in apart]
 
 
 def page(groups: dict[str, tuple[list[Found], pl.DataFrame]]) -> str:
@@ -73,8 +63,10 @@ def page(groups: dict[str, tuple[list[Found], pl.DataFrame]]) -> str:
     summaries = {title: averaged(group) for title, (group, _) in groups.items()}
     sections = []
     if len(groups) > 1:
-        paths = dict(zip(names([group for group, _ in groups.values()]), summaries.values(), strict=True))
-        sections.append(section("All of them", PATHS, panel("Trait against answer mass", paths_figure(paths))))
+        named = list(zip(names([group for group, _ in groups.values()]), summaries.values(), strict=True))
+        units = dict.fromkeys(summary["unit"] for _, summary in named)
+        panels = [panel("", paths_figure([path for path in named if path[1]["unit"] == unit])) for unit in units]
+        sections.append(section("Trait against answer mass", PATHS, "".join(panels)))
     for title, (_, table) in groups.items():
         summary = summaries[title]
         panels = [panel("Trait", trajectory_figure(summary))]

@@ -5,9 +5,8 @@ from __future__ import annotations
 import importlib
 import importlib.util
 from collections.abc import Callable
-from typing import Any
 
-from steer_heal.config import UserError
+from steer_heal.config import UserError, flat
 
 PROJECT = "steer-heal"
 
@@ -27,18 +26,9 @@ def follower(name: str, run: str, config: dict) -> Callable[[dict], None]:
 
     def follow(event: dict) -> None:
         kind = event["event"]
-        tracker.log({f"{kind}/{key}": value for key, value in _flat(event) if key not in ("event", "time")})
+        said = {key: value for key, value in flat(event, "/") if isinstance(value, int | float | str)}
+        tracker.log({f"{kind}/{key}": value for key, value in said.items() if key not in ("event", "time")})
         if kind == "done":
             tracker.finish()
 
     return follow
-
-
-def _flat(event: dict, prefix: str = "") -> list[tuple[str, Any]]:
-    found = []
-    for key, value in event.items():
-        if isinstance(value, dict):
-            found += _flat(value, f"{prefix}{key}/")
-        elif isinstance(value, (int, float, str)):
-            found.append((f"{prefix}{key}", value))
-    return found

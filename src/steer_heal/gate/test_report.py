@@ -330,11 +330,17 @@ def test_results_shows_sweeps_under_their_hypothesis_and_writes_tables(tmp_path:
     groups = results.grouped(results.scan(tmp_path / "agg"))
     assert overview.names(groups) == ["heal.agg mean", "heal.agg rmse"]
     assert overview.names([*groups, groups[0]]) == ["as most others are", "heal.agg rmse", "as most others are"]
-    lines = paths_figure({"mean": overview.averaged(groups[0])}).data
+    lines = paths_figure([("mean", overview.averaged(groups[0]))]).data
     by_hand = [float(np.mean([run.changes("healed", i) for run in groups[0]])) for i in range(2)]
     assert lines[0].y == pytest.approx((0, *by_hand)) and lines[0].x == pytest.approx((1, 1, 1))
     said = capsys.readouterr().out
     assert "heal.agg mean, seeds 1, 2" in said and "times the prompt" in said and "over equal cost" in said
+    for run in results.grouped(results.scan(tmp_path / "agg"))[0]:  # the arm of the mean ended a round early
+        cut = run.summary | {"rounds": run.summary["rounds"][:1]}
+        (run.folder / "summary.json").write_text(json.dumps(cut))
+        seal(run.folder)
+    found = results.difference_table(results.scan(tmp_path / "agg"), ["heal.agg"], sweep["arms"]).to_dicts()
+    assert [(row["heal.agg"], row["round"]) for row in found] == [("mean", 0)]
     assert files["csv"].read_text().startswith("table,heal.agg,seeds,model")
     assert files["md"].read_text().startswith("| table ")
 
