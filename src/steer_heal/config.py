@@ -138,7 +138,7 @@ class HealConfig:
     anchor_tau: float = 0.02
     """barrier threshold on the anchor's divergence, nats"""
     anchor_prompts: int = 32
-    """mundane prompts to draw from: in every round the base answers as many anew as the steps use"""
+    """mundane prompts whose base completions make the anchor"""
     anchor_bs: int = 2
     """anchor completions joined to each optimiser step"""
     tau: float | Literal["auto"] = 2.0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from steer_heal.data import FOUNDATIONS
 from steer_heal.figures import frontier_figure, map_figure
-from steer_heal.markup import panel, prose, section, table_of, with_interval
+from steer_heal.markup import panel, prose, section, stacked, table_of, with_interval
 from steer_heal.plain import LEAST_COST
 
 NOT_EXPRESSED = (
@@ -65,7 +65,7 @@ def plain_section(summary: dict) -> str:
         and the student after every round. Up is more trait, left is less damage. The table: the healed student minus
         plain steering on the same items, with 95% intervals, at the dose that costs as much coherence as the rounds so
         far (at least {LEAST_COST:.0%}) and, after the last round, at the dose that moves the trait as far."""
-    return section("Against plain steering", why, panel("", frontier_figure(summary)) + table_of(head, rows))
+    return section("Against plain steering", why, panel("", frontier_figure(summary)) + stacked(table_of(head, rows)))
 
 
 def _capped(arm: dict, summary: dict) -> str:

@@ -18,7 +18,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from itertools import islice
 
 import torch
 from jaxtyping import Float
@@ -109,27 +108,11 @@ def with_tau(lm: LM, examples: list[Example], config: HealConfig) -> HealConfig:
 
 
 def prepare_anchors(student: Student, rows: list[Row], batch_size: int) -> list[Example]:
-    """Anchor examples: mundane completions with the pristine base's states."""
+    """Anchor examples: mundane completions with the pristine base's states. The same in every round."""
     with student.view(history=0.0, now=0.0):
         return [
             Example(row, h, None, anchor=True) for row, h in zip(rows, student.lm.states(rows, batch_size), strict=True)
         ]
-
-
-def steps(config: HealConfig, examples: int) -> int:
-    """Optimiser steps of a round that is given so many completions, unless patience ends it sooner."""
-    training = examples - _held_out(config, examples)
-    return config.epochs * math.ceil(training / (config.train_bs * config.grad_accum))
-
-
-def _held_out(config: HealConfig, examples: int) -> int:
-    return round(config.val_share * examples)
-
-
-def _in_turn(examples: list[Example], shuffle: random.Random) -> Iterator[Example]:
-    """All of them in random order, then all again."""
-    while examples:
-        yield from shuffle.sample(examples, len(examples))
 
 
 @dataclass
@@ -169,13 +152,12 @@ def heal(
     Raises NonFinite with the step, the batch and the term that produced it.
     """
     shuffle = random.Random(seed)
-    held_out = set(shuffle.sample(range(len(examples)), _held_out(config, len(examples))))
+    held_out = set(shuffle.sample(range(len(examples)), round(config.val_share * len(examples))))
     training = [e for i, e in enumerate(examples) if i not in held_out]
     validation = [examples[i] for i in sorted(held_out)]
     per_step = config.train_bs * config.grad_accum
-    total = steps(config, len(examples))
-    steps_an_epoch = total // config.epochs
-    next_anchors = _in_turn(anchors, shuffle)
+    steps_an_epoch = math.ceil(len(training) / per_step)
+    total = config.epochs * steps_an_epoch
     weight = config.lam * (1 + round_) ** config.lam_round_pow
     lam = Multipliers(weight, weight)
     if before and config.barrier == "dual":
@@ -193,7 +175,7 @@ def heal(
         for step in range(total):
             if step % steps_an_epoch == 0:
                 epoch = _epoch_batches(training, per_step, shuffle)
-            batch = epoch[step % steps_an_epoch] + list(islice(next_anchors, min(len(anchors), config.anchor_bs)))
+            batch = epoch[step % steps_an_epoch] + shuffle.sample(anchors, min(len(anchors), config.anchor_bs))
             began = time.perf_counter()
             log_norms = parameters if step % config.log_every == 0 else None
             record = {"step": step, **_accumulate(student.lm, batch, config, lam, log_norms)}

@@ -40,7 +40,7 @@ from steer_heal.distil import (
 from steer_heal.eval import evaluate, instruments, neutral_rows
 from steer_heal.generate import MOST_ROWS, rows_that_fit
 from steer_heal.geometry import Base, geometry, read_base
-from steer_heal.heal import heal, prepare, prepare_anchors, steps, with_tau
+from steer_heal.heal import Example, heal, prepare, prepare_anchors, with_tau
 from steer_heal.lite import LiteVector
 from steer_heal.lm import LM, AnyVector, Row, Steering, Vector
 from steer_heal.plain import allowed_cost, coherence_cost, dose_at_trait, find_dose_at_cost, fitting, plain_doses
@@ -73,6 +73,7 @@ def run(config: RunConfig, preset: str, folder: RunDir, trait: data.Trait, lm: L
     prompted = measure(folder, "prompted.json", student, prompted_arm, trait, config, at_end=True)
     negative = negative_stage(folder, student, trait, config)
     folder.write_jsonl("demos.jsonl", demo_rows(base=base, prompted=prompted))
+    anchors = anchor_stage(folder, student, config)
     of_base = base_stage(student, config)
 
     arms, rounds, plain = {"base": base, "prompted": prompted, "negative": negative}, [], []
@@ -95,7 +96,6 @@ def run(config: RunConfig, preset: str, folder: RunDir, trait: data.Trait, lm: L
         steered_arm = Arm("steered", now=0.0, vector=vector, dose=dose["dose"])
         steered = measure(folder, f"{where}/steered.json", student, steered_arm, trait, config)
         before = rounds[-1]["heal"] if rounds else None
-        anchors = anchor_stage(folder, where, student, completions, config, round_)
         records = heal_stage(folder, where, student, vector, completions, anchors, before, config, round_)
         teachers = [vector, rounds[0]["vector"] if rounds else vector]
         moved = geometry_stage(folder, where, student, *teachers, of_base, config)
@@ -260,22 +260,18 @@ def equal_stages(
     return found, folder.json(f"{where}/same_trait.json", same_trait) if last else None
 
 
-def anchor_stage(
-    folder: RunDir, where: str, student: Student, completions: list[dict], config: RunConfig, round_: int
-) -> list[Row]:
-    """Base completions of mundane prompts, as many as the round's steps ask for and written anew in every round: what
-    a student sees again and again it may learn by heart."""
+def anchor_stage(folder: RunDir, student: Student, config: RunConfig) -> Callable[[], list[Example]]:
+    """Base completions of mundane prompts; what is returned gives the anchor examples, their states read once."""
     if config.heal.anchor == "none":
-        return []
+        return list
 
     def compute() -> list[dict]:
-        needed = config.heal.anchor_bs * steps(config.heal, len(kept_rows(student, completions)[0]))
-        key, prompts = stage_key(config, round_, "anchor"), list(data.mundane()[: config.heal.anchor_prompts])
-        random.Random(stage_seed(config, round_, "anchor")).shuffle(prompts)
-        with progress(f"{where} anchor", min(needed, len(prompts)), "row") as done:
-            return anchor_completions(student, prompts[:needed], config.distil, key, done)
+        with progress("anchor", config.heal.anchor_prompts, "row") as done:
+            prompts = list(data.mundane()[: config.heal.anchor_prompts])
+            return anchor_completions(student, prompts, config.distil, stage_key(config, -1, "anchor"), done)
 
-    return kept_rows(student, folder.jsonl(f"{where}/anchor.jsonl", compute))[0]
+    rows, _ = kept_rows(student, folder.jsonl("anchor.jsonl", compute))
+    return cache(lambda: prepare_anchors(student, rows, config.eval.batch_size))
 
 
 def extract_stage(
@@ -355,7 +351,7 @@ def heal_stage(
     student: Student,
     vector: AnyVector,
     completions: list[dict],
-    anchors: list[Row],
+    anchors: Callable[[], list[Example]],
     before: list[dict] | None,
     config: RunConfig,
     round_: int,
@@ -371,8 +367,7 @@ def heal_stage(
         examples = prepare(student, rows, steering, config.heal, config.eval.batch_size)
         with progress(f"{where} heal", config.heal.epochs * len(rows), "row") as done:
             settled = with_tau(student.lm, examples, config.heal)
-            held = prepare_anchors(student, anchors, config.eval.batch_size)
-            return heal(student, examples, held, settled, round_, seed, done, before)
+            return heal(student, examples, anchors(), settled, round_, seed, done, before)
 
     def write(path: Path, records: list[dict]) -> None:
         folder.write_jsonl(log, records)  # before the adapter, whose existence says that all is done

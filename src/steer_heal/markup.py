@@ -45,6 +45,11 @@ def table_of(head: Iterable[str], rows: Iterable[Sequence], kinds: Sequence[str]
     return f'<div class="scroll"><table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
+def stacked(table: str) -> str:
+    """A table of many estimates: each interval under its mean, or the last columns do not fit a laptop's screen."""
+    return f'<div class="stacked">{table}</div>'
+
+
 def folded(title: str, body: str) -> str:
     return f"<details><summary>{title}</summary>{body}</details>"
 

@@ -32,7 +32,7 @@ from steer_heal.figures import (
     shorten,
     trajectory_figure,
 )
-from steer_heal.markup import filled, folded, marked, panel, prose, safe, section, table_of, with_interval
+from steer_heal.markup import filled, folded, marked, panel, prose, safe, section, stacked, table_of, with_interval
 from steer_heal.record import arms_record
 from steer_heal.resume import opened
 from steer_heal.rundir import write_text
@@ -233,7 +233,7 @@ def coherence_section(run: Run) -> str:
     why = """Relative to base (solid line); beyond the dotted line we call it damage. Healed should stay near 100%. The
         table has the differences from base on the same items, with 95% intervals."""
     figures = f'<div class="panels three">{"".join(panels)}</div>'
-    return section("Coherence", why, figures + table_of(("arm", *COSTS.values()), rows))
+    return section("Coherence", why, figures + stacked(table_of(("arm", *COSTS.values()), rows)))
 
 
 def vector_section(run: Run) -> str:

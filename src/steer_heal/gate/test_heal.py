@@ -3,7 +3,6 @@
 import random
 from collections import Counter
 from dataclasses import replace
-from itertools import islice
 
 import pytest
 import torch
@@ -13,19 +12,16 @@ from steer_heal import healbench
 from steer_heal.bake import Student
 from steer_heal.config import UserError
 from steer_heal.heal import (
-    Example,
     Multipliers,
     NonFinite,
     _accumulate,
     _epoch_batches,
-    _in_turn,
     check_optimiser,
     heal,
     loss_terms,
     prepare,
     prepare_anchors,
     recomputation,
-    steps,
     with_tau,
 )
 from steer_heal.lm import Row, Steering
@@ -368,20 +364,3 @@ def test_a_measurement_in_a_process_of_its_own_sees_time_and_memory():
     case = healbench.Case(PRESETS["tiny-random"].model, 2, 24, 16)
     seconds, peak = healbench._apart(healbench._step, case, "ours")
     assert seconds > 0 and 0 < peak < 1 << 30
-
-
-def test_every_anchor_comes_once_before_any_comes_again():
-    anchors = [Example(Row([i], [i]), None, None, anchor=True) for i in range(10)]
-    turns = [example.row.prompt[0] for example in islice(_in_turn(anchors, random.Random(0)), 30)]
-    rounds = [turns[i : i + 10] for i in (0, 10, 20)]
-    assert all(sorted(part) == list(range(10)) for part in rounds) and len({tuple(part) for part in rounds}) == 3
-    assert list(_in_turn([], random.Random(0))) == []
-
-
-@pytest.mark.parametrize(("share", "rows", "expected"), [(0.0, 5, 6), (0.25, 9, 8), (0.0, 1, 2)])
-def test_as_many_steps_as_were_promised(lm, vector, share, rows, expected):
-    """The anchors of a round are written for as many steps."""
-    config = replace(BASE, reg="nll", train_bs=2, grad_accum=1, epochs=2, val_share=share)
-    student, _, examples, _ = student_with_update(lm, vector, config)
-    done = heal(fresh(student, config), (examples * rows)[:rows], [], config, round_=0, seed=0)
-    assert steps(config, rows) == len(done) == expected

@@ -45,16 +45,6 @@ def folder(whole, tmp_path):
     return shutil.copytree(whole, tmp_path / "run")
 
 
-def test_every_round_has_anchors_of_its_own(whole):
-    rounds = [RunDir(whole).read(f"r0{i}/anchor.jsonl") for i in (0, 1)]
-    config, trained = RunDir(whole).read("config.json")["heal"], RunDir(whole).read("r00/heal.jsonl")
-    for anchors in rounds:
-        prompts = {anchor["prompt"] for anchor in anchors}
-        assert len(prompts) == len(anchors) == min(config["anchor_prompts"], config["anchor_bs"] * len(trained))
-    written = [{(a["prompt"], a["text"]) for a in anchors} for anchors in rounds]
-    assert not written[0] & written[1]
-
-
 def refused(words, capsys) -> str:
     """The one line with which a command ends."""
     capsys.readouterr()
@@ -128,7 +118,7 @@ DAMAGE = [
     (flip, "r00/adapter/adapter_model.safetensors", "r00/adapter"),
     (flip, "negative.json", "negative.json"),
     (flip, "batch_size.json", "batch_size.json"),
-    (flip, "r01/anchor.jsonl", "r01/anchor.jsonl"),
+    (flip, "anchor.jsonl", "anchor.jsonl"),
     (flip, "config.json", "config.json"),
     (flip, "adapter/adapter_model.safetensors", "adapter"),
     (empty, "prompted.json", "prompted.json"),
