@@ -53,9 +53,12 @@ def frontier_figure(summary: dict) -> go.Figure:
     for name, arms in paths.items():
         x, y = ([0.0, *(arm[key] for arm in arms)] for key in ("coherence_cost", "trait_over_base"))
         at = ["", *(f"{arm['dose']:.2g}" if name == "steered" else f"r{i}" for i, arm in enumerate(arms))]
-        label = f"{names[name]} %{{text}}: %{{y:+.3f}} at a cost of %{{x:.1%}}<extra></extra>"
+        label = f"{names[name]} %{{customdata}}: %{{y:+.3f}} at a cost of %{{x:.1%}}<extra></extra>"
+        # A student that has found its place stays there: only the first round and the last have room for a name.
+        named = at if name == "steered" else [text if i in (1, len(arms)) else "" for i, text in enumerate(at)]
         dots = {"size": 8, "symbol": SYMBOLS[name]}
-        more = {"mode": "lines+markers+text", "text": at, "textposition": "top center", "marker": dots}
+        beside = "bottom right" if name == "steered" else "top left"
+        more = {"mode": "lines+markers+text", "text": named, "customdata": at, "textposition": beside, "marker": dots}
         _line(fig, x, y, COLOURS[name], names[name], hovertemplate=label, **more)
     prompted = summary["prompted"]
     dot = {"color": COLOURS["prompted"], "size": 11, "symbol": SYMBOLS["prompted"]}

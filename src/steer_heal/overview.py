@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 
 import numpy as np
@@ -10,7 +11,7 @@ import polars as pl
 from steer_heal.bootstrap import across_seeds
 from steer_heal.config import flat
 from steer_heal.figures import coherence_figure, frontier_figure, paths_figure, trajectory_figure
-from steer_heal.markup import filled, panel, safe, section, table_of
+from steer_heal.markup import filled, panel, safe, section, stacked, table_of
 from steer_heal.results import Found
 from steer_heal.verdict import COHERENCE
 
@@ -74,9 +75,11 @@ def page(groups: dict[str, tuple[list[Found], pl.DataFrame]]) -> str:
             panels.append(panel("Against plain steering", frontier_figure(summary)))
         coherence = [panel(name, coherence_figure(summary, key, bound)) for key, name, bound, _ in COHERENCE]
         body = f'<div class="panels">{"".join(panels)}</div><div class="panels three">{"".join(coherence)}</div>'
-        sections.append(section(safe(title), WHY, body + table_of(map(safe, table.columns), map(_cells, table.rows()))))
+        shown = stacked(table_of(map(safe, table.columns), map(_cells, table.rows())))
+        sections.append(section(safe(title), WHY, body + shown))
     return filled("Runs, averaged over seeds", "\n".join(sections))
 
 
 def _cells(row: tuple) -> list[str]:
-    return [safe(str(cell)) for cell in row]
+    texts = ("" if cell is None else safe(str(cell)) for cell in row)
+    return [re.sub(r"(\[.*\])", r'<span class="ci">\1</span>', text) for text in texts]

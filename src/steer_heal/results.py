@@ -139,9 +139,7 @@ def round_table(group: list[Found]) -> pl.DataFrame:
         row |= _column("over equal cost", [run.changes("healed", index, over="equal cost") for run in group])
         healed, prompted = (np.array([run.changes(arm, index) for run in group]) for arm in ("healed", "prompted"))
         row["times the prompt"] = "{:.1f} [{:.1f}, {:.1f}]".format(*ratio(healed, prompted))
-        row |= {
-            name: f"{np.mean([of(base, last['healed']) for base, last in lasts]):.3f}" for name, of in RATIOS.items()
-        }
+        row |= _ratios(lasts)
         row |= _column("questions right", [run.changes("healed", index, "canary") for run in group])
         row |= _column("right, log-odds", [run.changes("healed", index, "canary_log_odds") for run in group])
         rows.append(row)
@@ -229,21 +227,16 @@ def show(
         tables = _by_flags(runs, by) if by else _sweeps(runs, out)
         print("trait over base after the last round (nats per token on contrast probes, nats on yes/no); 95% interval")
         print("of healed, over seeds and probes")
+    tables = {title: frame for title, frame in tables.items() if len(frame)}
     for title, frame in tables.items():
-        if len(frame):
-            print(f"\n{title}\n{_printed(frame)}" if title else _printed(frame))
+        print(f"\n{title}\n{_printed(frame)}" if title else _printed(frame))
     if html:
         from steer_heal import overview
 
         groups = {_title(group, by): (group, round_table(group)) for group in grouped(runs)}
         Path(html).write_text(overview.page(groups), "utf-8")
-    if any(map(len, tables.values())):
-        titled = {title: frame for title, frame in tables.items() if len(frame)}
-        if len(titled) > 1:
-            # one line each: Markdown has no other cells
-            for title, frame in titled.items():
-                frame.insert_column(0, pl.lit(title.replace("\n", ", ")).alias("table"))
-        _write(pl.concat(titled.values(), how="diagonal"), csv, as_json, markdown)
+    if tables:
+        _write(tables, csv, as_json, markdown)
     for run in runs:
         if run.summary is None:
             print(f"unfinished: {RunDir(run.folder).resuming}")
@@ -276,23 +269,27 @@ def _sweeps(runs: list[Found], out: Path) -> dict[str, pl.DataFrame]:
     return tables
 
 
-def _printed(frame: pl.DataFrame) -> str:
+def _printed(frame: pl.DataFrame, width: int = 200, cell: int = 80) -> str:
     with pl.Config(
         tbl_hide_dataframe_shape=True,
         tbl_hide_column_data_types=True,
         tbl_rows=-1,
         tbl_cols=-1,
-        tbl_width_chars=200,
-        fmt_str_lengths=80,
+        tbl_width_chars=width,
+        fmt_str_lengths=cell,
     ):
-        return str(frame)
+        return str(frame.with_columns(pl.col(pl.String).fill_null("")))
 
 
-def _write(frame: pl.DataFrame, csv: str | None, as_json: str | None, markdown: str | None) -> None:
+def _write(tables: dict[str, pl.DataFrame], csv: str | None, as_json: str | None, markdown: str | None) -> None:
+    """Markdown has each table under its title; a row of the other two says in its first column which it is of."""
+    named = [frame.select(pl.lit(title).alias("table"), pl.all()) for title, frame in tables.items()]
+    together = pl.concat(named if any(tables) else tables.values(), how="diagonal")
     if csv:
-        frame.write_csv(csv)
+        together.write_csv(csv)
     if as_json:
-        Path(as_json).write_text(json.dumps(frame.to_dicts(), indent=1), "utf-8")
+        Path(as_json).write_text(json.dumps(together.to_dicts(), indent=1), "utf-8")
     if markdown:
-        with pl.Config(tbl_formatting="MARKDOWN", tbl_hide_dataframe_shape=True, tbl_hide_column_data_types=True):
-            Path(markdown).write_text(_printed(frame) + "\n", "utf-8")
+        with pl.Config(tbl_formatting="MARKDOWN"):
+            shown = (f"{title}\n\n{_printed(frame, 10_000, 10_000)}\n" for title, frame in tables.items())
+            Path(markdown).write_text("\n".join(shown).lstrip(), "utf-8")

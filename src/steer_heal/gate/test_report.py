@@ -317,16 +317,19 @@ def test_results_shows_sweeps_under_their_hypothesis_and_writes_tables(tmp_path:
     rows = json.loads(files["json"].read_text())
     assert [row["heal.agg"] for row in rows] == ["mean", "rmse", "mean", None] and rows[0]["seeds"] == 2
     compared = "each arm minus the first (rmse), on the same items"
-    assert [row["table"] for row in rows] == ["sweep agg, H: rmse holds"] * 2 + [compared, "runs"]
+    assert [row["table"] for row in rows] == ["sweep agg\nH: rmse holds"] * 2 + [compared, "runs"]
     assert (
         rows[2]["round"] == 1
         and rows[2]["trait"].startswith("-0.125 [")
         and rows[2]["answer mass"] == "+0.000 [+0.000, +0.000]"
     )
-    results.show(tmp_path, ("heal.agg",), True, None, None, None, str(tmp_path / "all.html"))
+    rounds = tmp_path / "rounds.json"
+    results.show(tmp_path, ("heal.agg",), True, None, str(rounds), None, str(tmp_path / "all.html"))
+    of_runs = {row["table"] for row in json.loads(rounds.read_text())}
+    assert len(of_runs) == 2 and any("20260101-000005_model_love_s5" in title for title in of_runs)
     page = (tmp_path / "all.html").read_text()
     figures = [attrs for tag, attrs in Tags(page).seen if attrs.get("class") == "figure"]
-    assert "heal.agg mean, seeds 1, 2" in page and len(figures) == 1 + 2 * 5
+    assert "heal.agg mean, seeds 1, 2" in page and len(figures) == 1 + 2 * 5 and ">None<" not in page
     groups = results.grouped(results.scan(tmp_path / "agg"))
     assert overview.names(groups) == ["heal.agg mean", "heal.agg rmse"]
     assert overview.names([*groups, groups[0]]) == ["as most others are", "heal.agg rmse", "as most others are"]
@@ -342,7 +345,9 @@ def test_results_shows_sweeps_under_their_hypothesis_and_writes_tables(tmp_path:
     found = results.difference_table(results.scan(tmp_path / "agg"), ["heal.agg"], sweep["arms"]).to_dicts()
     assert [(row["heal.agg"], row["round"]) for row in found] == [("mean", 0)]
     assert files["csv"].read_text().startswith("table,heal.agg,seeds,model")
-    assert files["md"].read_text().startswith("| table ")
+    under, table = files["md"].read_text().split("\n\n", 2)[:2]
+    assert under == "sweep agg\nH: rmse holds" and table.startswith("| heal.agg ")
+    assert "null" not in files["md"].read_text() and table.count("\n") == 3  # a line a row, however wide
 
 
 def test_a_ratio_and_its_interval_by_hand() -> None:
