@@ -206,7 +206,7 @@ class EvalConfig:
     neutral: int = 40
     """neutral texts for perplexity"""
     off_target: int = 16
-    """probes of each of five traits that should stay put; 0: none"""
+    """probes of each trait that should stay put, five far ones and the other built-in ones; 0: none"""
     canary: int = 180
     """plain questions with one right answer of four; 0: none"""
     profile: Literal["vignettes", "tiny-mfv", "none"] = "vignettes"

@@ -8,7 +8,7 @@ same items.
   works from 135M parameters up.
 * Yes/no self-report (secondary): log-odds of yes against no times the question's polarity, in nats. The probability
   mass on the two answers is a canary for coherence whatever the trait does.
-* Off target: contrast probes of five traits that have no business to move, in the same unit.
+* Off target: contrast probes of traits that have no business to move, far and near, in the same unit.
 * Coherence: greedy demo answers judged like completions but by limits of their own (`eval.judge`), perplexity of
   neutral text, plain questions with one answer.
 * Profile: see `foundations`.
@@ -28,7 +28,7 @@ from steer_heal.bootstrap import interval
 from steer_heal.choices import choice_log_probs
 from steer_heal.coherence import LOOPS, STYLES, judge
 from steer_heal.config import EvalConfig
-from steer_heal.data import Contrast, Trait, YesNo, canary, neutral, off_target
+from steer_heal.data import Contrast, Trait, YesNo, bystanders, canary, neutral
 from steer_heal.foundations import Reading, described, read_profile
 from steer_heal.generate import decode
 from steer_heal.lm import LM, Row, row_nll
@@ -93,7 +93,7 @@ def _read(lm: LM, arm: Arm, trait: Trait, config: EvalConfig, name: str) -> Read
         case "neutral":
             return {"neutral_nll": (neutral_scores(lm, arm, config), list(neutral()[: config.neutral]))}
         case "off_target":
-            found = {other: probes[: config.off_target] for other, probes in off_target().items()}
+            found = {other: probes[: config.off_target] for other, probes in bystanders(trait.name).items()}
             probes = tuple(probe for some in found.values() for probe in some)
             scores = np.split(contrast_scores(lm, arm, probes, size), np.cumsum([*map(len, found.values())])[:-1])
             named = zip(found.items(), scores, strict=True)

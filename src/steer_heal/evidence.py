@@ -89,10 +89,11 @@ def others_section(summary: dict) -> str:
         rows.append(
             (f'<span class="arm {name.split()[0]}">{name}</span>', target, *(others or [""] * len(_off(first))))
         )
-    why = """Contrast probes of five traits that were not steered, nats per token over base, beside the contrast probes
-        of the trait itself. A round is called broad when one of them moved as far as the trait and its interval leaves
-        out zero. Few probes each: wide intervals."""
-    return section("Other traits", why, table_of(("arm", "the trait", *_off(first)), rows))
+    why = """Contrast probes of traits that were not steered, nats per token over base, beside the contrast probes of
+        the trait itself: five that are far from it, and our other built-in traits, which may be near. A round is called
+        broad when one of them moved as far as the trait and its interval leaves out zero. Few probes each: wide
+        intervals."""
+    return section("Other traits", why, stacked(table_of(("arm", "the trait", *_off(first)), rows)))
 
 
 def _off(arm: dict) -> dict:

@@ -270,6 +270,13 @@ def off_target() -> dict[str, tuple[Contrast, ...]]:
     return found
 
 
+@cache
+def bystanders(target: str) -> dict[str, tuple[Contrast, ...]]:
+    """Contrast probes of what should stay put when `target` is steered: `off_target`, which is far from it, and the
+    other built-in traits, which may be near."""
+    return off_target() | {name: load_trait(name).contrast for name in BUILT_IN if name != target}
+
+
 def labelled() -> tuple[dict, ...]:
     """Completions that were read and labelled, with their scores under SmolLM2-135M: see `filterproof`."""
     return _records_of("labelled")
