@@ -93,7 +93,7 @@ def _read(lm: LM, arm: Arm, trait: Trait, config: EvalConfig, name: str) -> Read
         case "neutral":
             return {"neutral_nll": (neutral_scores(lm, arm, config), list(neutral()[: config.neutral]))}
         case "off_target":
-            found = {other: probes[: config.off_target] for other, probes in bystanders(trait.name).items()}
+            found = bystanders(trait.name, config.off_target)
             probes = tuple(probe for some in found.values() for probe in some)
             scores = np.split(contrast_scores(lm, arm, probes, size), np.cumsum([*map(len, found.values())])[:-1])
             named = zip(found.items(), scores, strict=True)

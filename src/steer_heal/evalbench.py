@@ -66,9 +66,9 @@ def questions(lm: LM, trait: data.Trait, config: EvalConfig, arm: Arm, name: str
     """The items of an instrument as a plain loop meets them; the profile's twice, in both orders."""
     match name:
         case "contrast" | "off_target":
-            others = (probes[: config.off_target] for probes in data.bystanders(trait.name).values())
-            groups = [trait.contrast] if name == "contrast" else others
-            for probe in (probe for group in groups for probe in group):
+            others = data.bystanders(trait.name, config.off_target)
+            groups = {name: trait.contrast} if name == "contrast" else others
+            for probe in (probe for group in groups.values() for probe in group):
                 yield Item(lm.prompt(probe.question, arm.system), [lm.answer(probe.trait), lm.answer(probe.opposite)])
         case "yes_no":
             spelled = [list(ids) for ids in dict.fromkeys(tuple(lm.answer(s)) for s in (*YES, *NO))]

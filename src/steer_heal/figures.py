@@ -48,18 +48,20 @@ def trajectory_figure(summary: dict) -> go.Figure:
 def frontier_figure(summary: dict) -> go.Figure:
     """What a trait costs in coherence: plain steering dose by dose, and the student round by round."""
     fig = go.Figure()
-    paths = {"steered": summary["plain"], "healed": [r["healed"] for r in summary["rounds"]]}
-    names = {"steered": "base, plainly steered", "healed": "healed"}
-    for name, arms in paths.items():
+    students = [r["healed"] for r in summary["rounds"]]
+    doses, rounds = [f"{arm['dose']:.2g}" for arm in summary["plain"]], [f"r{i}" for i, _ in enumerate(students)]
+    # A student that has found its place stays there: only the first round and the last have room for a name.
+    ends = [name if name in (rounds[0], rounds[-1]) else "" for name in rounds]
+    paths = [
+        ("steered", "base, plainly steered", summary["plain"], doses, doses, "bottom right"),
+        ("healed", "healed", students, rounds, ends, "top left"),
+    ]
+    for name, title, arms, at, shown, beside in paths:
         x, y = ([0.0, *(arm[key] for arm in arms)] for key in ("coherence_cost", "trait_over_base"))
-        at = ["", *(f"{arm['dose']:.2g}" if name == "steered" else f"r{i}" for i, arm in enumerate(arms))]
-        label = f"{names[name]} %{{customdata}}: %{{y:+.3f}} at a cost of %{{x:.1%}}<extra></extra>"
-        # A student that has found its place stays there: only the first round and the last have room for a name.
-        named = at if name == "steered" else [text if i in (1, len(arms)) else "" for i, text in enumerate(at)]
+        label = f"{title} %{{customdata}}: %{{y:+.3f}} at a cost of %{{x:.1%}}<extra></extra>"
+        texts = {"text": ["", *shown], "customdata": ["", *at], "textposition": beside, "hovertemplate": label}
         dots = {"size": 8, "symbol": SYMBOLS[name]}
-        beside = "bottom right" if name == "steered" else "top left"
-        more = {"mode": "lines+markers+text", "text": named, "customdata": at, "textposition": beside, "marker": dots}
-        _line(fig, x, y, COLOURS[name], names[name], hovertemplate=label, **more)
+        _line(fig, x, y, COLOURS[name], title, mode="lines+markers+text", marker=dots, **texts)
     prompted = summary["prompted"]
     dot = {"color": COLOURS["prompted"], "size": 11, "symbol": SYMBOLS["prompted"]}
     x, y = [prompted["coherence_cost"]], [prompted["trait_over_base"]]

@@ -283,8 +283,8 @@ def _printed(frame: pl.DataFrame, width: int = 200, cell: int = 80) -> str:
 
 def _write(tables: dict[str, pl.DataFrame], csv: str | None, as_json: str | None, markdown: str | None) -> None:
     """Markdown has each table under its title; a row of the other two says in its first column which it is of."""
-    named = [frame.select(pl.lit(title).alias("table"), pl.all()) for title, frame in tables.items()]
-    together = pl.concat(named if any(tables) else tables.values(), how="diagonal")
+    titled = {title: [pl.lit(title).alias("table")] if title else [] for title in tables}
+    together = pl.concat((frame.select(*titled[title], pl.all()) for title, frame in tables.items()), how="diagonal")
     if csv:
         together.write_csv(csv)
     if as_json:

@@ -270,11 +270,11 @@ def off_target() -> dict[str, tuple[Contrast, ...]]:
     return found
 
 
-@cache
-def bystanders(target: str) -> dict[str, tuple[Contrast, ...]]:
-    """Contrast probes of what should stay put when `target` is steered: `off_target`, which is far from it, and the
-    other built-in traits, which may be near."""
-    return off_target() | {name: load_trait(name).contrast for name in BUILT_IN if name != target}
+def bystanders(target: str, count: int) -> dict[str, tuple[Contrast, ...]]:
+    """`count` contrast probes of each trait that should stay put when `target` is steered: `off_target`, which is far
+    from it, and the other built-in traits, which may be near."""
+    found = off_target() | {name: load_trait(name).contrast for name in BUILT_IN if name != target}
+    return {name: probes[:count] for name, probes in found.items()}
 
 
 def labelled() -> tuple[dict, ...]:

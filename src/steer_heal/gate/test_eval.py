@@ -10,7 +10,7 @@ import torch
 from steer_heal.arms import Arm
 from steer_heal.bake import Student
 from steer_heal.bootstrap import across_seeds, interval, log_mean_over, reliability, trait_over
-from steer_heal.data import FOUNDATIONS, Contrast, bystanders, canary, load_trait, neutral, vignettes
+from steer_heal.data import FOUNDATIONS, Contrast, bystanders, canary, load_trait, neutral, off_target, vignettes
 from steer_heal.eval import NO, YES, YES_NO_FORM, contrast_scores, evaluate, instruments, spread
 from steer_heal.foundations import question
 from steer_heal.presets import PRESETS
@@ -74,9 +74,11 @@ def test_all_instruments_equal_one_item_at_a_time(lm, trait, system):
     assert items["canary"] == right and len(right) == CONFIG.canary
     assert items["canary_log_odds"] == pytest.approx(margin, abs=1e-3)
     assert np.allclose(items["profile"], profile, rtol=1e-3, atol=1e-9)
-    assert {"authority", "calm", "thrift"} <= bystanders(trait.name).keys() and trait.name == "love"
-    for name, probes in bystanders(trait.name).items():
-        expected = [contrast(p) for p in probes[: CONFIG.off_target]]
+    others = bystanders("love", CONFIG.off_target)
+    assert trait.name == "love" and others.keys() == off_target().keys() | {"authority", "calm"}
+    for name, probes in others.items():
+        assert len(probes) == CONFIG.off_target
+        expected = [contrast(p) for p in probes]
         assert items[f"off:{name}"] == pytest.approx(expected, abs=1e-4)
     assert got["answer_mass"] == pytest.approx(np.mean(mass), rel=1e-3)
     assert got["neutral_ppl"] == pytest.approx(math.exp(np.mean(neutral_nll)), rel=1e-3)

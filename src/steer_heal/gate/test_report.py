@@ -13,13 +13,14 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
+import polars as pl
 import pytest
 from plotly.offline import get_plotlyjs
 
 from steer_heal import overview, report, results
 from steer_heal.bootstrap import across_seeds
 from steer_heal.config import HealConfig, UserError
-from steer_heal.figures import paths_figure
+from steer_heal.figures import frontier_figure, paths_figure
 from steer_heal.gate.folders import seal, write_events
 from steer_heal.markup import marked
 from steer_heal.record import arms_record
@@ -329,10 +330,12 @@ def test_results_shows_sweeps_under_their_hypothesis_and_writes_tables(tmp_path:
     assert len(of_runs) == 2 and any("20260101-000005_model_love_s5" in title for title in of_runs)
     page = (tmp_path / "all.html").read_text()
     figures = [attrs for tag, attrs in Tags(page).seen if attrs.get("class") == "figure"]
-    assert "heal.agg mean, seeds 1, 2" in page and len(figures) == 1 + 2 * 5 and ">None<" not in page
+    assert "heal.agg mean, seeds 1, 2" in page and len(figures) == 1 + 2 * 5
     groups = results.grouped(results.scan(tmp_path / "agg"))
     assert overview.names(groups) == ["heal.agg mean", "heal.agg rmse"]
     assert overview.names([*groups, groups[0]]) == ["as most others are", "heal.agg rmse", "as most others are"]
+    student = frontier_figure(overview.averaged(groups[0])).data[1]
+    assert student.customdata == ("", "r0", "r1") and student.text == ("", "r0", "r1")
     lines = paths_figure([("mean", overview.averaged(groups[0]))]).data
     by_hand = [float(np.mean([run.changes("healed", i) for run in groups[0]])) for i in range(2)]
     assert lines[0].y == pytest.approx((0, *by_hand)) and lines[0].x == pytest.approx((1, 1, 1))
@@ -347,7 +350,9 @@ def test_results_shows_sweeps_under_their_hypothesis_and_writes_tables(tmp_path:
     assert files["csv"].read_text().startswith("table,heal.agg,seeds,model")
     under, table = files["md"].read_text().split("\n\n", 2)[:2]
     assert under == "sweep agg\nH: rmse holds" and table.startswith("| heal.agg ")
-    assert "null" not in files["md"].read_text() and table.count("\n") == 3  # a line a row, however wide
+    assert table.count("\n") == 3  # a line a row, however wide
+    assert "null" not in results._printed(pl.DataFrame({"read at the end": [None, "+0.1 [+0.0, +0.2]"]}))
+    assert overview._cells((None, 1, "+0.1 [+0.0, +0.2]")) == ["", "1", '+0.1 <span class="ci">[+0.0, +0.2]</span>']
 
 
 def test_a_ratio_and_its_interval_by_hand() -> None:
