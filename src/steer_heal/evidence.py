@@ -122,7 +122,7 @@ def profile_section(summary: dict) -> str:
     why = """Which of seven concerns is breached in a short scene; the list is read forwards and backwards. Base: log of
         the mean probability of each concern, nats. The others: change against base. Top-1: agreement with the label
         of the scene (chance 14%)."""
-    return section("Moral-foundation profile", why, panel("", map_figure(arms)) + table_of(head, rows))
+    return section("Moral-foundation profile", why, panel("", map_figure(arms)) + stacked(table_of(head, rows)))
 
 
 def geometry_section(summary: dict) -> str:
