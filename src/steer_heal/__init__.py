@@ -6,6 +6,8 @@ import os
 # A sum must come out the same wherever its numbers lie in memory and whatever else is in the batch. Intel's library
 # promises that for matrix products on x86 in this mode only; it is read at the first product.
 os.environ.setdefault("MKL_CBWR", "AVX2,STRICT")
+# Large tensors on a CPU in large pages; torch reads it at the first one.
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 # At its import on a CPU it advises a package that it does not need.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)

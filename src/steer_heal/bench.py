@@ -78,11 +78,11 @@ def _weight_products(lm: LM, rows: int, steps: int) -> None:
     linear = [m for m in lm.decoder.modules() if isinstance(m, torch.nn.Linear)]
     inputs = {m.in_features: torch.randn(rows, m.in_features, device=lm.device, dtype=m.weight.dtype) for m in linear}
     states = torch.randn(rows, lm.head.weight.shape[1], device=lm.device, dtype=lm.head.weight.dtype)
-    with torch.no_grad(), packed(lm, rows * steps) as head:
+    with torch.no_grad(), packed(lm, rows * steps) as lm:
         for _ in range(steps):
             for module in linear:
                 module(inputs[module.in_features])
-            head(states)
+            lm.head(states)
 
 
 def filter(preset: str) -> dict:

@@ -32,6 +32,7 @@ from steer_heal.data import Contrast, Trait, YesNo, bystanders, canary, neutral
 from steer_heal.foundations import Reading, described, read_profile
 from steer_heal.generate import decode
 from steer_heal.lm import LM, Row, row_nll
+from steer_heal.packing import packed
 
 CORE = ("contrast", "yes_no", "neutral", "demos")
 EXTRA = ("off_target", "canary", "profile")
@@ -60,18 +61,20 @@ def evaluate(
     of the items, so that later arms are compared item by item or not at all; and the demo answers under "demos".
     """
     found: dict = {"arm": arm.name, "instrument": trait.instrument, "dose": arm.dose, "items": {}, "asked": {}}
-    for name in which:
-        with student.view(history=arm.history, now=arm.now):
-            read = _read(student.lm, arm, trait, config, name)
-        if name == "demos":
-            found["demos"] = judged_demos(student, trait, config, read)
-            read = demo_items(found["demos"])
-        elif name == "profile":
-            found["profile"] = described(read, config.profile)
-            read = {"profile": (read.p, read.scenes)}
-        for key, (scores, questions) in read.items():
-            found["items"][key], found["asked"][key] = scores.tolist(), fingerprint(questions)
-        on_read(1)
+    with packed(student.lm) as lm:
+        for name in which:
+            with student.view(history=arm.history, now=arm.now):
+                read = _read(lm, arm, trait, config, name)
+            if name == "demos":
+                with student.view(history=0.0, now=0.0):
+                    found["demos"] = judged_demos(lm, trait, config, read)
+                read = demo_items(found["demos"])
+            elif name == "profile":
+                found["profile"] = described(read, config.profile)
+                read = {"profile": (read.p, read.scenes)}
+            for key, (scores, questions) in read.items():
+                found["items"][key], found["asked"][key] = scores.tolist(), fingerprint(questions)
+            on_read(1)
     return found | measures(found)
 
 
@@ -196,12 +199,12 @@ def spread(rows: tuple[dict, ...], count: int) -> list[dict]:
     return [rows[i * len(rows) // count] for i in range(min(count, len(rows)))]
 
 
-def judged_demos(student: Student, trait: Trait, config: EvalConfig, answers: list[list[int]]) -> list[dict]:
-    """Greedy answers with what `config.judge` and the base make of them, after their prompt without a persona."""
+def judged_demos(lm: LM, trait: Trait, config: EvalConfig, answers: list[list[int]]) -> list[dict]:
+    """Greedy answers with what `config.judge` and `lm`, which must be the base view, make of them, after their prompt
+    without a persona."""
     prompts = trait.demo_prompts[: config.demos]
-    with student.view(history=0.0, now=0.0):
-        rows = [Row(student.lm.prompt(p), ids) for p, ids in zip(prompts, answers, strict=True)]
-        judged = judge(student.lm, rows, config.judge, config.batch_size)
+    rows = [Row(lm.prompt(p), ids) for p, ids in zip(prompts, answers, strict=True)]
+    judged = judge(lm, rows, config.judge, config.batch_size)
     return [{"prompt": p, **d} for p, d in zip(prompts, judged, strict=True)]
 
 

@@ -100,13 +100,13 @@ def decode(
     out: list[Completion | None] = [None] * len(prompts)
     shared = shared_left_padded(lm, prompts)
     width = rounded(max(map(len, prompts)) - shared)  # of all batches, so that many rows are decoded together
-    with torch.no_grad(), steering(lm, steering_) as dial, packed(lm, len(prompts) * max_new_tokens) as head:
+    with torch.no_grad(), steering(lm, steering_) as dial, packed(lm, len(prompts) * max_new_tokens) as lm:
         for chunk in batches([width] * len(prompts), batch_size, steering_):
             rows = torch.tensor(chunk)
             dose = None if steering_ is None else steering_.dose[rows].to(lm.device)
             batch = [prompts[i] for i in chunk]
             padded = left_padded(lm, filled(batch), shared, width)
-            written = _decode_batch(lm, head, batch, padded, rows, dose, dial, max_new_tokens, sampling)
+            written = _decode_batch(lm, batch, padded, rows, dose, dial, max_new_tokens, sampling)
             for i, completion in zip(rows.tolist(), written, strict=True):
                 out[i] = completion
             on_batch(len(rows))
@@ -142,7 +142,7 @@ def free_memory(device: torch.device) -> int:
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2  # where the system does not say
 
 
-def _decode_batch(lm, head, prompts, padded, rows, dose, dial, max_new_tokens, sampling) -> list[Completion]:
+def _decode_batch(lm, prompts, padded, rows, dose, dial, max_new_tokens, sampling) -> list[Completion]:
     shared, ids, mask, position = padded
     slots = torch.tensor(filled(range(len(prompts))))  # which prompt each row of the shrinking batch belongs to
     dose = None if dose is None else dose[slots]
@@ -160,7 +160,7 @@ def _decode_batch(lm, head, prompts, padded, rows, dose, dial, max_new_tokens, s
         hidden = lm.decoder(
             input_ids=ids, attention_mask=mask, position_ids=position, past_key_values=cache, use_cache=True
         ).last_hidden_state
-        token = choose(head(hidden[:, -1]), rows[slots], step, sampling)
+        token = choose(lm.head(hidden[:, -1]), rows[slots], step, sampling)
         for slot, t in dict(zip(slots.tolist(), token.tolist(), strict=True)).items():
             if not ended[slot]:
                 written[slot].append(t)

@@ -109,7 +109,7 @@ class OneDoseDial(Dial):
 class Head(NamedTuple):
     """The output head: logits = cap(h @ weight.T), cap(z) = softcap * tanh(z / softcap) when softcap is set.
 
-    `product` takes the place of the plain h @ weight.T where the weight is packed for decoding.
+    `product` takes the place of the plain h @ weight.T where the weight is packed, see `packing`.
     """
 
     weight: Float[Tensor, "v d"]
@@ -130,6 +130,8 @@ class LM:
     tokenizer: PreTrainedTokenizerBase
     name: str
     end_tokens: frozenset[int]
+    product: Callable[[Tensor], Tensor] | None = None
+    """of the head, while it is packed"""
 
     @property
     def device(self) -> torch.device:
@@ -147,7 +149,7 @@ class LM:
     @property
     def head(self) -> Head:
         softcap = getattr(self.model.config.get_text_config(), "final_logit_softcapping", None)
-        return Head(self.model.get_output_embeddings().weight, softcap)
+        return Head(self.model.get_output_embeddings().weight, softcap, self.product)
 
     def band(self, share: tuple[float, float]) -> tuple[int, ...]:
         """Block indices whose relative depth lies in `share`, e.g. (0.45, 0.55) of 30 blocks -> 13, 14, 15, 16."""

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import importlib.util
 import json
 import os
+import platform
 import shutil
 import struct
 import tempfile
@@ -47,6 +49,8 @@ def load(config: ModelConfig) -> LM:
             "model.device is 'cuda' but this machine has no CUDA GPU: choose the preset smollm2-135m, made for a CPU, "
             "or --model.device cpu (slow for a large model)"
         )
+    if device == "cpu":
+        keep_freed_memory()
     source = config.path
     with tempfile.TemporaryDirectory() as scratch:
         if source.startswith("random:"):
@@ -64,6 +68,19 @@ def load(config: ModelConfig) -> LM:
     model.requires_grad_(False)
     model.eval()
     return LM(model, tokenizer, config.path, frozenset(_end_tokens(model, tokenizer)))
+
+
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # of malloc.h
+
+
+def keep_freed_memory() -> None:
+    """Memory of a freed tensor serves the next one instead of going back to the system, which would have to clear it
+    page by page before it gave it again. Where the C library is not glibc nothing changes."""
+    if platform.libc_ver()[0] == "glibc":
+        mallopt = ctypes.CDLL(None).mallopt
+        for option, value in ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, 2**31 - 1), (M_TOP_PAD, 2**28)):
+            if mallopt(option, value) != 1:
+                raise RuntimeError(f"mallopt refused option {option}")
 
 
 def _require_chat(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: str) -> None:
