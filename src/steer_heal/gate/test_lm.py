@@ -1,5 +1,10 @@
 """Models of other shapes than the tiny gemma: packaged SmolLM2, multimodal gemma, templates without a system role."""
 
+import os
+import platform
+import subprocess
+import sys
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
@@ -19,6 +24,7 @@ from steer_heal.eval import contrast_scores
 from steer_heal.generate import decode
 from steer_heal.lm import Row, Steering, row_nll
 from steer_heal.loading import load
+from steer_heal.packing import packed
 from steer_heal.presets import PRESETS
 from steer_heal.tiny import RANDOM_ARCHITECTURES, build_random
 
@@ -122,7 +128,8 @@ def test_under_nf4_the_adapter_gets_the_gradient_of_the_dequantised_weights(lm):
 @pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="no promise of the same sums without Intel's library")
 @pytest.mark.parametrize("steered", [False, True])
 def test_a_row_has_the_same_bits_in_any_batch(lm, vector, steered):
-    """Hidden states, probabilities of answers, and every logit of a decoding step, packed and plain."""
+    """Hidden states, their perplexity, probabilities of answers, and every logit of a decoding step, each of plain and
+    of packed weights."""
     prompts = [lm.prompt(text) for text in data.contexts()[:21]]
     rows = [Row(p, lm.answer(text)[:30]) for p, text in zip(prompts, data.neutral(), strict=False)]
     long = " I would rather not say, with so many people in the room, which of the two I find the more likely."
@@ -130,8 +137,11 @@ def test_a_row_has_the_same_bits_in_any_batch(lm, vector, steered):
     dosed = Steering(vector, torch.linspace(0.1, 1.0, 21)) if steered else None
 
     def read(batch_size):
-        states = lm.states(rows, batch_size, dosed)
-        scores = [torch.cat(s) for s in choice_log_probs(lm, prompts, choices, batch_size, dosed)]
+        seen = []
+        for weights in (nullcontext(lm), packed(lm)):
+            with weights as reading:
+                seen += reading.states(rows, batch_size, dosed) + row_nll(reading, rows, batch_size, dosed)
+                seen += [torch.cat(s) for s in choice_log_probs(reading, prompts, choices, batch_size, dosed)]
         logits = {}
         choose = generate.choose
 
@@ -146,10 +156,31 @@ def test_a_row_has_the_same_bits_in_any_batch(lm, vector, steered):
         finally:
             generate.choose = choose
         kept = [logits[n, step] for n, c in enumerate(written) for step in range(len(c.ids))]
-        return [*states, *scores, *kept], [c.ids for c in written]
+        return [*seen, *kept], [c.ids for c in written]
 
     values, ids = read(21)
     for batch_size in (1, 5):
         again, other = read(batch_size)
         assert ids == other and len(values) == len(again)
         assert all(map(torch.equal, values, again))
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only there is freed memory kept")
+def test_on_a_cpu_the_memory_of_a_freed_tensor_serves_the_next_one():
+    """Without that, each of the 16,384 pages of 64 MiB is asked of the system again."""
+    code = """
+import resource, sys, torch
+from steer_heal.loading import keep_freed_memory
+if sys.argv[1] == "keep":
+    keep_freed_memory()
+torch.ones(2**24)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+torch.ones(2**24)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+    small_pages = os.environ | {"THP_MEM_ALLOC_ENABLE": "0"}
+    faults = [
+        int(subprocess.run([sys.executable, "-c", code, how], env=small_pages, capture_output=True, check=True).stdout)
+        for how in ("keep", "as usual")
+    ]
+    assert faults[0] < 100 and faults[1] > 10_000
