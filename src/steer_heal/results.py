@@ -154,6 +154,8 @@ def ratio(above: np.ndarray, below: np.ndarray) -> tuple[float, float, float]:
     """Ratio of two means with its 95% interval, over seeds and items, [s, n] each; infinite where `below` may be zero.
 
     The interval holds the ratios k for which `above - k * below` may be zero (Fieller, J. R. Stat. Soc. B 16, 1954).
+    Where `below` may be zero and `above` may not, these are two rays, one for either sign of `below`; the interval is
+    the ray of the mean.
     """
     if below.mean() < 0:
         above, below = -above, -below
@@ -168,7 +170,8 @@ def ratio(above: np.ndarray, below: np.ndarray) -> tuple[float, float, float]:
         return math.copysign(math.inf, far) if still_zero else float(brentq(edge, begin, far, rtol=1e-4))
 
     reach = 100 * max(1.0, abs(mean))
-    return mean, end(0, mean - reach), end(1, mean + reach)
+    low, high = across_seeds(above)["ci"]
+    return mean, end(0, 0.0 if low > 0 else mean - reach), end(1, 0.0 if high < 0 else mean + reach)
 
 
 RATIOS: dict[str, Callable[[dict, dict], float]] = {

@@ -366,4 +366,13 @@ def test_a_ratio_and_its_interval_by_hand() -> None:
     for k in (low, high):  # at either end the difference may just be zero
         assert min(np.abs(across_seeds(above - k * weak)["ci"])) < 1e-3
     assert results.ratio(-above, -weak) == (mean, low, high) and results.ratio(-above, weak) == (-mean, -high, -low)
-    assert results.ratio(above, weak - weak.mean())[2] == math.inf  # the prompt may have done nothing
+    assert results.ratio(above, weak - 0.999 * weak.mean())[2] == math.inf  # the prompt may have done nothing
+    faint = draw.normal(0, 1, (3, 60))
+    faint += 0.1 - faint.mean()
+    assert across_seeds(faint)["ci"][0] < 0
+    mean, low, high = results.ratio(above, faint)
+    assert 0 < low < mean < high == math.inf and results.ratio(-above, faint) == (-mean, -math.inf, -low)
+    for k in np.linspace(0, low, 9)[:-1]:  # what is left out: the difference is not zero
+        assert across_seeds(above - k * faint)["ci"][0] > 0
+    none = draw.normal(0, 1, (3, 60))
+    assert results.ratio(none, faint)[1:] == (-math.inf, math.inf)
