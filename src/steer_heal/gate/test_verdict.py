@@ -1,6 +1,7 @@
 """Verdicts and validity on arms whose answers are known by hand, and on models whose logits are set by hand."""
 
 import math
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -13,7 +14,6 @@ from steer_heal.bake import Student
 from steer_heal.config import DoseConfig
 from steer_heal.data import FOUNDATIONS, load_trait
 from steer_heal.eval import evaluate, yes_no_scores
-from steer_heal.lm import LM, Head
 from steer_heal.plain import (
     LEAST_COST,
     allowed_cost,
@@ -168,34 +168,18 @@ def test_the_dose_of_equal_trait_by_hand():
     assert found(-0.1) == (0.5, True)
 
 
-class HandSet(LM):
-    """The tiny model with its logits replaced: what follows a token is read from a table, whatever came before."""
-
-    table: torch.Tensor
-
-    @property
-    def head(self):
-        model, table = self.model, self.table
-        keys = self.decoder.norm(model.get_input_embeddings()(torch.arange(len(table)))[:, None])[:, 0]
-
-        def product(states):
-            return table[torch.cdist(states.reshape(-1, states.shape[-1]), keys).argmin(-1)].view(
-                *states.shape[:-1], -1
-            )
-
-        return Head(model.get_input_embeddings().weight, None, product)
-
-
 @pytest.fixture
 def hand_set(lm):
+    """The tiny model with its logits replaced: what follows a token is read from a table, whatever came before."""
+
     def build(table):
         with torch.no_grad():
             for block in lm.blocks:  # the residual stream is the embedding of the last token alone
                 block.self_attn.o_proj.weight.zero_()
                 block.mlp.down_proj.weight.zero_()
-        model = HandSet(lm.model, lm.tokenizer, lm.name, lm.end_tokens)
-        object.__setattr__(model, "table", table)
-        return model
+            embedded = lm.model.get_input_embeddings()(torch.arange(len(table)))
+            keys = lm.decoder.norm(embedded[:, None])[:, 0]
+        return replace(lm, product=lambda states: table[torch.cdist(states, keys).argmin(-1)])
 
     return build
 
