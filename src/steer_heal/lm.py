@@ -130,8 +130,8 @@ class LM:
     tokenizer: PreTrainedTokenizerBase
     name: str
     end_tokens: frozenset[int]
-    product: Callable[[Tensor], Tensor] | None = None
-    """of the head, while it is packed"""
+    head_product: Callable[[Tensor], Tensor] | None = None
+    """see `Head`"""
 
     @property
     def device(self) -> torch.device:
@@ -149,7 +149,7 @@ class LM:
     @property
     def head(self) -> Head:
         softcap = getattr(self.model.config.get_text_config(), "final_logit_softcapping", None)
-        return Head(self.model.get_output_embeddings().weight, softcap, self.product)
+        return Head(self.model.get_output_embeddings().weight, softcap, self.head_product)
 
     def band(self, share: tuple[float, float]) -> tuple[int, ...]:
         """Block indices whose relative depth lies in `share`, e.g. (0.45, 0.55) of 30 blocks -> 13, 14, 15, 16."""

@@ -24,12 +24,12 @@ PACK_FROM_TOKENS = 1024  # laying out the weights costs about as long as this ma
 def packed(lm: LM, tokens: int = PACK_FROM_TOKENS) -> Iterator[LM]:
     """The model to read or decode with; inside the block the decoder's float32 matrices on a CPU are packed.
 
-    Whether and how depends on the model and the tokens to write alone, never on the batch size or the state of the
-    machine, so that a resumed run multiplies in the same order. Quantised and half-precision weights, and GPUs, keep
-    their own kernels.
+    Whether and how depends on the model and the tokens to write alone (an evaluation, which does not say, reads
+    enough), never on the batch size or the state of the machine, so that a resumed run multiplies in the same order.
+    Quantised and half-precision weights, and GPUs, keep their own kernels.
     """
     weight = lm.head.weight
-    already = lm.product is not None
+    already = lm.head_product is not None
     if already or weight.device.type != "cpu" or weight.dtype != torch.float32 or tokens < PACK_FROM_TOKENS:
         yield lm
         return
@@ -37,7 +37,7 @@ def packed(lm: LM, tokens: int = PACK_FROM_TOKENS) -> Iterator[LM]:
     try:
         for module in linear:
             module.forward = _product(module.weight, module.bias)
-        yield replace(lm, product=_product(weight, None))
+        yield replace(lm, head_product=_product(weight, None))
     finally:
         for module in linear:
             module.__dict__.pop("forward", None)

@@ -119,7 +119,7 @@ def test_packed_weights_multiply_as_plain_ones_and_are_gone_afterwards(lm, promp
     monkeypatch.setattr(packing, "PACK_FROM_TOKENS", 1)
     assert decode(lm, prompts, TOKENS, 5, dose) == plain
     with pytest.raises(RuntimeError, match="stop"), packing.packed(lm, 5 * TOKENS) as laid_out:
-        assert laid_out.product is not None
+        assert laid_out.head_product is not None
         with packing.packed(laid_out) as again:
             assert again is laid_out
         assert any("forward" in module.__dict__ for module in lm.model.modules())

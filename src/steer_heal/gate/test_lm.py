@@ -2,6 +2,7 @@
 
 import os
 import platform
+import resource
 import subprocess
 import sys
 from contextlib import nullcontext
@@ -167,7 +168,7 @@ def test_a_row_has_the_same_bits_in_any_batch(lm, vector, steered):
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only there is freed memory kept")
 def test_on_a_cpu_the_memory_of_a_freed_tensor_serves_the_next_one():
-    """Without that, each of the 16,384 pages of 64 MiB is asked of the system again."""
+    """Without that, every page of 64 MiB is asked of the system again."""
     code = """
 import resource, sys, torch
 from steer_heal.loading import keep_freed_memory
@@ -183,4 +184,5 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
         int(subprocess.run([sys.executable, "-c", code, how], env=small_pages, capture_output=True, check=True).stdout)
         for how in ("keep", "as usual")
     ]
-    assert faults[0] < 100 and faults[1] > 10_000
+    pages = 2**26 // resource.getpagesize()
+    assert faults[0] < pages / 200 and faults[1] > 0.9 * pages

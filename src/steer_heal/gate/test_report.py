@@ -367,6 +367,7 @@ def test_a_ratio_and_its_interval_by_hand() -> None:
         assert min(np.abs(across_seeds(above - k * weak)["ci"])) < 1e-3
     assert results.ratio(-above, -weak) == (mean, low, high) and results.ratio(-above, weak) == (-mean, -high, -low)
     assert results.ratio(above, weak - 0.999 * weak.mean())[2] == math.inf  # the prompt may have done nothing
+    assert math.inf in map(abs, results.ratio(above, weak - weak.mean())[1:])  # its sign is an accident
     faint = draw.normal(0, 1, (3, 60))
     faint += 0.1 - faint.mean()
     assert across_seeds(faint)["ci"][0] < 0

@@ -179,7 +179,7 @@ def hand_set(lm):
                 block.mlp.down_proj.weight.zero_()
             embedded = lm.model.get_input_embeddings()(torch.arange(len(table)))
             keys = lm.decoder.norm(embedded[:, None])[:, 0]
-        return replace(lm, product=lambda states: table[torch.cdist(states, keys).argmin(-1)])
+        return replace(lm, head_product=lambda states: table[torch.cdist(states, keys).argmin(-1)])
 
     return build
 
