@@ -75,7 +75,7 @@ def _capped(arm: dict, summary: dict) -> str:
 
 
 def others_section(summary: dict) -> str:
-    """What every arm did to traits that have no business to move."""
+    """What the arms that were read on them did to traits that have no business to move."""
     first = next((r["healed"] for r in reversed(summary["rounds"]) if _off(r["healed"])), None)
     if first is None:
         return ""
@@ -83,12 +83,10 @@ def others_section(summary: dict) -> str:
     for index, r in enumerate(summary["rounds"]):
         arms += [(f"steered r{index}", r["steered"]), (f"healed r{index}", r["healed"])]
     rows = []
-    for name, arm in arms:
+    for name, arm in filter(lambda named: _off(named[1]), arms):
         target = with_interval(arm["over_base"]["contrast"]["mean"], arm["over_base"]["contrast"]["ci"])
         others = [with_interval(move["mean"], move["ci"]) for move in _off(arm).values()]
-        rows.append(
-            (f'<span class="arm {name.split()[0]}">{name}</span>', target, *(others or [""] * len(_off(first))))
-        )
+        rows.append((f'<span class="arm {name.split()[0]}">{name}</span>', target, *others))
     why = """Contrast probes of traits that were not steered, nats per token over base, beside the contrast probes of
         the trait itself: five that are far from it, and our other built-in traits, which may be near. A round is called
         broad when one of them moved as far as the trait and its interval leaves out zero. Few probes each: wide

@@ -210,7 +210,7 @@ def arms_section(run: Run) -> str:
         the persona or refuse, which is style, not damage. Questions right: plain questions of four answers.
         Perplexities of the free answers under base, and of neutral text. Negative: the opposite persona as system
         prompt. Equal cost, equal trait: see Against plain steering."""
-    found = table_of(head, rows) if rows else "<p>No arm has been measured yet.</p>"
+    found = stacked(table_of(head, rows)) if rows else "<p>No arm has been measured yet.</p>"
     return section("Arms", why, found)
 
 
