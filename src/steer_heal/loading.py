@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
 import importlib.util
 import json
 import os
-import platform
 import shutil
 import struct
 import tempfile
@@ -30,6 +28,7 @@ from transformers.utils import logging as transformers_logging
 
 from steer_heal.config import ModelConfig, UserError, nearest
 from steer_heal.lm import LM
+from steer_heal.memory import keep_freed_memory
 from steer_heal.tiny import RANDOM_ARCHITECTURES, build_random
 
 transformers_logging.set_verbosity_error()
@@ -68,19 +67,6 @@ def load(config: ModelConfig) -> LM:
     model.requires_grad_(False)
     model.eval()
     return LM(model, tokenizer, config.path, frozenset(_end_tokens(model, tokenizer)))
-
-
-M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # of malloc.h
-
-
-def keep_freed_memory() -> None:
-    """Memory of a freed tensor serves the next one instead of going back to the system, which would have to clear it
-    page by page before it gave it again. Where the C library is not glibc nothing changes."""
-    if platform.libc_ver()[0] == "glibc":
-        mallopt = ctypes.CDLL(None).mallopt
-        for option, value in ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, 2**31 - 1), (M_TOP_PAD, 2**28)):
-            if mallopt(option, value) != 1:
-                raise RuntimeError(f"mallopt refused option {option}")
 
 
 def _require_chat(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: str) -> None:

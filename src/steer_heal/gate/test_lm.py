@@ -167,16 +167,17 @@ def test_a_row_has_the_same_bits_in_any_batch(lm, vector, steered):
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only there is freed memory kept")
-def test_on_a_cpu_the_memory_of_a_freed_tensor_serves_the_next_one():
-    """Without that, every page of 64 MiB is asked of the system again."""
+def test_on_a_cpu_the_memory_of_freed_tensors_serves_the_next_ones():
+    """Without that, every page of 64 MiB is asked of the system again, eight times."""
     code = """
 import resource, sys, torch
-from steer_heal.loading import keep_freed_memory
+import steer_heal.loading  # as in a run: what its modules leave on the heap matters
+from steer_heal.memory import keep_freed_memory
 if sys.argv[1] == "keep":
     keep_freed_memory()
-torch.ones(2**24)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-torch.ones(2**24)
+for _ in range(8):
+    torch.ones(2**24)
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
     small_pages = os.environ | {"THP_MEM_ALLOC_ENABLE": "0"}
@@ -185,4 +186,28 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
         for how in ("keep", "as usual")
     ]
     pages = 2**26 // resource.getpagesize()
-    assert faults[0] < pages / 200 and faults[1] > 0.9 * pages
+    assert faults[0] < 3 * pages and faults[1] > 7 * pages  # a hole may be an alignment too small (glibc < 2.38)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only there is freed memory kept")
+def test_freed_memory_under_a_tensor_that_lives_on_is_given_back():
+    code = """
+import resource, torch
+from pathlib import Path
+from steer_heal.memory import give_back_freed_memory, keep_freed_memory
+
+def held():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+keep_freed_memory()
+before = held()
+large = [torch.ones(2**22) for _ in range(16)]
+alive = torch.ones(2**10)
+del large
+kept = held() - before
+give_back_freed_memory()
+print(kept, held() - before)
+"""
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, text=True)
+    kept, after = map(int, said.stdout.split())
+    assert kept >= 2**28 and after < 2**25

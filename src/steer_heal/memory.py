@@ -1,0 +1,32 @@
+"""What freed memory of this process is good for: within a round it serves the next tensor, between rounds it goes
+back to the system. Where the C library is not glibc nothing changes.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import platform
+from functools import cache
+
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # of malloc.h
+
+
+def keep_freed_memory() -> None:
+    """From now on the memory of a freed tensor serves the next one: the system would have to clear it page by page
+    before it gave it again."""
+    if libc := _glibc():
+        for option, value in ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, 2**31 - 1), (M_TOP_PAD, 2**28)):
+            if libc.mallopt(option, value) != 1:
+                raise RuntimeError(f"mallopt refused option {option}")
+
+
+def give_back_freed_memory() -> None:
+    """What has been freed goes back to the system: kept, holes that no tensor fits add up (before 2.38 glibc finds no
+    use for a hole that is an alignment too small)."""
+    if libc := _glibc():
+        libc.malloc_trim(0)
+
+
+@cache
+def _glibc() -> ctypes.CDLL | None:
+    return ctypes.CDLL(None) if platform.libc_ver()[0] == "glibc" else None
