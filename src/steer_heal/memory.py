@@ -21,10 +21,10 @@ def keep_freed_memory() -> None:
 
 
 def give_back_freed_memory() -> None:
-    """What has been freed goes back to the system: kept, holes that no tensor fits add up (before 2.38 glibc finds no
-    use for a hole that is an alignment too small)."""
+    """What has been freed goes back to the system. Kept over rounds, holes that no tensor fits add up: an aligned
+    request does not always fit the hole that its like has left."""
     if libc := _glibc():
-        libc.malloc_trim(0)
+        libc.malloc_trim(ctypes.c_size_t(0))
 
 
 @cache

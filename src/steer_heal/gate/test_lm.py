@@ -168,15 +168,18 @@ def test_a_row_has_the_same_bits_in_any_batch(lm, vector, steered):
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only there is freed memory kept")
 def test_on_a_cpu_the_memory_of_freed_tensors_serves_the_next_ones():
-    """Without that, every page of 64 MiB is asked of the system again, eight times."""
+    """Without that, every page of 64 MiB is asked of the system again. The first few may leave holes that the next does
+    not fit, so four go before."""
     code = """
 import resource, sys, torch
 import steer_heal.loading  # as in a run: what its modules leave on the heap matters
 from steer_heal.memory import keep_freed_memory
 if sys.argv[1] == "keep":
     keep_freed_memory()
+for _ in range(4):
+    torch.ones(2**24)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-for _ in range(8):
+for _ in range(4):
     torch.ones(2**24)
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
@@ -185,12 +188,13 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
         int(subprocess.run([sys.executable, "-c", code, how], env=small_pages, capture_output=True, check=True).stdout)
         for how in ("keep", "as usual")
     ]
-    pages = 2**26 // resource.getpagesize()
-    assert faults[0] < 3 * pages and faults[1] > 7 * pages  # a hole may be an alignment too small (glibc < 2.38)
+    pages = 4 * 2**26 // resource.getpagesize()
+    assert faults[0] < pages / 200 and faults[1] > 0.9 * pages
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only there is freed memory kept")
 def test_freed_memory_under_a_tensor_that_lives_on_is_given_back():
+    """256 MiB: kept until it is given back, gone after."""
     code = """
 import resource, torch
 from pathlib import Path
