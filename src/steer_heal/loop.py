@@ -43,7 +43,6 @@ from steer_heal.geometry import Base, geometry, read_base
 from steer_heal.heal import Example, heal, prepare, prepare_anchors, with_tau
 from steer_heal.lite import LiteVector
 from steer_heal.lm import LM, AnyVector, Row, Steering, Vector
-from steer_heal.memory import give_back_freed_memory
 from steer_heal.plain import allowed_cost, coherence_cost, dose_at_trait, find_dose_at_cost, fitting, plain_doses
 from steer_heal.rundir import RunDir
 from steer_heal.steer import Extraction, extract, prompts_read
@@ -80,7 +79,6 @@ def run(config: RunConfig, preset: str, folder: RunDir, trait: data.Trait, lm: L
     arms, rounds, plain = {"base": base, "prompted": prompted, "negative": negative}, [], []
     stopped = ""
     for round_ in range(config.rounds):
-        give_back_freed_memory()
         where = f"r{round_:02d}"
         first = rounds[0]["vector"].layers if rounds else None  # a band chosen in round 0 is kept
         vector, layers = extract_stage(folder, where, student, trait, config, first)

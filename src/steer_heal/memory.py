@@ -1,4 +1,4 @@
-"""What freed memory of this process is good for: within a round it serves the next tensor, between rounds it goes
+"""What freed memory of this process is good for: within a stage it serves the next tensor, between stages it goes
 back to the system. Where the C library is not glibc nothing changes.
 """
 
@@ -21,7 +21,7 @@ def keep_freed_memory() -> None:
 
 
 def give_back_freed_memory() -> None:
-    """What has been freed goes back to the system. Kept over rounds, holes that no tensor fits add up: an aligned
+    """What has been freed goes back to the system. Kept over stages, holes that no tensor fits add up: an aligned
     request does not always fit the hole that its like has left."""
     if libc := _glibc():
         libc.malloc_trim(ctypes.c_size_t(0))

@@ -28,6 +28,7 @@ from loguru import logger
 from safetensors import SafetensorError
 
 from steer_heal.config import UserError
+from steer_heal.memory import give_back_freed_memory
 from steer_heal.terminal import program
 
 T = TypeVar("T")
@@ -114,6 +115,7 @@ class RunDir:
         self.doing = name
         began = time.perf_counter()
         value = compute()
+        give_back_freed_memory()
         seconds = time.perf_counter() - began
         with writing(target):
             target.parent.mkdir(parents=True, exist_ok=True)

@@ -193,25 +193,28 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only there is freed memory kept")
-def test_freed_memory_under_a_tensor_that_lives_on_is_given_back():
-    """256 MiB: kept until it is given back, gone after."""
+def test_what_a_stage_freed_goes_back_to_the_system_when_it_ends(tmp_path):
+    """256 MiB under a tensor that lives on: kept within the stage, gone after it."""
     code = """
-import resource, torch
+import resource, sys, torch
 from pathlib import Path
-from steer_heal.memory import give_back_freed_memory, keep_freed_memory
+from steer_heal.memory import keep_freed_memory
+from steer_heal.rundir import RunDir
 
 def held():
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
+def compute():
+    large = [torch.ones(2**22) for _ in range(16)]
+    alive.append(torch.ones(2**10))
+    del large
+    return held() - before
+
 keep_freed_memory()
-before = held()
-large = [torch.ones(2**22) for _ in range(16)]
-alive = torch.ones(2**10)
-del large
-kept = held() - before
-give_back_freed_memory()
-print(kept, held() - before)
+RunDir.begin(Path(sys.argv[1]), {}, [])
+before, alive = held(), []
+print(RunDir(Path(sys.argv[1])).json("stage.json", compute), held() - before)
 """
-    said = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, text=True)
-    kept, after = map(int, said.stdout.split())
-    assert kept >= 2**28 and after < 2**25
+    said = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, check=True, text=True)
+    within, after = map(int, said.stdout.split())
+    assert within >= 2**28 and after < 2**25
