@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 from bitsandbytes.nn import Linear4bit
+from filelock import FileLock
 from jinja2 import TemplateError
 from safetensors import SafetensorError
 from transformers import (
@@ -194,10 +195,16 @@ def _dequantised(gguf: Path) -> Path:
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "steer-heal"
     with gguf.open("rb") as stream:
         folder = cache / hashlib.file_digest(stream, "sha256").hexdigest()[:32]
-    if folder.is_dir():
-        return folder
-    cache.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(dir=cache))
+    if not folder.is_dir():
+        cache.mkdir(parents=True, exist_ok=True)
+        with FileLock(cache / "lock"):
+            if not folder.is_dir():  # a run that started beside this one may have made it meanwhile
+                _dequantise(gguf, folder)
+    return folder
+
+
+def _dequantise(gguf: Path, folder: Path) -> None:
+    scratch = Path(tempfile.mkdtemp(dir=folder.parent))
     try:
         where = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
         tokenizer = AutoTokenizer.from_pretrained(**where)
@@ -217,4 +224,3 @@ def _dequantised(gguf: Path) -> Path:
     except BaseException:
         shutil.rmtree(scratch, ignore_errors=True)
         raise
-    return folder

@@ -5,6 +5,8 @@ import platform
 import resource
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import replace
 
@@ -14,7 +16,7 @@ from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn import Linear4bit
 from transformers import Gemma3Config, Gemma3ForConditionalGeneration, Gemma3TextConfig, SiglipVisionConfig
 
-from steer_heal import data, generate
+from steer_heal import data, generate, loading
 from steer_heal.arms import Arm
 from steer_heal.bake import Student
 from steer_heal.barrier import position_losses
@@ -43,13 +45,26 @@ def test_the_packaged_smollm2_answers_and_follows_a_persona():
 
 
 def test_a_gguf_file_given_by_path_is_the_packaged_model():
-    from steer_heal.loading import _gguf_file
-
     ids = torch.tensor([[1, 4093, 198, 28120]])
     a = load(PRESETS["smollm2-135m"].model)
-    b = load(replace(PRESETS["smollm2-135m"].model, path=str(_gguf_file("smollm2-135m"))))
+    b = load(replace(PRESETS["smollm2-135m"].model, path=str(loading._gguf_file("smollm2-135m"))))
     with torch.no_grad():
         assert torch.equal(a.model(ids).logits, b.model(ids).logits)
+
+
+def test_runs_that_start_together_make_the_float_weights_once(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    made = []
+
+    def slowly(gguf, folder):
+        made.append(folder)
+        time.sleep(0.2)
+        folder.mkdir()  # fails where it is there, as the renaming of a full folder does
+
+    monkeypatch.setattr(loading, "_dequantise", slowly)
+    with ThreadPoolExecutor() as together:
+        folders = list(together.map(loading._dequantised, [loading._gguf_file("smollm2-135m")] * 4))
+    assert folders == made * 4 and made[0].is_dir()
 
 
 @pytest.fixture
