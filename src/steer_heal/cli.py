@@ -275,7 +275,8 @@ def app(
         Args:
             out: the folder that holds run folders.
             by: flags of `run`: one row for each of their values, mean and interval over the seeds.
-            rounds: one row a round: the arms, the student against each, and what it cost.
+            rounds: one row a round: the arms, the student against each, and what it cost; and of every sweep the
+                differences between its arms after each round.
             csv: file for the table.
             json: file for the table.
             markdown: file for the table.

@@ -108,9 +108,9 @@ def arm_table(runs: list[Found], flags: list[str]) -> pl.DataFrame:
     return pl.DataFrame(rows).sort(flags) if rows and flags else pl.DataFrame(rows)
 
 
-def difference_table(runs: list[Found], flags: list[str], arms: list[dict]) -> pl.DataFrame:
+def difference_table(runs: list[Found], flags: list[str], arms: list[dict], every_round: bool = False) -> pl.DataFrame:
     """Every arm's healed student minus the first arm's, seed by seed and item by item, after the last round that all
-    of these runs have done."""
+    of these runs have done, or after each."""
     groups = {tuple(group[0].value(flag) for flag in flags): group for group in grouped(runs)}
     ordered = [groups.get(tuple(arm[flag] for flag in flags)) for arm in arms]
     if ordered[:1] == [None] or len([group for group in ordered if group]) < 2:
@@ -120,11 +120,12 @@ def difference_table(runs: list[Found], flags: list[str], arms: list[dict]) -> p
         pairs = [(a, b) for a in group or [] for b in ordered[0] if a.config["seed"] == b.config["seed"]]
         if pairs:
             keys = {"trait": pairs[0][0].instrument, **{name: key for key, name in MEASURES.items()}}
-            last = min(len(run.summary["rounds"]) for pair in pairs for run in pair) - 1
-            healed = [(a.arm("healed", last), b.arm("healed", last)) for a, b in pairs]
-            row = {name: [paired(a, b, key) for a, b in healed] for name, key in keys.items()}
-            found = {name: _estimate(np.array(values)) for name, values in row.items()}
-            rows.append({**arm, "seeds": len(pairs), "round": last} | found)
+            done = min(len(run.summary["rounds"]) for pair in pairs for run in pair)
+            for round_ in range(0 if every_round else done - 1, done):
+                healed = [(a.arm("healed", round_), b.arm("healed", round_)) for a, b in pairs]
+                changes = {name: np.array([paired(a, b, key) for a, b in healed]) for name, key in keys.items()}
+                found = {name: _estimate(values) for name, values in changes.items()}
+                rows.append({**arm, "seeds": len(pairs), "round": round_} | found)
     return pl.DataFrame(rows)
 
 
@@ -225,9 +226,11 @@ def show(
         tables = {}
     elif rounds:
         tables = {_title(group, by): round_table(group) for group in grouped(runs)}
+        for sweep, own in _sweeps(runs, out):
+            tables |= _differences(sweep, own, every_round=True)
         print("trait over base (nats per token on contrast probes, nats on yes/no), 95% intervals over seeds and items")
     else:
-        tables = _by_flags(runs, by) if by else _sweeps(runs, out)
+        tables = {"": arm_table(runs, list(by))} if by else _under_hypotheses(runs, out)
         print("trait over base after the last round (nats per token on contrast probes, nats on yes/no); 95% interval")
         print("of healed, over seeds and probes")
     tables = {title: frame for title, frame in tables.items() if len(frame)}
@@ -252,24 +255,26 @@ def _title(group: list[Found], flags: tuple[str, ...]) -> str:
     return f"{group[0].trait['name']}{values}, seeds {seeds} ({folders})"
 
 
-def _by_flags(runs: list[Found], by: tuple[str, ...]) -> dict[str, pl.DataFrame]:
-    return {"": arm_table(runs, list(by))}
+def _sweeps(runs: list[Found], out: Path) -> list[tuple[dict, list[Found]]]:
+    """What every sweep asked, and its runs."""
+    asked = [json.loads(path.read_text("utf-8")) for path in sorted(out.rglob(RECORD))]
+    return [(sweep, [run for run in runs if identity(run.config, run.trait) in sweep["runs"]]) for sweep in asked]
 
 
-def _sweeps(runs: list[Found], out: Path) -> dict[str, pl.DataFrame]:
+def _under_hypotheses(runs: list[Found], out: Path) -> dict[str, pl.DataFrame]:
     tables, of_sweeps = {}, set()
-    for path in sorted(out.rglob(RECORD)):
-        sweep = json.loads(path.read_text("utf-8"))
-        own = [run for run in runs if identity(run.config, run.trait) in sweep["runs"]]
+    for sweep, own in _sweeps(runs, out):
         of_sweeps |= {run.folder for run in own}
-        title = f"sweep {sweep['name']}\nH: {sweep['hypothesis'] or '(none given)'}"
-        tables[title] = arm_table(own, sweep["flags"])
-        first = ", ".join(sweep["arms"][0].values()) if sweep["arms"] and sweep["flags"] else ""
-        tables[f"each arm minus the first ({first}), on the same items"] = difference_table(
-            own, sweep["flags"], sweep["arms"]
-        )
+        tables[f"sweep {sweep['name']}\nH: {sweep['hypothesis'] or '(none given)'}"] = arm_table(own, sweep["flags"])
+        tables |= _differences(sweep, own)
     tables["runs"] = run_table([run for run in runs if run.folder not in of_sweeps], out)
     return tables
+
+
+def _differences(sweep: dict, own: list[Found], every_round: bool = False) -> dict[str, pl.DataFrame]:
+    first = ", ".join(sweep["arms"][0].values()) if sweep["arms"] and sweep["flags"] else ""
+    title = f"sweep {sweep['name']}: each arm minus the first ({first}), on the same items"
+    return {title: difference_table(own, sweep["flags"], sweep["arms"], every_round)}
 
 
 def _printed(frame: pl.DataFrame, width: int = 200, cell: int = 80) -> str:

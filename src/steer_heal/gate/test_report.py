@@ -317,7 +317,7 @@ def test_results_shows_sweeps_under_their_hypothesis_and_writes_tables(tmp_path:
     assert f"run --resume {broken}" in said
     rows = json.loads(files["json"].read_text())
     assert [row["heal.agg"] for row in rows] == ["mean", "rmse", "mean", None] and rows[0]["seeds"] == 2
-    compared = "each arm minus the first (rmse), on the same items"
+    compared = "sweep agg: each arm minus the first (rmse), on the same items"
     assert [row["table"] for row in rows] == ["sweep agg\nH: rmse holds"] * 2 + [compared, "runs"]
     assert (
         rows[2]["round"] == 1
@@ -326,8 +326,11 @@ def test_results_shows_sweeps_under_their_hypothesis_and_writes_tables(tmp_path:
     )
     rounds = tmp_path / "rounds.json"
     results.show(tmp_path, ("heal.agg",), True, None, str(rounds), None, str(tmp_path / "all.html"))
-    of_runs = {row["table"] for row in json.loads(rounds.read_text())}
+    by_round = json.loads(rounds.read_text())
+    of_runs = {row["table"] for row in by_round} - {compared}
     assert len(of_runs) == 2 and any("20260101-000005_model_love_s5" in title for title in of_runs)
+    after = [(row["heal.agg"], row["round"]) for row in by_round if row["table"] == compared]
+    assert after == [("mean", 0), ("mean", 1)]
     page = (tmp_path / "all.html").read_text()
     figures = [attrs for tag, attrs in Tags(page).seen if attrs.get("class") == "figure"]
     assert "heal.agg mean, seeds 1, 2" in page and len(figures) == 1 + 2 * 5
