@@ -134,8 +134,8 @@ def verdict(run: Run) -> tuple[str, str]:
     if word == "unreadable":
         return f"No verdict: {NOT_EXPRESSED} {stands}; that is not to be read as the trait.", word
     if low > 0:
-        by_prompt = _compared(over, prompted, "{:.1f} times the effect of the system prompt", "the system prompt alone")
-        stands += f": {by_prompt}, {_compared(over, steered, '{:.0%} of that round steered', 'steering alone')}"
+        by_prompt, by_steering = _moves(prompted, over, "{:.1f} times"), _moves(steered, over, "{:.0%} of")
+        stands += f". The system prompt alone moves it by {by_prompt}; steering in that round by {by_steering}"
         if equal:
             reach = f"{equal['trait_over_base']:+.3f} at dose {equal['dose']:.2f}"
             stands += f"; plain steering that costs no more coherence reaches {reach}"
@@ -161,12 +161,11 @@ def _same_trait(arm: dict, base: dict) -> str:
     return f"no dose moves the trait as far; the nearest, {arm['dose']:.2f}, means {price}"
 
 
-def _compared(over: float, arm: dict, ratio: str, subject: str) -> str:
-    """The movement in units of another arm's, where that arm has one beyond its interval."""
-    effect = arm["trait_over_base"]
-    if arm["trait_over_base_ci"][0] <= 0 <= arm["trait_over_base_ci"][1]:
-        return f"while {subject} did not move it measurably ({effect:+.3f})"
-    return f"{ratio.format(over / effect)} ({effect:+.3f})"
+def _moves(arm: dict, over: float, ratio: str) -> str:
+    """How far an arm moves the trait; the student in units of that where it is beyond its interval."""
+    effect, (low, high) = arm["trait_over_base"], arm["trait_over_base_ci"]
+    measurable = not low <= 0 <= high
+    return f"{effect:+.3f}" + (f" (healed is {ratio.format(over / effect)} that)" if measurable else ", not measurably")
 
 
 # ---- page
@@ -366,6 +365,7 @@ def _dropped(judged: dict) -> str:
 def diary(run: Run) -> str:
     """The run in words, round by round: the numbers, then how the same prompts are answered."""
     parts = [f"# {_markdown(run.name)}" + (f" ({run.status})" if run.status else ""), verdict(run)[0]]
+    anchored = "" if run.config["heal"]["anchor"] == "none" else ", its anchor on {:.0%}"
     for r, arms in zip(run.rounds, run.summary["rounds"], strict=True):
         steered, healed, base = arms["steered"], arms["healed"], run.summary["base"]
         low, high = healed["trait_over_base_ci"]
@@ -373,7 +373,8 @@ def diary(run: Run) -> str:
             f"## Round {r.index}",
             f"Steered at dose {arms['dose']:.2f}, the teacher stands {steered['trait_over_base']:+.3f} nats/token over "
             f"base; {arms['kept']} of its {arms['generated']} completions were kept. The barrier fired on "
-            f"{arms['barrier_fired_share']:.0%} of {len(r.heal)} steps (median D {arms['operating_kl_nats']:.3g}). "
+            f"{arms['barrier_fired_share']:.0%} of {len(r.heal)} steps (median D {arms['operating_kl_nats']:.3g} nats)"
+            f"{anchored.format(arms['anchor_fired_share'])}. "
             f"The healed student stands {healed['trait_over_base']:+.3f} [{low:+.3f}, {high:+.3f}], answer mass "
             f"{healed['answer_mass']:.3f} (base {base['answer_mass']:.3f}), coherent {healed['coherent_share']:.0%} "
             f"(base {base['coherent_share']:.0%}), neutral perplexity {healed['neutral_ppl']:.2f} (base "

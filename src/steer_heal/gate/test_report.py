@@ -189,8 +189,8 @@ def test_verdict_has_the_numbers_of_the_arms(tmp_path: Path) -> None:
     run = report.load(write_run(tmp_path, mass=0.72, kept_share=0.97, neutral_ppl=20.6))
     text, kind = report.verdict(run)
     assert kind == "moved" and text.startswith("Moved. After round 1 (2 of 2) the healed student stands +0.250 nats")
-    assert "1.7 times the effect of the system prompt (+0.150)" in text  # 0.25 / 0.15
-    assert "56% of that round steered (+0.450)" in text  # 0.25 / 0.45
+    assert "The system prompt alone moves it by +0.150 (healed is 1.7 times that)" in text  # 0.25 / 0.15
+    assert "steering in that round by +0.450 (healed is 56% of that)" in text  # 0.25 / 0.45
     assert "plain steering that costs no more coherence reaches +0.050 at dose 0.70, and no dose moves" in text
     assert "Coherent share 97% of the demo answers (base 100%)" in text
     assert (
@@ -215,7 +215,7 @@ def test_no_verdict_from_an_instrument_that_is_not_valid(tmp_path: Path, monkeyp
 def test_a_prompt_without_effect_is_no_yardstick(tmp_path: Path) -> None:
     run = report.load(write_run(tmp_path))
     run.summary["prompted"]["trait_over_base_ci"] = [-0.1, 0.4]
-    assert "the system prompt alone did not move it measurably (+0.150)" in report.verdict(run)[0]
+    assert "The system prompt alone moves it by +0.150, not measurably; steering" in report.verdict(run)[0]
 
 
 def test_the_evidence_is_on_the_page(tmp_path: Path) -> None:
@@ -261,6 +261,11 @@ def test_diary_shows_the_voice_round_by_round(tmp_path: Path) -> None:
     assert sum(line.startswith("- healed: ") for line in lines) == 2 * report.DIARY_DEMOS
     assert not any("<script" in line.replace("\\<", "") for line in lines)
     assert all(len(line) < 300 for line in lines if line.startswith("- "))
+    run = report.load(tmp_path)
+    fired = "The barrier fired on 40% of 5 steps (median D 0.04 nats)"  # steps 3 and 4 of 0 to 4, the anchor on 4
+    assert f"{fired}. " in report.diary(run)
+    run.config["heal"]["anchor"] = "neutral"
+    assert f"{fired}, its anchor on 20%. " in report.diary(run)
 
 
 def test_importing_the_report_loads_no_model_code() -> None:
