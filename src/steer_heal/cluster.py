@@ -46,10 +46,10 @@ def on_ray(
                 if wrong:
                     print(f"failed: {tasks[task].label}: {wrong}")
             for run, how in states([tasks[task] for task in waiting], folder).items():
-                now[run] = "waiting" if how == "waiting" else "running"
+                now[run] = "waiting" if how == "waiting" else "started"
             if now != shown:
                 shown = dict(now)
-                counts = {how: list(now.values()).count(how) for how in ("finished", "running", "waiting", "failed")}
+                counts = {how: list(now.values()).count(how) for how in ("finished", "started", "waiting", "failed")}
                 print("  ".join(f"{how} {count}" for how, count in counts.items()), flush=True)
     except KeyboardInterrupt:
         for task in waiting:
