@@ -7,11 +7,13 @@ folder under the same path on every node.
 from __future__ import annotations
 
 import io
+import math
+import time
 from contextlib import redirect_stderr
 from pathlib import Path
 
 from steer_heal.config import UserError
-from steer_heal.sweep import Planned, Sweep, command, same_place, states
+from steer_heal.sweep import Planned, Sweep, command, rounds_over, same_place, states
 
 RETRIES = 3
 POLL_SECONDS = 2.0
@@ -32,7 +34,8 @@ def on_ray(
     folder = asked.folder.resolve()
     tasks = {work.remote(same_place(run, folder), str(folder), cpus): run for run in todo}
     now = states(todo, folder)
-    shown: dict[Planned, str] = {}
+    total, before, began = sum(run.config.rounds for run in todo), rounds_over(todo, folder), time.perf_counter()
+    shown = ""
     waiting = list(tasks)
     try:
         while waiting:
@@ -47,10 +50,13 @@ def on_ray(
                     print(f"failed: {tasks[task].label}: {wrong}")
             for run, how in states([tasks[task] for task in waiting], folder).items():
                 now[run] = "waiting" if how == "waiting" else "started"
-            if now != shown:
-                shown = dict(now)
-                counts = {how: list(now.values()).count(how) for how in ("finished", "started", "waiting", "failed")}
-                print("  ".join(f"{how} {count}" for how, count in counts.items()), flush=True)
+            counts = {how: list(now.values()).count(how) for how in ("finished", "started", "waiting", "failed")}
+            over = rounds_over(todo, folder)
+            said = "  ".join(f"{how} {count}" for how, count in counts.items()) + f"  rounds {over} of {total}"
+            if said != shown:
+                shown, minutes = said, (time.perf_counter() - began) / 60
+                left = (total - over) * minutes / (over - before) if over > before else 0.0
+                print(said + (f", about {math.ceil(left)} min left" if left else ""), flush=True)
     except KeyboardInterrupt:
         for task in waiting:
             ray.cancel(task, force=True)

@@ -171,6 +171,18 @@ def _state(folder: Path | None) -> str:
     return "waiting" if folder is None else "finished" if (folder / "summary.json").exists() else "unfinished"
 
 
+def rounds_over(runs: Iterable[Planned], folder: Path) -> int:
+    """How many rounds of the runs need no more work; of a finished run all, also when its loop ended early."""
+    there = found(folder)
+    return sum(_rounds_over(run, there.get(key(run))) for run in runs)
+
+
+def _rounds_over(run: Planned, folder: Path | None) -> int:
+    if _state(folder) == "finished":
+        return run.config.rounds
+    return 0 if folder is None else len([*folder.glob("r[0-9]*/healed.json")])
+
+
 def command(planned: Planned, folder: Path) -> list[str]:
     """Arguments of `steer-heal` that do, or go on with, this run."""
     there = found(folder).get(key(planned))

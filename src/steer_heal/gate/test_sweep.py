@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import threading
 import time
@@ -100,8 +101,10 @@ def test_a_broken_run_is_resumed_and_a_failed_one_does_not_stop_the_rest(tmp_pat
     said = capfd.readouterr().out
     assert "1 runs done" in said and "1 failed" in said and "--trait nowhere.toml" in said
     (folder,) = (path.parent for path in (tmp_path / "agg").glob("*/summary.json"))
+    assert sweep.rounds_over(bad.runs, bad.folder) == 1
     cut(folder, "r00/healed.json")
     assert list(sweep.states(bad.runs, bad.folder).values()) == ["unfinished", "waiting"]
+    assert sweep.rounds_over(bad.runs, bad.folder) == 0
     assert "--resume" in sweep.command(bad.runs[0], bad.folder)
     good = planned(tmp_path, grid=("trait=love",), seeds=(1,))
     assert sweep.sweep(good, "local", 1, 0.0, None, None) == 0
@@ -130,7 +133,7 @@ def test_what_ended_a_task_is_told_in_a_line(tmp_path):
     assert said.startswith("steer-heal: trait 'nowhere.toml' is not built in")
 
 
-def test_ray_gives_the_same_bits_also_when_a_worker_is_killed(swept, tmp_path):
+def test_ray_gives_the_same_bits_also_when_a_worker_is_killed(swept, tmp_path, capfd):
     pytest.importorskip("ray")
     killed, over = [], threading.Event()
 
@@ -152,3 +155,5 @@ def test_ray_gives_the_same_bits_also_when_a_worker_is_killed(swept, tmp_path):
         over.set()
         killer.join()
     assert killed and equal(adapters(tmp_path / "agg"), adapters(swept))
+    said = capfd.readouterr().out
+    assert re.search(r"started \d .* rounds [1-3] of 4, about \d+ min left", said), said
