@@ -47,8 +47,10 @@ def across_seeds(values: np.ndarray) -> dict:
     parts = np.array([*squares, np.square(values - mean - of_seeds - of_items).sum()]) / degrees
     # The estimated variance between seeds may come out below zero; it is none then.
     parts = parts * (1, 1, -1) if parts[0] > parts[2] else parts * (0, 1, 0)
-    freedom = parts.sum() ** 2 / (parts**2 / degrees).sum() if parts.sum() > 0 else 1.0
-    half = float(stdtrit(freedom, 0.975)) * math.sqrt(max(0.0, parts.sum()) / values.size)
+    total = max(0.0, parts.sum())
+    # Where a subtracted part nearly cancels the others, the formula falls below the degrees of every one of them.
+    freedom = max(degrees.min(), total**2 / (parts**2 / degrees).sum()) if total else 1.0
+    half = float(stdtrit(freedom, 0.975)) * math.sqrt(total / values.size)
     return {"mean": mean, "ci": [mean - half, mean + half]}
 
 

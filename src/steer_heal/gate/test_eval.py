@@ -150,6 +150,13 @@ def test_the_interval_over_a_few_seeds_covers_the_truth(seeds, between):
     assert hits / 400 >= 0.92
 
 
+def test_two_seeds_whose_parts_nearly_cancel_get_no_absurd_interval():
+    """Values between -1 and 1: Satterthwaite's formula alone gives some of these a fifth of a degree of freedom."""
+    draw = np.random.default_rng(3)
+    found = [across_seeds(draw.choice([-1.0, 0.0, 0.0, 0.0, 1.0], (2, 32)))["ci"] for _ in range(2000)]
+    assert max(high - low for low, high in found) < 10
+
+
 def test_reliability_by_hand():
     levels = np.array([0.0, 1.0, 2.0, 3.0])[:, None]
     assert reliability(levels + np.zeros((4, 10))) == pytest.approx(1.0)
