@@ -34,20 +34,23 @@ def across_seeds(values: np.ndarray) -> dict:
     Seeds and items are crossed (the items are the same for every seed), and seeds are few: resampling three of them
     covers the truth in 84% of cases. So the mean's variance is put together from the mean squares of a two-way layout,
     (MS_seeds + MS_items - MS_rest) / (s n), and the quantile is Student's at Satterthwaite's degrees of freedom
-    (Biometrics Bulletin 2, 1946). One seed: the interval over items.
+    (Biometrics Bulletin 2, 1946). One seed: the interval over items. One item: Student's over seeds.
     """
     values = np.asarray(values, dtype=np.float64)
     seeds, items = values.shape
     mean = float(values.mean())
     if seeds == 1:
         return {"mean": mean, "ci": interval(values[0])}
+    if items == 1:
+        half = float(stdtrit(seeds - 1, 0.975)) * float(values.std(ddof=1)) / math.sqrt(seeds)
+        return {"mean": mean, "ci": [mean - half, mean + half]}
     of_seeds, of_items = values.mean(1, keepdims=True) - mean, values.mean(0, keepdims=True) - mean
     degrees = np.array([seeds - 1, items - 1, (seeds - 1) * (items - 1)])
     squares = items * np.square(of_seeds).sum(), seeds * np.square(of_items).sum()
     parts = np.array([*squares, np.square(values - mean - of_seeds - of_items).sum()]) / degrees
     # The estimated variance between seeds may come out below zero; it is none then.
     parts = parts * (1, 1, -1) if parts[0] > parts[2] else parts * (0, 1, 0)
-    total = max(0.0, parts.sum())
+    total = parts.sum()
     # Where a subtracted part nearly cancels the others, the formula falls below the degrees of every one of them.
     freedom = max(degrees.min(), total**2 / (parts**2 / degrees).sum()) if total else 1.0
     half = float(stdtrit(freedom, 0.975)) * math.sqrt(total / values.size)

@@ -13,7 +13,7 @@ from contextlib import redirect_stderr
 from pathlib import Path
 
 from steer_heal.config import UserError
-from steer_heal.sweep import Planned, Sweep, command, rounds_over, same_place, states
+from steer_heal.sweep import Planned, Sweep, command, progress, same_place
 
 RETRIES = 3
 POLL_SECONDS = 2.0
@@ -33,9 +33,9 @@ def on_ray(
     work = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=RETRIES, max_calls=1)(run_here)
     folder = asked.folder.resolve()
     tasks = {work.remote(same_place(run, folder), str(folder), cpus): run for run in todo}
-    now = states(todo, folder)
-    total, before, began = sum(run.config.rounds for run in todo), rounds_over(todo, folder), time.perf_counter()
-    shown = ""
+    now: dict[Planned, str] = {}
+    at_first = sum(left for _, left in progress(todo, folder).values())
+    began, shown = time.perf_counter(), ""
     waiting = list(tasks)
     try:
         while waiting:
@@ -48,15 +48,16 @@ def on_ray(
                 now[tasks[task]] = "failed" if wrong else "finished"
                 if wrong:
                     print(f"failed: {tasks[task].label}: {wrong}")
-            for run, how in states([tasks[task] for task in waiting], folder).items():
-                now[run] = "waiting" if how == "waiting" else "started"
+            on_disk = progress(todo, folder)
+            going = [tasks[task] for task in waiting]
+            now |= {run: "waiting" if on_disk[run][0] == "waiting" else "started" for run in going}
             counts = {how: list(now.values()).count(how) for how in ("finished", "started", "waiting", "failed")}
-            over = rounds_over(todo, folder)
-            said = "  ".join(f"{how} {count}" for how, count in counts.items()) + f"  rounds {over} of {total}"
+            left = sum(on_disk[run][1] for run in going)
+            over = at_first - sum(rounds for _, rounds in on_disk.values())
+            said = "  ".join(f"{how} {count}" for how, count in {**counts, "rounds left": left}.items())
             if said != shown:
                 shown, minutes = said, (time.perf_counter() - began) / 60
-                left = (total - over) * minutes / (over - before) if over > before else 0.0
-                print(said + (f", about {math.ceil(left)} min left" if left else ""), flush=True)
+                print(said + (f", about {math.ceil(left * minutes / over)} min" if left and over else ""), flush=True)
     except KeyboardInterrupt:
         for task in waiting:
             ray.cancel(task, force=True)

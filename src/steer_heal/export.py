@@ -10,7 +10,7 @@ from steer_heal.config import ModelConfig, UserError
 from steer_heal.loading import load
 from steer_heal.report import load as read_run
 from steer_heal.resume import opened
-from steer_heal.rundir import write_text
+from steer_heal.rundir import rounds_done, write_text
 
 
 def export(folder: Path, to: Path, round_: int | None, merge: bool) -> None:
@@ -41,9 +41,7 @@ def export(folder: Path, to: Path, round_: int | None, merge: bool) -> None:
 
 def finished_rounds(folder: Path, planned: int, round_: int | None) -> int:
     """How many rounds make the student after `round_`, the last finished one if None. Raises UserError if it is not."""
-    done = 0
-    while done < planned and (folder / f"r{done:02d}" / "healed.json").is_file():
-        done += 1
+    done = rounds_done(folder, planned)
     if done == 0 or not 0 <= (round_ if round_ is not None else done - 1) < done:
         finished = f"rounds 0 to {done - 1} are" if done else "no round is"
         raise UserError(f"--round {round_}: {finished} finished in {str(folder)!r}")

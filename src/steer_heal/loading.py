@@ -15,6 +15,7 @@ import torch
 from bitsandbytes.nn import Linear4bit
 from filelock import FileLock
 from jinja2 import TemplateError
+from loguru import logger
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
@@ -30,6 +31,7 @@ from transformers.utils import logging as transformers_logging
 from steer_heal.config import ModelConfig, UserError, nearest
 from steer_heal.lm import LM
 from steer_heal.memory import keep_freed_memory
+from steer_heal.rundir import writing
 from steer_heal.tiny import RANDOM_ARCHITECTURES, build_random
 
 transformers_logging.set_verbosity_error()
@@ -196,10 +198,12 @@ def _dequantised(gguf: Path) -> Path:
     with gguf.open("rb") as stream:
         folder = cache / hashlib.file_digest(stream, "sha256").hexdigest()[:32]
     if not folder.is_dir():
-        cache.mkdir(parents=True, exist_ok=True)
-        with FileLock(cache / "lock"):
-            if not folder.is_dir():  # a run that started beside this one may have made it meanwhile
-                _dequantise(gguf, folder)
+        logger.info(f"unpacking {gguf.name} to float32 in {cache}, once")
+        with writing(cache):
+            cache.mkdir(parents=True, exist_ok=True)
+            with FileLock(cache / "lock"):
+                if not folder.is_dir():  # a run that started beside this one may have made it meanwhile
+                    _dequantise(gguf, folder)
     return folder
 
 

@@ -256,9 +256,14 @@ def _title(group: list[Found], flags: tuple[str, ...]) -> str:
 
 
 def _sweeps(runs: list[Found], out: Path) -> list[tuple[dict, list[Found]]]:
-    """What every sweep asked, and its runs."""
-    asked = [json.loads(path.read_text("utf-8")) for path in sorted(out.rglob(RECORD))]
-    return [(sweep, [run for run in runs if identity(run.config, run.trait) in sweep["runs"]]) for sweep in asked]
+    """What every sweep asked, and its runs. Sweeps of one name in two folders are told apart by the folder."""
+    found = []
+    for path in sorted(out.rglob(RECORD)):
+        sweep, under = json.loads(path.read_text("utf-8")), path.parent.parent
+        if under not in (out, out.parent):
+            sweep["name"] += f" in {under.relative_to(out).as_posix()}"
+        found.append((sweep, [run for run in runs if identity(run.config, run.trait) in sweep["runs"]]))
+    return found
 
 
 def _under_hypotheses(runs: list[Found], out: Path) -> dict[str, pl.DataFrame]:

@@ -326,6 +326,14 @@ def write_text(path: Path, text: str, before_rename: Callable[[Path], None] = la
         _sync(path.parent)
 
 
+def rounds_done(folder: Path, planned: int) -> int:
+    """How many rounds of a run, from the first on, have a student that was measured."""
+    done = 0
+    while done < planned and (folder / f"r{done:02d}" / "healed.json").is_file():
+        done += 1
+    return done
+
+
 def read_jsonl(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
 

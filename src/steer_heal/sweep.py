@@ -31,7 +31,7 @@ from steer_heal.config import RunConfig, UserError, check
 from steer_heal.data import load_trait
 from steer_heal.presets import PRESETS
 from steer_heal.resume import described, recorded
-from steer_heal.rundir import EVENTS, RunDir
+from steer_heal.rundir import EVENTS, RunDir, rounds_done
 from steer_heal.usage import condensed
 
 RECORD = "sweep.json"  # in the sweep's folder: what was asked, and why
@@ -163,24 +163,20 @@ def identity(config: dict, trait: dict | None) -> str:
 
 def states(runs: Iterable[Planned], folder: Path) -> dict[Planned, str]:
     """finished, unfinished or waiting, as the disk has it."""
+    return {run: how for run, (how, _) in progress(runs, folder).items()}
+
+
+def progress(runs: Iterable[Planned], folder: Path) -> dict[Planned, tuple[str, int]]:
+    """A run's state and how many of its rounds are left; of a finished one none, also when its loop ended early."""
     there = found(folder)
-    return {run: _state(there.get(key(run))) for run in runs}
+    return {run: _progress(run.config.rounds, there.get(key(run))) for run in runs}
 
 
-def _state(folder: Path | None) -> str:
-    return "waiting" if folder is None else "finished" if (folder / "summary.json").exists() else "unfinished"
-
-
-def rounds_over(runs: Iterable[Planned], folder: Path) -> int:
-    """How many rounds of the runs need no more work; of a finished run all, also when its loop ended early."""
-    there = found(folder)
-    return sum(_rounds_over(run, there.get(key(run))) for run in runs)
-
-
-def _rounds_over(run: Planned, folder: Path | None) -> int:
-    if _state(folder) == "finished":
-        return run.config.rounds
-    return 0 if folder is None else len([*folder.glob("r[0-9]*/healed.json")])
+def _progress(rounds: int, folder: Path | None) -> tuple[str, int]:
+    if folder is None:
+        return "waiting", rounds
+    finished = (folder / "summary.json").exists()
+    return ("finished", 0) if finished else ("unfinished", rounds - rounds_done(folder, rounds))
 
 
 def command(planned: Planned, folder: Path) -> list[str]:

@@ -136,6 +136,9 @@ def test_the_interval_over_seeds_counts_both_sources_of_chance():
     assert np.allclose(alike["ci"], interval(np.random.default_rng(2).normal(0.3, 0.1, 50)), atol=0.005)
     one = draw.normal(0.3, 0.1, (1, 50))
     assert across_seeds(one)["ci"] == interval(one[0])
+    found = across_seeds(np.array([[0.1], [0.9], [0.5]]))  # one item: t(2) = 4.303 times 0.4 / sqrt 3
+    assert found["ci"] == pytest.approx([0.5 - 0.9937, 0.5 + 0.9937], abs=1e-3)
+    assert np.isnan(across_seeds(np.array([[0.1, np.nan], [0.9, 0.2]]))["ci"]).all()
 
 
 @pytest.mark.parametrize("seeds", [3, 8])

@@ -18,7 +18,7 @@ import pytest
 from plotly.offline import get_plotlyjs
 
 from steer_heal import overview, report, results
-from steer_heal.bootstrap import across_seeds
+from steer_heal.bootstrap import across_seeds, trait_over
 from steer_heal.config import HealConfig, UserError
 from steer_heal.figures import frontier_figure, paths_figure
 from steer_heal.gate.folders import seal, write_events
@@ -305,8 +305,14 @@ def test_results_shows_sweeps_under_their_hypothesis_and_writes_tables(tmp_path:
     for seed in (1, 2):
         seeded(tmp_path / "agg", seed)
     monkeypatch.setitem(CONTRAST, "healed", [0.2, 0.4, 0.4, 0.5])
-    for seed in (1, 2):
-        seeded(tmp_path / "agg", seed, second=1, heal=heal)
+    for folder in [seeded(tmp_path / "agg", seed, second=1, heal=heal) for seed in (1, 2)]:
+        first, whole = folder / "r00" / "healed.json", folder / "summary.json"
+        arm, summary = json.loads(first.read_text()), json.loads(whole.read_text())
+        arm["items"]["contrast"] = [x + 0.1 for x in arm["items"]["contrast"]]  # further than after the last round
+        summary["rounds"][0]["healed"] |= trait_over(arm, json.loads((folder / "base.json").read_text()))
+        first.write_text(json.dumps(arm))
+        whole.write_text(json.dumps(summary))
+        seal(folder)
     seeded(tmp_path, 5)
     broken = seeded(tmp_path, 6)
     (broken / "summary.json").unlink()
@@ -334,8 +340,14 @@ def test_results_shows_sweeps_under_their_hypothesis_and_writes_tables(tmp_path:
     by_round = json.loads(rounds.read_text())
     of_runs = {row["table"] for row in by_round} - {compared}
     assert len(of_runs) == 2 and any("20260101-000005_model_love_s5" in title for title in of_runs)
-    after = [(row["heal.agg"], row["round"]) for row in by_round if row["table"] == compared]
-    assert after == [("mean", 0), ("mean", 1)]
+    after = [(row["heal.agg"], row["round"], row["trait"].split()[0]) for row in by_round if row["table"] == compared]
+    assert after == [("mean", 0, "-0.025"), ("mean", 1, "-0.125")]
+    namesake = tmp_path / "other" / "agg"
+    namesake.mkdir(parents=True)
+    (namesake / "sweep.json").write_text(json.dumps(sweep))
+    titles = list(results._under_hypotheses(results.scan(tmp_path), tmp_path))
+    of_namesake = [title.replace("sweep agg", "sweep agg in other") for title in ("sweep agg\nH: rmse holds", compared)]
+    assert titles == ["sweep agg\nH: rmse holds", compared, *of_namesake, "runs"]
     page = (tmp_path / "all.html").read_text()
     figures = [attrs for tag, attrs in Tags(page).seen if attrs.get("class") == "figure"]
     assert "heal.agg mean, seeds 1, 2" in page and len(figures) == 1 + 2 * 5

@@ -101,10 +101,9 @@ def test_a_broken_run_is_resumed_and_a_failed_one_does_not_stop_the_rest(tmp_pat
     said = capfd.readouterr().out
     assert "1 runs done" in said and "1 failed" in said and "--trait nowhere.toml" in said
     (folder,) = (path.parent for path in (tmp_path / "agg").glob("*/summary.json"))
-    assert sweep.rounds_over(bad.runs, bad.folder) == 1
+    assert list(sweep.progress(bad.runs, bad.folder).values()) == [("finished", 0), ("waiting", 1)]
     cut(folder, "r00/healed.json")
-    assert list(sweep.states(bad.runs, bad.folder).values()) == ["unfinished", "waiting"]
-    assert sweep.rounds_over(bad.runs, bad.folder) == 0
+    assert list(sweep.progress(bad.runs, bad.folder).values()) == [("unfinished", 1), ("waiting", 1)]
     assert "--resume" in sweep.command(bad.runs[0], bad.folder)
     good = planned(tmp_path, grid=("trait=love",), seeds=(1,))
     assert sweep.sweep(good, "local", 1, 0.0, None, None) == 0
@@ -150,10 +149,12 @@ def test_ray_gives_the_same_bits_also_when_a_worker_is_killed(swept, tmp_path, c
     killer = threading.Thread(target=kill_a_worker)
     killer.start()
     try:
-        assert sweep.sweep(planned(tmp_path), "ray", 1, 0.0, None, 2) == 0
+        asked = planned(tmp_path, grid=("heal.agg=mean,rmse", "trait=love,nowhere.toml"))
+        assert sweep.sweep(asked, "ray", 1, 0.0, None, 2) == 4
     finally:
         over.set()
         killer.join()
     assert killed and equal(adapters(tmp_path / "agg"), adapters(swept))
     said = capfd.readouterr().out
-    assert re.search(r"started \d .* rounds [1-3] of 4, about \d+ min left", said), said
+    assert re.search(r"started \d .* rounds left [1-7], about \d+ min\n", said), said
+    assert "finished 4  started 0  waiting 0  failed 4  rounds left 0\n" in said
