@@ -39,7 +39,11 @@ soak kills="200": setup
 run *flags: setup
     {{bin}}/steer-heal run gemma-3-1b {{flags}}
 
-# the same with gemma-3-4b-it
+# the same with what kept the small model whole: the demo's target and barriers; the two thresholds are guesses
+run-anchored *flags: setup
+    {{bin}}/steer-heal run gemma-3-1b --heal.target mirrored --heal.anchor neutral --heal.anchor-tau 0.16 --heal.anchor-prompts 96 --heal.reference base --heal.barrier dual --heal.lam 1 --heal.tau 1.0 --heal.lr-round-pow -1 {{flags}}
+
+# `just run` with gemma-3-4b-it
 run-4b *flags: setup
     {{bin}}/steer-heal run gemma-3-4b {{flags}}
 
