@@ -15,7 +15,6 @@ import torch
 from bitsandbytes.nn import Linear4bit
 from filelock import FileLock
 from jinja2 import TemplateError
-from loguru import logger
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
@@ -198,7 +197,6 @@ def _dequantised(gguf: Path) -> Path:
     with gguf.open("rb") as stream:
         folder = cache / hashlib.file_digest(stream, "sha256").hexdigest()[:32]
     if not folder.is_dir():
-        logger.info(f"unpacking {gguf.name} to float32 in {cache}, once")
         with writing(cache):
             cache.mkdir(parents=True, exist_ok=True)
             with FileLock(cache / "lock"):
