@@ -41,7 +41,7 @@ run *flags: setup
 
 # the same with what kept the small model whole: the demo's target and barriers; the two thresholds are guesses
 run-anchored *flags: setup
-    {{bin}}/steer-heal run gemma-3-1b --heal.target mirrored --heal.anchor neutral --heal.anchor-tau 0.16 --heal.anchor-prompts 96 --heal.reference base --heal.barrier dual --heal.lam 1 --heal.tau 1.0 --heal.lr-round-pow -1 {{flags}}
+    {{bin}}/steer-heal run gemma-3-1b-anchored {{flags}}
 
 # `just run` with gemma-3-4b-it
 run-4b *flags: setup

@@ -19,9 +19,23 @@ from steer_heal.config import (
 # A random model writes rubbish at any dose: these only ask that it be no worse than random.
 RANDOM = Limits(incoherence=1e9, word_repeat=0.9, char_repeat=0.9, compress=0.05)
 GEMMA_1B = RunConfig(model=ModelConfig(device="cuda"))
+# What kept SmolLM2-135M whole (docs/results.md). The thresholds, in nats, belong to a model.
+ANCHORED = HealConfig(
+    target="mirrored",
+    anchor="neutral",
+    anchor_tau=0.16,
+    anchor_prompts=96,
+    anchor_bs=3,
+    reference="base",
+    barrier="dual",
+    lam=1.0,
+    lr_round_pow=-1.0,
+)
 
 PRESETS: dict[str, RunConfig] = {
     "gemma-3-1b": GEMMA_1B,
+    # never run: its thresholds are guesses
+    "gemma-3-1b-anchored": replace(GEMMA_1B, heal=replace(ANCHORED, tau=1.0)),
     "gemma-3-4b": replace(GEMMA_1B, model=replace(GEMMA_1B.model, path="google/gemma-3-4b-it")),
     "smollm2-135m": RunConfig(
         model=ModelConfig(path="smollm2-135m", quant="none", dtype="float32", device="cpu"),
@@ -31,18 +45,10 @@ PRESETS: dict[str, RunConfig] = {
         # Small doses, whose text is sound: how far the trait goes is the matter of heal.gain.
         dose=DoseConfig(lowest=0.2, highest=0.45, steps=4, prompts=10),
         distil=DistilConfig(n_keep=48, budget=96, max_new_tokens=32),
-        heal=HealConfig(
-            target="mirrored",
-            anchor="neutral",
-            anchor_tau=0.16,
-            anchor_prompts=96,
-            anchor_bs=3,
-            reference="base",
+        heal=replace(
+            ANCHORED,
             tau=0.6,  # between 0.6 and 0.8 this model's answers begin to fall apart
-            barrier="dual",
-            lam=1.0,
             lr=4e-4,
-            lr_round_pow=-1.0,
             epochs=2,
             val_share=0.0,
             train_bs=6,

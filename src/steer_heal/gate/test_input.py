@@ -4,8 +4,12 @@ Trait files have their own table in `test_traits`, plans of sweeps in `test_swee
 `test_resume`.
 """
 
+import errno
+import fcntl
 import json
 import math
+import os
+import re
 import shutil
 import warnings
 from dataclasses import fields, is_dataclass, replace
@@ -213,6 +217,21 @@ def test_a_gguf_that_is_none(tmp_path, capsys, monkeypatch, content):
     assert not list((tmp_path / "cache").rglob("*.*")) and not (tmp_path / "out").exists()
     (tmp_path / "folder.gguf").mkdir()
     assert "is a folder" in refused([*RUN, "--model.path", str(tmp_path / "folder.gguf")], capsys)
+
+
+def test_a_cache_that_cannot_be_written_or_locked(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    (tmp_path / "cache").touch()
+    said = refused(["run", "smollm2-135m", "--out", str(tmp_path / "out")], capsys)
+    assert re.fullmatch(r"steer-heal: cannot write .*cache/steer-heal: .+\n", said)
+    (tmp_path / "cache").unlink()
+
+    def no_locks(*_):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)  # as on a network disk without a lock daemon
+    said = refused(["run", "smollm2-135m", "--out", str(tmp_path / "out")], capsys)
+    assert re.fullmatch(r"steer-heal: cannot write .*cache/steer-heal: No locks available\n", said)
 
 
 def test_an_adapter_that_does_not_fit(sound, tmp_path, capsys):
