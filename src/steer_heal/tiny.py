@@ -77,6 +77,8 @@ def build_random(name: str, folder: Path) -> None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = Gemma3ForCausalLM(config)
+    with torch.no_grad():  # rows of no token are small, so that what the larger models write is text
+        model.get_input_embeddings().weight[len(tokenizer) :] *= 0.1
     model.generation_config.eos_token_id = [ids["<eos>"], ids["<end_of_turn>"]]
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

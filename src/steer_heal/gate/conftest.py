@@ -1,5 +1,10 @@
-"""Shared by all checks: types and shapes checked at run time, and one tiny random model."""
+"""Shared by all checks: types and shapes checked at run time, and one tiny random model.
 
+Checks marked `device` read the maths of one device. `STEER_HEAL_GATE_DEVICE=cuda pytest -m device` runs them on a GPU,
+which is what `gate.gpu` does.
+"""
+
+import os
 import warnings
 
 import pytest
@@ -8,15 +13,27 @@ from steer_heal import check_types
 
 check_types()
 warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+DEVICE = os.environ.get("STEER_HEAL_GATE_DEVICE", "cpu")
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "device: also run on a GPU by gate.gpu")
+
+
+def tiny(**changes):
+    """The tiny random model, with these settings changed, on the device of the gate."""
+    from dataclasses import replace
+
+    from steer_heal.loading import load
+    from steer_heal.presets import PRESETS
+
+    return load(replace(PRESETS["tiny-random"].model, device=DEVICE, **changes))
 
 
 @pytest.fixture
 def lm():
-    """A fresh tiny random gemma-3 in float32 on the CPU."""
-    from steer_heal.loading import load
-    from steer_heal.presets import PRESETS
-
-    return load(PRESETS["tiny-random"].model)
+    """A fresh tiny random gemma-3 in float32."""
+    return tiny()
 
 
 @pytest.fixture

@@ -9,12 +9,13 @@ from peft import PeftModel
 
 from steer_heal.bake import Student
 from steer_heal.config import HealConfig
-from steer_heal.loading import load
+from steer_heal.gate.conftest import DEVICE, tiny
 from steer_heal.lowrank import compress
 from steer_heal.presets import PRESETS
 
+pytestmark = pytest.mark.device
 CONFIG = replace(PRESETS["tiny-random"].heal, r=4, alpha=8)
-IDS = torch.tensor([[7, 300, 41, 900, 12]])
+IDS = torch.tensor([[7, 300, 41, 900, 12]], device=DEVICE)
 
 
 def logits(student):
@@ -27,7 +28,7 @@ def add_round(student, seed, config: HealConfig = CONFIG):
     student.begin_round(config, seed)
     generator = torch.Generator().manual_seed(seed)
     for parameter in student.trainable():
-        parameter.data = 0.1 * torch.randn(parameter.shape, generator=generator)
+        parameter.data = 0.1 * torch.randn(parameter.shape, generator=generator).to(DEVICE)
 
 
 def dense_delta(student, name):
@@ -66,7 +67,7 @@ def test_half_a_gate_is_half_the_update(lm):
     student = Student(lm)
     add_round(student, 1)
     weight = dict(lm.model.named_modules())["model.layers.1.mlp.up_proj"]
-    x = torch.randn(3, 64)
+    x = torch.randn(3, 64, device=DEVICE)
     with torch.no_grad():
         full = weight(x)
         with student.view(now=0.0):
@@ -123,12 +124,12 @@ def test_files_load_with_plain_peft_and_give_the_same_logits(lm, tmp_path):
     student.save(tmp_path / "adapter", student.history)
     expected = logits(student)
 
-    fresh = load(PRESETS["tiny-random"].model)
+    fresh = tiny()
     plain = PeftModel.from_pretrained(fresh.model, tmp_path / "adapter")
     with torch.no_grad():
         torch.testing.assert_close(plain(IDS).logits, expected, rtol=1e-5, atol=1e-5)
 
-    again = Student(load(PRESETS["tiny-random"].model))
+    again = Student(tiny())
     for seed in (1, 2):
         again.load_round(tmp_path / f"r{seed}")
         again.fold()
@@ -164,7 +165,7 @@ def test_a_folded_history_of_fixed_rank_says_what_it_lost(lm):
 
 
 def test_in_a_bf16_model_adapters_train_and_fold_in_float32():
-    student = Student(load(replace(PRESETS["tiny-random"].model, dtype="bfloat16")))
+    student = Student(tiny(dtype="bfloat16"))
     add_round(student, 1)
     student.fold()
     student.begin_round(CONFIG, 2)
@@ -175,12 +176,11 @@ def test_in_a_bf16_model_adapters_train_and_fold_in_float32():
 
 
 def test_an_adapter_trained_under_nf4_loads_on_the_float_model(tmp_path):
-    model = PRESETS["tiny-random"].model
-    quantised = Student(load(replace(model, quant="nf4")))
+    quantised = Student(tiny(quant="nf4"))
     add_round(quantised, 1)
     quantised.save(tmp_path / "adapter")
-    plain = PeftModel.from_pretrained(load(model).model, tmp_path / "adapter")
-    on_float = Student(load(model))
+    plain = PeftModel.from_pretrained(tiny().model, tmp_path / "adapter")
+    on_float = Student(tiny())
     add_round(on_float, 1)
     with torch.no_grad():
         torch.testing.assert_close(plain(IDS).logits, logits(on_float), rtol=1e-5, atol=1e-5)
@@ -188,7 +188,7 @@ def test_an_adapter_trained_under_nf4_loads_on_the_float_model(tmp_path):
 
 def test_under_nf4_nothing_is_silently_upcast():
     """4-bit base weights, bf16 everywhere else in the base and on the residual stream, float32 factors."""
-    student = Student(load(replace(PRESETS["tiny-random"].model, quant="nf4", dtype="bfloat16")))
+    student = Student(tiny(quant="nf4", dtype="bfloat16"))
     student.begin_round(CONFIG, 0)
     kinds: dict[str, set] = {"packed": set(), "lora": set(), "rest": set()}
     linear = {id(m.weight) for m in student.lm.blocks.modules() if isinstance(m, Linear4bit)}

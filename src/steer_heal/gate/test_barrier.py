@@ -7,8 +7,10 @@ import torch
 
 from steer_heal import barrier
 from steer_heal.barrier import aggregate, hinge, position_losses
+from steer_heal.gate.conftest import DEVICE
 from steer_heal.lm import Head
 
+pytestmark = pytest.mark.device
 N, D, V = 23, 8, 50
 CASES = list(itertools.product(["kl_fwd", "kl_rev", "nll"], ["mean", "rmse", "p95", "max"], [None, 5.0], [False, True]))
 
@@ -17,8 +19,8 @@ CASES = list(itertools.product(["kl_fwd", "kl_rev", "nll"], ["mean", "rmse", "p9
 def small_chunks(monkeypatch, request):
     rows = {"chunks": 16, "whole": N}[request.param]  # two chunks, the second one shorter; or one
     monkeypatch.setattr(barrier, "CHUNK_ROWS", 1)
-    monkeypatch.setattr(barrier, "CHUNK_ELEMENTS", {"cpu": 3 * rows * V})
-    monkeypatch.setattr(barrier, "BLOCK_ELEMENTS", {"cpu": 5 * V})
+    monkeypatch.setattr(barrier, "CHUNK_ELEMENTS", {DEVICE: 3 * rows * V})
+    monkeypatch.setattr(barrier, "BLOCK_ELEMENTS", {DEVICE: 5 * V})
     monkeypatch.setattr(barrier, "HEAD_BLOCK", 12)
 
 
@@ -26,7 +28,8 @@ def draw(dtype=torch.float32, seed=0):
     generator = torch.Generator().manual_seed(seed)
     states, reference, teacher = (torch.randn(N, D, generator=generator, dtype=dtype) for _ in range(3))
     weight = torch.randn(V, D, generator=generator, dtype=dtype)
-    return states, reference, teacher, weight, torch.randint(V, (N,), generator=generator)
+    targets = torch.randint(V, (N,), generator=generator)
+    return tuple(drawn.to(DEVICE) for drawn in (states, reference, teacher, weight, targets))
 
 
 def naive(states, weight, softcap, targets, teacher, reference, reg, agg, lam=0.7, tau=0.1):

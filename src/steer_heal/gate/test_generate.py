@@ -8,9 +8,11 @@ import torch
 
 from steer_heal import generate, packing
 from steer_heal import lm as lm_module
+from steer_heal.gate.conftest import DEVICE
 from steer_heal.generate import Sampling, choose, decode, uniforms
 from steer_heal.lm import Row, Steering, row_nll, steering
 
+pytestmark = pytest.mark.device
 TOKENS = 12
 DOSES = torch.tensor([0.0, 0.5, 1.0, 2.0, -1.0])
 
@@ -19,14 +21,14 @@ def slow_greedy(lm, prompt, vector, dose, tokens):
     """No cache, no batch, no padding: the whole sequence again for every token, the vector added by hand."""
 
     def add(index):
-        return lambda module, args, output: output + dose * vector.direction[index]
+        return lambda module, args, output: output + dose * vector.direction[index].to(output.device)
 
     handles = [lm.blocks[layer].register_forward_hook(add(i)) for i, layer in enumerate(vector.layers)]
     ids = list(prompt)
     try:
         for _ in range(tokens):
             with torch.no_grad():
-                ids.append(int(lm.model(torch.tensor([ids])).logits[0, -1].argmax()))
+                ids.append(int(lm.model(torch.tensor([ids], device=lm.device)).logits[0, -1].argmax()))
             if ids[-1] in lm.end_tokens:
                 break
     finally:
@@ -105,14 +107,15 @@ def test_nll_of_a_batch_equals_one_row_at_a_time(lm, prompts, vector, share_from
     ]
     batched = row_nll(lm, rows, 3, Steering(vector, DOSES))
     for row, dose, nll in zip(rows, DOSES, batched, strict=True):
-        ids = torch.tensor([row.prompt + row.completion])
+        ids = torch.tensor([row.prompt + row.completion], device=lm.device)
         with torch.no_grad(), steering(lm, Steering(vector, dose[None])) as dial:
-            dial.turn(dose[None])
-            logp = lm.model(ids).logits[0].log_softmax(-1)
+            dial.turn(dose[None].to(lm.device))
+            logp = lm.model(ids).logits[0].log_softmax(-1).cpu()
         expected = [-logp[len(row.prompt) - 1 + i, token] for i, token in enumerate(row.completion)]
         torch.testing.assert_close(nll, torch.stack(expected), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.skipif(DEVICE != "cpu", reason="weights are packed on a CPU only")
 def test_packed_weights_multiply_as_plain_ones_and_are_gone_afterwards(lm, prompts, vector, monkeypatch):
     dose = Steering(vector, DOSES)
     plain = decode(lm, prompts, TOKENS, 5, dose)
@@ -135,10 +138,13 @@ def test_the_batch_grows_with_free_memory_and_shrinks_with_length(lm, monkeypatc
         return generate.rows_that_fit(lm, prompt_tokens, new_tokens)
 
     assert rows(0.0) == 1
-    assert 1 < rows(0.01) < rows(0.02) < rows(50.0) == generate.MOST_ROWS["cpu"]
+    assert 1 < rows(0.01) < rows(0.02) < rows(50.0) == generate.MOST_ROWS[DEVICE]
     assert rows(0.02, new_tokens=1000) < rows(0.02)
     assert rows(0.02, prompt_tokens=1000) < rows(0.02)
 
 
 def test_free_memory_is_what_the_machine_says(lm):
-    assert 0 < generate.free_memory(lm.device) < os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    whole = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if lm.device.type == "cuda":
+        whole = torch.cuda.get_device_properties(lm.device).total_memory
+    assert 0 < generate.free_memory(lm.device) < whole

@@ -11,6 +11,7 @@ from steer_heal import heal as heal_module
 from steer_heal import healbench
 from steer_heal.bake import Student
 from steer_heal.config import UserError
+from steer_heal.gate.conftest import DEVICE
 from steer_heal.heal import (
     Multipliers,
     NonFinite,
@@ -45,7 +46,7 @@ def student_with_update(lm, vector, config, scale=0.2):
     student.begin_round(config, 0)
     generator = torch.Generator().manual_seed(0)
     for parameter in student.trainable():
-        parameter.data = scale * torch.randn(parameter.shape, generator=generator)
+        parameter.data = scale * torch.randn(parameter.shape, generator=generator).to(parameter.device)
     steering = Steering(vector, torch.full((3,), 0.1))
     anchors = prepare_anchors(student, rows[3:], 2) if config.anchor == "neutral" else []
     return student, rows, prepare(student, rows[:3], steering, config, 2), anchors
@@ -62,11 +63,11 @@ def naive_loss(student, rows, steering, config):
     """All logits of every row on its own, distributions in full: (objective, weighted barrier)."""
 
     def log_probs(row, steered=0.0, **gate):
-        ids = torch.tensor([row.prompt + row.completion])
+        ids = torch.tensor([row.prompt + row.completion], device=student.lm.device)
         hooks = []
         if steered:
             for index, layer in enumerate(steering.vector.layers):
-                add = steered * steering.dose[0] * steering.vector.direction[index]
+                add = (steered * steering.dose[0] * steering.vector.direction[index]).to(student.lm.device)
                 hooks.append(student.lm.blocks[layer].register_forward_hook(lambda m, a, out, add=add: out + add))
         with student.view(**gate):
             logits = student.lm.model(ids).logits[0, len(row.prompt) - 1 : -1]
@@ -100,6 +101,7 @@ def naive_loss(student, rows, steering, config):
     return torch.stack(objective).mean(), barrier
 
 
+@pytest.mark.device
 @pytest.mark.parametrize("target", ["sampled", "soft", "mirrored"])
 @pytest.mark.parametrize("anchor", ["none", "neutral"])
 @pytest.mark.parametrize("sizes", [(6, 1), (2, 3), (1, 6)])
@@ -130,6 +132,7 @@ def test_every_split_of_a_batch_gives_the_gradient_of_the_whole(lm, vector, targ
             assert record[f"grad_norm_{name}"] == pytest.approx(norm, rel=1e-3)
 
 
+@pytest.mark.device
 def test_checkpointing_changes_no_gradient(lm, vector):
     student, _, examples, _ = student_with_update(lm, vector, BASE)
     gradients = []
@@ -143,6 +146,7 @@ def test_checkpointing_changes_no_gradient(lm, vector):
         torch.testing.assert_close(plain, recomputed, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.device
 def test_training_moves_towards_the_text_and_the_barrier_holds_it_back(lm, vector):
     """Without a barrier the NLL falls and D grows; a strong barrier keeps D near tau."""
     final = {}
@@ -156,6 +160,7 @@ def test_training_moves_towards_the_text_and_the_barrier_holds_it_back(lm, vecto
     assert any(r["fired"] for r in final[50.0]) and final[50.0][-1]["divergence"] < 10 * 0.002
 
 
+@pytest.mark.device
 def test_training_is_reproducible(lm, vector):
     config = replace(BASE, val_share=0.34)
     runs = []
@@ -168,6 +173,7 @@ def test_training_is_reproducible(lm, vector):
     assert runs[0][1] == runs[1][1]
 
 
+@pytest.mark.device
 def test_a_loss_that_is_not_finite_stops_the_run_with_step_and_term(lm, vector):
     student, _, examples, _ = student_with_update(lm, vector, BASE)
     student.trainable()[0].data.fill_(float("nan"))
@@ -176,6 +182,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_with_step_and_term(lm, vector):
     assert not any(p.requires_grad for p in lm.model.parameters())
 
 
+@pytest.mark.device
 def test_without_a_barrier_the_gradient_is_the_objectives(lm, vector):
     config = replace(BASE, reg="nll")
     student, rows, examples, _ = student_with_update(lm, vector, config)
@@ -195,7 +202,7 @@ def test_tau_auto_is_a_share_of_what_the_teacher_diverges(lm, vector, agg):
     student, rows, examples, _ = student_with_update(lm, vector, config)
     direction, kl = vector.direction, []
     for row in rows[:3]:
-        ids = torch.tensor([row.prompt + row.completion])
+        ids = torch.tensor([row.prompt + row.completion], device=student.lm.device)
         hooks = [
             lm.blocks[layer].register_forward_hook(lambda m, a, out, add=add: out + add)
             for layer, add in zip(vector.layers, 0.1 * direction, strict=True)
@@ -210,6 +217,7 @@ def test_tau_auto_is_a_share_of_what_the_teacher_diverges(lm, vector, agg):
     assert with_tau(lm, examples, config).tau == pytest.approx(0.3 * expected, rel=1e-3)
 
 
+@pytest.mark.device
 @pytest.mark.parametrize("start", [0.0, 20.0])
 def test_the_dual_barrier_ends_at_tau_wherever_it_starts(lm, vector, start):
     free = replace(BASE, lam=0.0, tau=1e9, epochs=60, lr=5e-3, val_share=0.0, lam_round_pow=0.0)
@@ -314,6 +322,7 @@ def test_the_operator_norm_is_the_largest_singular_value():
         torch.testing.assert_close(ours, theirs, rtol=1e-2, atol=1e-2)
 
 
+@pytest.mark.device
 def test_the_operator_norm_penalty_keeps_a_trained_update_small(lm, vector):
     norms = {}
     for weight in (0.0, 30.0):
@@ -334,6 +343,21 @@ def test_a_completion_is_cut_at_max_len_and_never_to_nothing(lm, vector):
     assert example.row.completion == row.completion[:2] and len(example.reference) == 2
     with pytest.raises(UserError, match=rf"{len(row.prompt)} tokens and heal\.max_len is {len(row.prompt)}: .*raise"):
         prepare(student, [row], steering, replace(config, max_len=len(row.prompt)), 1)
+
+
+@pytest.mark.device
+@pytest.mark.skipif(DEVICE != "cuda", reason="bitsandbytes' paged optimisers need a GPU")
+def test_paged_8_bit_adamw_goes_where_adamw_goes(lm, vector):
+    """Moments in 8 bits move the weights almost as exact ones do; the loss falls as far."""
+    ends = {}
+    for optimiser in ("adamw", "paged_adamw_8bit"):
+        config = replace(BASE, optimiser=optimiser, lam=0.0, epochs=12, lr=5e-3, val_share=0.0)
+        student, _, examples, _ = student_with_update(lm, vector, config, scale=0.0)
+        records = heal(fresh(student, config), examples, [], config, round_=0, seed=0)
+        ends[optimiser] = records[-1]["objective"]
+        assert ends[optimiser] < records[0]["objective"] - 0.05
+        student.peft.unload()
+    assert ends["paged_adamw_8bit"] == pytest.approx(ends["adamw"], rel=0.05)
 
 
 def test_an_optimiser_for_gpus_is_a_users_mistake_on_a_cpu():
