@@ -55,6 +55,10 @@ test *flags: setup
     {{bin}}/python -m pytest -q {{flags}}
     just fast-dev-run
 
+# what only a GPU can show, in ten minutes: maths, speed, memory, the demo, a QLoRA round that is killed and resumed
+gpu-check *flags: setup
+    {{bin}}/python -m steer_heal.gate.gpu {{flags}}
+
 # side-by-side measurements: `just bench generate` (decoding), `heal` (a training step), `eval` (instruments), `filter` (labelled text)
 bench what="generate" *flags: setup
     {{bin}}/steer-heal bench {{what}} {{flags}}
