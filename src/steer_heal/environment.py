@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+import steer_heal
 from steer_heal.lm import LM
 
 PACKAGES = ("steer_heal", "torch", "transformers", "tokenizers", "peft", "bitsandbytes", "accelerate", "safetensors")
@@ -33,7 +34,7 @@ def environment(lm: LM) -> dict:
 
 def commit() -> str | None:
     """The commit of the source that runs, with what is changed since; None when it is installed without git."""
-    here = Path(__file__).parent
+    here = Path(steer_heal.__file__).parent  # the whole package, whichever part of it this module lies in
 
     def git(*words: str) -> str | None:
         try:
@@ -42,7 +43,7 @@ def commit() -> str | None:
             return None
         return done.stdout if done.returncode == 0 else None
 
-    if git("ls-files", "--error-unmatch", Path(__file__).name) is None:
+    if git("ls-files", "--error-unmatch", "__init__.py") is None:
         return None  # the package may lie inside somebody else's repository
     changes = git("diff", "HEAD", "--", ".")
     changed = f" with changes {hashlib.sha256(changes.encode()).hexdigest()[:12]}" if changes else ""

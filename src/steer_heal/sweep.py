@@ -32,6 +32,7 @@ from steer_heal.data import load_trait
 from steer_heal.presets import PRESETS
 from steer_heal.resume import described, recorded
 from steer_heal.rundir import EVENTS, RunDir, rounds_done
+from steer_heal.terminal import MODULE
 from steer_heal.usage import condensed
 
 RECORD = "sweep.json"  # in the sweep's folder: what was asked, and why
@@ -221,7 +222,7 @@ def here(asked: Sweep, todo: list[Planned], cpus: int) -> dict[Planned, str]:
     outcome = {}
     for number, run in enumerate(todo, 1):
         logger.info(f"sweep {asked.name}: run {number} of {len(todo)}, {run.label}")
-        words = [sys.executable, "-m", "steer_heal.cli", *command(run, asked.folder)]
+        words = [sys.executable, "-m", MODULE, *command(run, asked.folder)]
         ended = subprocess.run(words, env={**os.environ, "OMP_NUM_THREADS": str(cpus)})
         outcome[run] = "finished" if ended.returncode == 0 else "failed"
     return outcome

@@ -6,6 +6,7 @@ import re
 import shlex
 import sys
 
+MODULE = "steer_heal.cli"  # what `python -m` is given where the program was not called by its name
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
@@ -17,4 +18,4 @@ def harmless(text: str) -> str:
 def program() -> str:
     """How this program was called."""
     called = sys.argv[0]
-    return f"{shlex.quote(sys.executable)} -m steer_heal.cli" if called.endswith(".py") else shlex.quote(called)
+    return f"{shlex.quote(sys.executable)} -m {MODULE}" if called.endswith(".py") else shlex.quote(called)

@@ -21,6 +21,7 @@ from steer_heal.loading import load
 from steer_heal.presets import PRESETS
 from steer_heal.resume import create
 from steer_heal.rundir import read_jsonl
+from steer_heal.terminal import MODULE
 
 TINY = replace(PRESETS["tiny-random"], heal=replace(PRESETS["tiny-random"].heal, target="soft", anchor="neutral"))
 
@@ -170,7 +171,7 @@ def test_a_mistake_ends_in_one_line_and_code_2(argv, message, tmp_path, monkeypa
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
 def test_a_stopped_run_says_how_to_go_on(tmp_path, how):
-    words = [sys.executable, "-m", "steer_heal.cli", "run", "tiny-random", "--rounds", "20", "--out", str(tmp_path)]
+    words = [sys.executable, "-m", MODULE, "run", "tiny-random", "--rounds", "20", "--out", str(tmp_path)]
     with subprocess.Popen(words, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) as running:
         while running.poll() is None and not list(tmp_path.glob("*/r00/dose.json")):
             time.sleep(0.05)
@@ -179,7 +180,7 @@ def test_a_stopped_run_says_how_to_go_on(tmp_path, how):
     (folder,) = tmp_path.iterdir()
     assert running.returncode == 130 and "Traceback" not in said
     assert said.strip().splitlines()[-1].startswith("steer-heal: stopped; what is done is kept, go on with: ")
-    assert said.strip().endswith(f"-m steer_heal.cli run --resume {folder}")
+    assert said.strip().endswith(f"-m {MODULE} run --resume {folder}")
     assert not (folder / "summary.json").exists()
 
 

@@ -15,6 +15,7 @@ import pytest
 import torch
 from loguru import logger
 
+import steer_heal
 from steer_heal import data, generate, loop, runner
 from steer_heal.cli import main
 from steer_heal.config import UserError
@@ -26,6 +27,7 @@ from steer_heal.presets import PRESETS
 from steer_heal.report import build
 from steer_heal.resume import create
 from steer_heal.rundir import EVENTS, RunDir, writing
+from steer_heal.terminal import MODULE
 
 KILLS = 12
 
@@ -277,6 +279,31 @@ def test_what_env_json_says(monkeypatch, whole):
 # ---- one process a folder
 
 
+@pytest.mark.skipif(shutil.which("git") is None, reason="git is not installed")
+def test_the_commit_noted_tells_of_a_change_in_any_part_of_the_package(tmp_path):
+    package = Path(steer_heal.__file__).parent
+    shutil.copytree(package, tmp_path / "steer_heal", ignore=shutil.ignore_patterns("__pycache__"))
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=gate", "-c", "user.email=gate@localhost"]
+    for words in (["init", "-q"], ["add", "."], ["commit", "-q", "-m", "copy"]):
+        subprocess.run([*git, *words], check=True)
+    code = f"""
+import subprocess, sys
+from pathlib import Path
+from {commit.__module__} import commit
+print(commit())
+for part in sorted({{file.parent for file in Path("steer_heal").rglob("*.py")}}):
+    with (part / "__init__.py").open("a") as file:
+        file.write("# changed")
+    print(commit())
+    subprocess.run(["git", "checkout", "-q", "."], check=True)
+"""
+    env = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, cwd=tmp_path)
+    clean, *changed = done.stdout.splitlines()
+    assert re.fullmatch(r"[0-9a-f]{40}", clean), done.stderr
+    assert len(changed) > 1 and all(said.startswith(f"{clean} with changes ") for said in changed)
+
+
 def test_two_processes_on_one_folder(folder, capsys):
     again = ["run", "--resume", str(folder)]
     with RunDir(folder).held():
@@ -318,7 +345,7 @@ def can_mount() -> bool:
 
 @pytest.mark.skipif(not shutil.which("unshare") or not can_mount(), reason="no file system can be mounted here")
 def test_a_full_disk_and_a_read_only_one(tmp_path):
-    words = [sys.executable, "-m", "steer_heal.cli", *WORDS]
+    words = [sys.executable, "-m", MODULE, *WORDS]
     done = subprocess.run(
         ["unshare", "-rm", "bash", "-c", TINY_DISK, "bash", "160k", str(tmp_path), *words],
         capture_output=True,
