@@ -12,10 +12,9 @@ from steer_heal.arms import Arm
 from steer_heal.bake import Student
 from steer_heal.config import EvalConfig, ModelConfig, UserError
 from steer_heal.data import Trait, load_trait, restored
-from steer_heal.eval import instruments
+from steer_heal.eval import instruments, read_arm
 from steer_heal.export import finished_rounds, student_after
 from steer_heal.loading import load
-from steer_heal.loop import read_arm
 from steer_heal.record import arm_record
 from steer_heal.rundir import EVENTS, RunDir
 from steer_heal.summary import arm_table, validity_table

@@ -13,8 +13,8 @@ from steer_heal.bake import Student
 from steer_heal.config import UserError
 from steer_heal.export import finished_rounds, student_after
 from steer_heal.lm import LM, AnyVector, Steering, steering
-from steer_heal.loop import read_vector
 from steer_heal.resume import opened as of_run
+from steer_heal.steer import read_vector
 from steer_heal.terminal import harmless
 
 HELP = """type a message; every message is a fresh chat

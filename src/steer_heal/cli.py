@@ -21,8 +21,7 @@ from tyro.conf import Positional
 
 from steer_heal.config import EvalConfig, ModelConfig, RunConfig, UserError, check, nearest
 from steer_heal.presets import DEFAULT_PRESET, PRESETS
-from steer_heal.terminal import harmless, program
-from steer_heal.usage import condensed
+from steer_heal.terminal import condensed, harmless, program
 
 EVERYTHING = EvalConfig()
 INTERRUPTED = 130  # the shell's code for Ctrl-C

@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterable
 
 import numpy as np
 
+from steer_heal import data
 from steer_heal.arms import Arm
 from steer_heal.bake import Student
 from steer_heal.bootstrap import interval
@@ -33,6 +34,7 @@ from steer_heal.foundations import Reading, described, read_profile
 from steer_heal.generate import decode
 from steer_heal.lm import LM, Row, row_nll
 from steer_heal.packing import packed
+from steer_heal.terminal import progress
 
 CORE = ("contrast", "yes_no", "neutral", "demos")
 EXTRA = ("off_target", "canary", "profile")
@@ -223,3 +225,10 @@ def demo_items(demos: list[dict]) -> Read:
 def fingerprint(texts: Iterable[str]) -> str:
     """Names a list of items: arms are compared on equal ones only."""
     return hashlib.blake2b("\n".join(texts).encode(), digest_size=6).hexdigest()
+
+
+def read_arm(
+    label: str, student: Student, arm: Arm, trait: data.Trait, config: EvalConfig, which: tuple[str, ...]
+) -> dict:
+    with progress(label, len(which), "instrument") as done:
+        return evaluate(student, arm, trait, config, which, done)

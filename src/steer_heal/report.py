@@ -32,10 +32,10 @@ from steer_heal.figures import (
     shorten,
     trajectory_figure,
 )
+from steer_heal.files import write_text
 from steer_heal.markup import filled, folded, marked, panel, prose, safe, section, stacked, table_of, with_interval
 from steer_heal.record import arms_record
 from steer_heal.resume import opened
-from steer_heal.rundir import write_text
 from steer_heal.verdict import COHERENCE
 
 ROUND_FILES = ("dose.json", "completions.jsonl", "heal.jsonl", "steered.json", "healed.json", "geometry.json")

@@ -11,9 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 import shlex
-import shutil
 import socket
 import time
 from collections.abc import Callable, Iterator
@@ -25,10 +23,20 @@ from typing import Any, TypeVar
 
 from filelock import FileLock, Timeout
 from loguru import logger
-from safetensors import SafetensorError
 
 from steer_heal.config import UserError
-from steer_heal.memory import give_back_freed_memory
+from steer_heal.files import (
+    json_text,
+    jsonl_text,
+    read_json,
+    read_jsonl,
+    remove,
+    scratch_of,
+    sha256,
+    sync,
+    write_text,
+    writing,
+)
 from steer_heal.terminal import program
 
 T = TypeVar("T")
@@ -80,8 +88,8 @@ class RunDir:
         run = cls(path)
         (path / EVENTS).touch()
         for name, value in given.items():
-            write_text(path / name, _json(value))
-        run.event("start", argv=argv, sha256={name: _sha256(path / name) for name in given})
+            write_text(path / name, json_text(value))
+        run.event("start", argv=argv, sha256={name: sha256(path / name) for name in given})
 
     @cached_property
     def record(self) -> Record:
@@ -115,29 +123,28 @@ class RunDir:
         self.doing = name
         began = time.perf_counter()
         value = compute()
-        give_back_freed_memory()
         seconds = time.perf_counter() - began
         with writing(target):
             target.parent.mkdir(parents=True, exist_ok=True)
-            scratch = _scratch(target)
+            scratch = scratch_of(target)
             try:
                 write(scratch, value)
-                _sync(scratch)
-                sums = self._sums(scratch, target) | {file: _sha256(self.path / file) for file in also}
+                sync(scratch)
+                sums = self._sums(scratch, target) | {file: sha256(self.path / file) for file in also}
                 self._compare(name, {file: sha for file, sha in sums.items() if file not in also})
                 self.event("stage", artefact=name, seconds=seconds, sha256=sums)  # first: what exists is on record
                 remove(target)
                 os.rename(scratch, target)
             finally:
                 remove(scratch)
-            _sync(target.parent)
+            sync(target.parent)
         return value
 
     def json(self, name: str, compute: Callable[[], Any]) -> Any:
-        return self.stage(name, compute, lambda path, value: path.write_text(_json(value), "utf-8"), _read_json)
+        return self.stage(name, compute, lambda path, value: path.write_text(json_text(value), "utf-8"), read_json)
 
     def jsonl(self, name: str, compute: Callable[[], list[dict]]) -> list[dict]:
-        return self.stage(name, compute, lambda path, rows: path.write_text(_lines(rows), "utf-8"), read_jsonl)
+        return self.stage(name, compute, lambda path, rows: path.write_text(jsonl_text(rows), "utf-8"), read_jsonl)
 
     def find(self, name: str) -> Path | None:
         """The path of an artefact, or of one of its files; None when it is not made yet.
@@ -157,7 +164,7 @@ class RunDir:
             path = self.path / file
             if not path.is_file():
                 raise self._damaged(artefact, path, "is missing")
-            if _sha256(path) not in record.sums[file]:
+            if sha256(path) not in record.sums[file]:
                 why = f"does not have the checksum that {EVENTS} has of it" if path.stat().st_size else "is empty"
                 raise self._damaged(artefact, path, why)
         if target.is_dir():
@@ -172,19 +179,19 @@ class RunDir:
         path = self.find(name)
         if path is None:
             return missing
-        return read_jsonl(path) if path.suffix == ".jsonl" else _read_json(path)
+        return read_jsonl(path) if path.suffix == ".jsonl" else read_json(path)
 
     def write_jsonl(self, name: str, rows: list[dict]) -> None:
-        self.replace_text(name, _lines(rows))
+        self.replace_text(name, jsonl_text(rows))
 
     def replace_json(self, name: str, value: Any) -> None:
-        self.replace_text(name, _json(value))
+        self.replace_text(name, json_text(value))
 
     def replace_text(self, name: str, text: str) -> None:
         """Write a file anew, whether it is there or not, and note its checksum."""
 
         def note(scratch: Path) -> None:
-            sha = _sha256(scratch)
+            sha = sha256(scratch)
             if sha not in self.record.sums.get(name, ()):
                 self.event("file", artefact=name, sha256={name: sha})
 
@@ -193,9 +200,9 @@ class RunDir:
     def _sums(self, scratch: Path, target: Path) -> dict[str, str]:
         """Checksums of the files under `scratch`, by the names that they will have in the run's folder."""
         if scratch.is_file():
-            return {str(target.relative_to(self.path)): _sha256(scratch)}
+            return {str(target.relative_to(self.path)): sha256(scratch)}
         files = sorted(path for path in scratch.rglob("*") if path.is_file())
-        return {str((target / f.relative_to(scratch)).relative_to(self.path)): _sha256(f) for f in files}
+        return {str((target / f.relative_to(scratch)).relative_to(self.path)): sha256(f) for f in files}
 
     def _compare(self, name: str, sums: dict[str, str]) -> None:
         """An artefact made again that came out otherwise: what followed from the old one no longer fits."""
@@ -204,7 +211,7 @@ class RunDir:
 
     def put_back(self, name: str, value: Any, otherwise: str) -> None:
         """Write one of the files of the start again. Raises UserError when it would not be the same, bit for bit."""
-        text = _json(value)
+        text = json_text(value)
         if hashlib.sha256(text.encode()).hexdigest() not in self.record.sums[name]:
             raise UserError(f"--recompute {name}: {otherwise}")
         write_text(self.path / name, text)
@@ -300,80 +307,9 @@ def _drop_torn_line(log: Path) -> None:
             file.truncate(len(whole + newline))
 
 
-@contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Raises UserError when the system will not let `path` be written."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}") from error
-    except SafetensorError as error:
-        reason = re.sub(r".*I/O error: | \(os error \d+\)", "", str(error))
-        raise UserError(f"cannot write {path}: {reason}") from error
-
-
-def write_text(path: Path, text: str, before_rename: Callable[[Path], None] = lambda scratch: None) -> None:
-    """Write a file whole or not at all. Raises UserError when it cannot be written."""
-    with writing(path):
-        scratch = _scratch(path)
-        try:
-            scratch.write_text(text, "utf-8")
-            _sync(scratch)
-            before_rename(scratch)
-            os.rename(scratch, path)
-        finally:
-            scratch.unlink(missing_ok=True)
-        _sync(path.parent)
-
-
 def rounds_done(folder: Path, planned: int) -> int:
     """How many rounds of a run, from the first on, have a student that was measured."""
     done = 0
     while done < planned and (folder / f"r{done:02d}" / "healed.json").is_file():
         done += 1
     return done
-
-
-def read_jsonl(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
-
-
-def remove(path: Path) -> None:
-    """A file or a folder with all it holds, if it is there."""
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
-
-
-def _scratch(target: Path) -> Path:
-    scratch = target.with_name(f".{target.name}.part")
-    remove(scratch)  # of a process that was killed
-    return scratch
-
-
-def _read_json(path: Path) -> Any:
-    return json.loads(path.read_text("utf-8"))
-
-
-def _json(value: Any) -> str:
-    return json.dumps(value, indent=1)
-
-
-def _lines(rows: list[dict]) -> str:
-    return "".join(json.dumps(row) + "\n" for row in rows)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def _sync(path: Path) -> None:
-    """Flush a file, or a folder and what lies in it, to the disk."""
-    for part in [*path.rglob("*"), path] if path.is_dir() else [path]:
-        handle = os.open(part, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)

@@ -7,17 +7,22 @@ system persona alone. Other ways to get a direction from the same states are in 
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from steer_heal import lite
 from steer_heal.config import SteerConfig
+from steer_heal.lite import LiteVector
 from steer_heal.lm import HEAD_CHUNK, LM, AnyVector, ForeignVector, Head, Row, Steering, Vector, last_token_states
 
 States = Float[Tensor, "n l d"]
@@ -223,3 +228,27 @@ def token_kl(
 
 def p95(values: Float[Tensor, "n"]) -> float:
     return values.quantile(0.95).item()
+
+
+def write_vector(path: Path, extraction: Extraction) -> None:
+    """A folder: the vector, and what was seen of each layer."""
+    path.mkdir()
+    vector, report = extraction
+    (path / "layers.json").write_text(json.dumps(report, indent=1), "utf-8")
+    if isinstance(vector, LiteVector):
+        lite.save(path / "lite.safetensors", vector)
+        return
+    described = json.dumps({"layers": vector.layers, "operation": vector.operation})
+    # One key: safetensors writes several in random order, and the file would be another one each time.
+    save_file({"direction": vector.direction.contiguous()}, path / "vector.safetensors", {"vector": described})
+
+
+def read_vector(path: Path) -> Extraction:
+    """A round's vector and its layer report, from its folder."""
+    report = json.loads((path / "layers.json").read_text("utf-8"))
+    if (path / "lite.safetensors").exists():
+        return Extraction(lite.load(path / "lite.safetensors"), report)
+    with safe_open(path / "vector.safetensors", "pt") as stored:
+        described = json.loads(stored.metadata()["vector"])
+        vector = Vector(tuple(described["layers"]), stored.get_tensor("direction"), described["operation"])
+        return Extraction(vector, report)

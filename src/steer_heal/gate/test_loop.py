@@ -11,16 +11,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from steer_heal import data, loop, report, results
+from steer_heal import data, loop, report, results, stages
 from steer_heal.cli import main
 from steer_heal.config import HealConfig, ModelConfig, UserError
 from steer_heal.distil import Exhausted
 from steer_heal.environment import environment
+from steer_heal.files import read_jsonl
 from steer_heal.gate.soak import timeless
 from steer_heal.loading import load
 from steer_heal.presets import PRESETS
 from steer_heal.resume import create
-from steer_heal.rundir import read_jsonl
 from steer_heal.terminal import MODULE
 
 TINY = replace(PRESETS["tiny-random"], heal=replace(PRESETS["tiny-random"].heal, target="soft", anchor="neutral"))
@@ -71,7 +71,7 @@ def test_the_record_of_a_run_is_complete(tmp_path):
 
 
 def test_a_loop_that_steering_exhausts_ends_with_what_it_has(tmp_path, monkeypatch, capsys):
-    fine, asked = loop.require_dose, []
+    fine, asked = stages.require_dose, []
 
     def second_fails(artefact):
         asked.append(artefact["dose"])
@@ -79,7 +79,7 @@ def test_a_loop_that_steering_exhausts_ends_with_what_it_has(tmp_path, monkeypat
             raise Exhausted("no dose leaves 68% of the completions coherent")
         return fine(artefact)
 
-    monkeypatch.setattr(loop, "require_dose", second_fails)
+    monkeypatch.setattr(stages, "require_dose", second_fails)
     folder, summary = do(TINY, out=str(tmp_path))
     assert summary["stopped"].startswith("no dose leaves 68%") and len(summary["rounds"]) == 1
     assert (folder.path / "adapter").is_dir() and not (folder.path / "r01" / "adapter").exists()
@@ -89,7 +89,7 @@ def test_a_loop_that_steering_exhausts_ends_with_what_it_has(tmp_path, monkeypat
     (found,) = results.scan(tmp_path)
     assert found.rounds == "1 of 2" and found.arm("healed")["arm"] == "healed"
     asked.clear()
-    monkeypatch.setattr(loop, "require_dose", lambda artefact: second_fails({"dose": asked.append(0)}))
+    monkeypatch.setattr(stages, "require_dose", lambda artefact: second_fails({"dose": asked.append(0)}))
     with pytest.raises(Exhausted):
         do(TINY, out=str(tmp_path))  # in round 0 nothing was learned: that is for the user to mend
 

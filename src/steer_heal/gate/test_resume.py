@@ -16,17 +16,18 @@ import torch
 from loguru import logger
 
 import steer_heal
-from steer_heal import data, generate, loop, runner
+from steer_heal import data, generate, runner, stages
 from steer_heal.cli import main
 from steer_heal.config import UserError
 from steer_heal.environment import commit, environment
+from steer_heal.files import writing
 from steer_heal.gate.folders import cut
 from steer_heal.gate.soak import WORDS, result
 from steer_heal.loading import load
 from steer_heal.presets import PRESETS
 from steer_heal.report import build
 from steer_heal.resume import create
-from steer_heal.rundir import EVENTS, RunDir, writing
+from steer_heal.rundir import EVENTS, RunDir
 from steer_heal.terminal import MODULE
 
 KILLS = 12
@@ -430,16 +431,16 @@ def test_out_of_memory_on_a_cpu_is_understood():
 
 def test_a_training_step_that_is_not_finite_says_where(folder, capsys, monkeypatch):
     cut(folder, "r01/adapter")
-    run, heal = RunDir(folder), loop.heal
+    run, heal = RunDir(folder), stages.heal
 
     def overshoot(student, examples, anchors, settings, *rest):
         return heal(student, examples, anchors, replace(settings, lr=1e30), *rest)
 
-    monkeypatch.setattr(loop, "heal", overshoot)
+    monkeypatch.setattr(stages, "heal", overshoot)
     said = refused(["run", "--resume", str(folder)], capsys)
     assert re.search(r"r01/adapter, step \d+: (objective|divergence|loss|.*grad.*) is (nan|inf)", said), said
     assert "completions number" in said and "--heal.lr" in said
-    monkeypatch.setattr(loop, "heal", heal)
+    monkeypatch.setattr(stages, "heal", heal)
     assert run.find("r00/adapter") and not (folder / "r01" / "adapter").exists()
     main(["export", str(folder), "--to", str(folder.parent / "kept")])
 
