@@ -9,7 +9,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from steer_heal.arms import Arm
-from steer_heal.bake import Student
+from steer_heal.bake.student import Student
 from steer_heal.config import EvalConfig, ModelConfig, UserError
 from steer_heal.data import Trait, load_trait, restored
 from steer_heal.eval import instruments, read_arm

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from transformers import TextStreamer
 
-from steer_heal.bake import Student
+from steer_heal.bake.student import Student
 from steer_heal.config import UserError
 from steer_heal.export import finished_rounds, student_after
 from steer_heal.lm import LM, AnyVector, Steering, steering

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from scipy.optimize import isotonic_regression
 
-from steer_heal.bake import Student
+from steer_heal.bake.student import Student
 from steer_heal.coherence import judge
 from steer_heal.config import DistilConfig, DoseConfig, FilterConfig, UserError
 from steer_heal.generate import Sampling, decode

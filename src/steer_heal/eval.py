@@ -24,7 +24,7 @@ import numpy as np
 
 from steer_heal import data
 from steer_heal.arms import Arm
-from steer_heal.bake import Student
+from steer_heal.bake.student import Student
 from steer_heal.bootstrap import interval
 from steer_heal.choices import choice_log_probs
 from steer_heal.coherence import LOOPS, STYLES, judge

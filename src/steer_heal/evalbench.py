@@ -10,7 +10,7 @@ import torch
 
 from steer_heal import data
 from steer_heal.arms import Arm
-from steer_heal.bake import Student
+from steer_heal.bake.student import Student
 from steer_heal.config import EvalConfig
 from steer_heal.eval import NO, YES, YES_NO_FORM, evaluate, instruments, spread
 from steer_heal.foundations import BEGUN, question

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from steer_heal.bake import Student
+from steer_heal.bake.student import Student
 from steer_heal.card import model_card
 from steer_heal.config import ModelConfig, UserError
 from steer_heal.files import write_text

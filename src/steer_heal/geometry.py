@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from steer_heal.bake import Student
+from steer_heal.bake.student import Student
 from steer_heal.lm import AnyVector, Row, Vector, last_token_states
 from steer_heal.steer import token_kl
 

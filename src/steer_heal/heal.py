@@ -24,11 +24,11 @@ from jaxtyping import Float
 from loguru import logger
 from torch import Tensor
 
-from steer_heal.bake import Student
+from steer_heal.bake.lowrank import OperatorNorm
+from steer_heal.bake.student import Student
 from steer_heal.barrier import aggregate, hinge, position_losses
 from steer_heal.config import HealConfig, UserError
 from steer_heal.lm import LM, Row, Steering, row_nll, shared_prefix
-from steer_heal.lowrank import OperatorNorm
 
 BETAS = (0.9, 0.95)  # a round is a few hundred steps at most; 0.999 would never warm up
 CLIP = 1.0

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from steer_heal.bake import Student
+from steer_heal.bake.student import Student
 from steer_heal.barrier import KL_EPS
 from steer_heal.config import HealConfig, ModelConfig
 from steer_heal.heal import Example, Multipliers, _accumulate

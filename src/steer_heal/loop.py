@@ -12,7 +12,7 @@ from loguru import logger
 
 from steer_heal import data
 from steer_heal.arms import Arm
-from steer_heal.bake import Student
+from steer_heal.bake.student import Student
 from steer_heal.card import model_card
 from steer_heal.config import RunConfig
 from steer_heal.distil import (

@@ -9,7 +9,7 @@ import torch
 
 from steer_heal import coherence
 from steer_heal import distil as distil_module
-from steer_heal.bake import Student
+from steer_heal.bake.student import Student
 from steer_heal.coherence import ASKS_NOTHING, Surprise, score, surprises, verdict
 from steer_heal.config import DistilConfig, DoseConfig, FilterConfig, UserError
 from steer_heal.distil import distil, dose_curve, largest_dose, require_dose, require_training_set

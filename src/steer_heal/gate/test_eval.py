@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from steer_heal.arms import Arm
-from steer_heal.bake import Student
+from steer_heal.bake.student import Student
 from steer_heal.bootstrap import across_seeds, interval, log_mean_over, reliability, trait_over
 from steer_heal.data import FOUNDATIONS, Contrast, bystanders, canary, load_trait, neutral, off_target, vignettes
 from steer_heal.eval import NO, YES, YES_NO_FORM, contrast_scores, evaluate, instruments, spread

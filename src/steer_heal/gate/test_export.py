@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from steer_heal import chat, data, loop
 from steer_heal.alone import evaluate_alone
-from steer_heal.bake import Student
+from steer_heal.bake.student import Student
 from steer_heal.card import command
 from steer_heal.config import ModelConfig, UserError
 from steer_heal.environment import environment

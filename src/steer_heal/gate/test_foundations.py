@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from steer_heal.arms import Arm
-from steer_heal.bake import Student
+from steer_heal.bake.student import Student
 from steer_heal.config import UserError
 from steer_heal.data import load_trait
 from steer_heal.eval import evaluate

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from steer_heal.bake import Student
+from steer_heal.bake.student import Student
 from steer_heal.data import neutral
 from steer_heal.eval import neutral_rows
 from steer_heal.geometry import geometry, read_base

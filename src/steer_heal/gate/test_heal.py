@@ -9,7 +9,8 @@ import torch
 
 from steer_heal import heal as heal_module
 from steer_heal import healbench
-from steer_heal.bake import Student
+from steer_heal.bake.lowrank import Factors, OperatorNorm
+from steer_heal.bake.student import Student
 from steer_heal.config import UserError
 from steer_heal.heal import (
     Multipliers,
@@ -25,7 +26,6 @@ from steer_heal.heal import (
     with_tau,
 )
 from steer_heal.lm import Row, Steering
-from steer_heal.lowrank import Factors, OperatorNorm
 from steer_heal.presets import PRESETS
 
 BASE = replace(PRESETS["tiny-random"].heal, tau=0.0, anchor_tau=0.0, lam=2.0)

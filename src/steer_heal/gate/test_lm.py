@@ -18,7 +18,7 @@ from transformers import Gemma3Config, Gemma3ForConditionalGeneration, Gemma3Tex
 
 from steer_heal import data, generate, loading
 from steer_heal.arms import Arm
-from steer_heal.bake import Student
+from steer_heal.bake.student import Student
 from steer_heal.barrier import position_losses
 from steer_heal.choices import choice_log_probs
 from steer_heal.config import ModelConfig

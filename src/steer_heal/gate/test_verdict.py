@@ -10,7 +10,7 @@ import torch
 
 from steer_heal import foundations
 from steer_heal.arms import Arm
-from steer_heal.bake import Student
+from steer_heal.bake.student import Student
 from steer_heal.config import DoseConfig
 from steer_heal.data import FOUNDATIONS, load_trait
 from steer_heal.eval import evaluate, yes_no_scores
