@@ -362,8 +362,9 @@ def app(
         """
         from json import dumps
 
-        from steer_heal import bench as measuring
-        from steer_heal import evalbench, healbench
+        from steer_heal.bench import decode as measuring
+        from steer_heal.bench import eval as evalbench
+        from steer_heal.bench import heal as healbench
 
         if preset not in PRESETS:
             raise UserError(_unknown_preset(preset))

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from steer_heal import heal as heal_module
-from steer_heal import healbench
 from steer_heal.bake.lowrank import Factors, OperatorNorm
 from steer_heal.bake.student import Student
+from steer_heal.bench import heal as healbench
 from steer_heal.config import UserError
 from steer_heal.heal import (
     Multipliers,

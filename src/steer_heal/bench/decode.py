@@ -8,7 +8,8 @@ from dataclasses import replace
 
 import torch
 
-from steer_heal import data, filterproof
+from steer_heal import data
+from steer_heal.bench import filter as filterproof
 from steer_heal.config import FilterConfig
 from steer_heal.generate import Sampling, decode
 from steer_heal.lm import LM, Steering, steering
