@@ -159,7 +159,7 @@ def app(
         Example: steer-heal run smollm2-135m --trait mine.toml --rounds 4 --seed 1
         """
         from steer_heal import report as reporting
-        from steer_heal.runner import run as carry_out
+        from steer_heal.commands.run import run as carry_out
 
         if preset != chosen:
             raise UserError(f"the preset comes first: steer-heal run {preset} ...")
@@ -245,7 +245,7 @@ def app(
         """
         from json import dumps
 
-        from steer_heal.alone import evaluate_alone
+        from steer_heal.commands.evaluate import evaluate_alone
         from steer_heal.foundations import check_profile
 
         _check_files(json=json)
@@ -313,7 +313,7 @@ def app(
             merge: a float model that plain transformers loads, instead of an adapter.
             round: the student after this round (from 0); the last one when not given.
         """
-        from steer_heal.export import export as write
+        from steer_heal.commands.export import export as write
 
         write(Path(run), Path(to), round, merge)
         print(f"written: {to}")
@@ -330,7 +330,7 @@ def app(
             gate: how much of the student: 0 is the base, 1 healed.
             max_new_tokens: length limit of an answer, tokens.
         """
-        from steer_heal.chat import chat as talk
+        from steer_heal.commands.chat import chat as talk
 
         _check_gate(gate)
         if max_new_tokens < 1:

@@ -24,8 +24,8 @@ from pathlib import Path
 import torch
 import tyro
 
-from steer_heal import runner  # noqa: F401  what a run imports, once for all children
 from steer_heal.cli import main
+from steer_heal.commands import run as runner  # noqa: F401  what a run imports, once for all children
 from steer_heal.gate.folders import sha256
 from steer_heal.rundir import EVENTS, RunDir
 

@@ -16,8 +16,9 @@ import torch
 from loguru import logger
 
 import steer_heal
-from steer_heal import data, generate, runner, stages
+from steer_heal import data, generate, stages
 from steer_heal.cli import main
+from steer_heal.commands import run as runner
 from steer_heal.config import UserError
 from steer_heal.environment import commit, environment
 from steer_heal.files import writing
