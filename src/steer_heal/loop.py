@@ -15,9 +15,7 @@ from steer_heal.arms import Arm
 from steer_heal.bake.student import Student
 from steer_heal.card import model_card
 from steer_heal.config import RunConfig
-from steer_heal.distil import (
-    Exhausted,
-)
+from steer_heal.distil.sample import Exhausted
 from steer_heal.lm import LM
 from steer_heal.rundir import RunDir
 from steer_heal.stages import (

@@ -21,15 +21,8 @@ from steer_heal import data
 from steer_heal.arms import Arm
 from steer_heal.bake.student import Student
 from steer_heal.config import RunConfig
-from steer_heal.distil import (
-    anchor_completions,
-    distil,
-    dose_curve,
-    expected_survival,
-    kept_rows,
-    require_dose,
-    require_training_set,
-)
+from steer_heal.distil.dose import dose_curve, expected_survival, require_dose
+from steer_heal.distil.sample import anchor_completions, distil, kept_rows, require_training_set
 from steer_heal.eval import instruments, neutral_rows, read_arm
 from steer_heal.generate import MOST_ROWS, rows_that_fit
 from steer_heal.geometry import Base, geometry, read_base

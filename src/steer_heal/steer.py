@@ -8,7 +8,6 @@ system persona alone. Other ways to get a direction from the same states are in 
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,7 +22,7 @@ from torch import Tensor
 from steer_heal import lite
 from steer_heal.config import SteerConfig
 from steer_heal.lite import LiteVector
-from steer_heal.lm import HEAD_CHUNK, LM, AnyVector, ForeignVector, Head, Row, Steering, Vector, last_token_states
+from steer_heal.lm import HEAD_CHUNK, LM, AnyVector, ForeignVector, Head, Vector, last_token_states
 
 States = Float[Tensor, "n l d"]
 
@@ -166,53 +165,6 @@ def cosine(a: AnyVector, b: AnyVector) -> float | None:
     return float(torch.cosine_similarity(a.direction, b.direction, dim=-1).mean())
 
 
-ISO_KL_TOLERANCE = 0.05  # share of the target by which the dose found may miss it
-ISO_KL_PASSES = 12  # scoring passes; the secant in log-log needs three to five
-
-
-def iso_kl(
-    lm: LM, vector: AnyVector, rows: list[Row], doses: list[float], target: float, batch_size: int
-) -> dict[str, float | list[float] | None]:
-    """Dose at which the 95th percentile over tokens of KL(steered || unsteered) equals `target` nats.
-
-    Each row was written under its own dose; all rows are scored under theirs in mixed batches, which gives the curve.
-    The rows of the dose nearest to where the (increasing) curve crosses the target are then scored again under
-    candidates found by a secant in log dose and log KL, steered and unsteered on the same tokens, until the answer
-    is within 5%. After wassname/isokl_steering_calibration, which bisects with one rollout a step.
-
-    Returns {"dose", "kl", "kl_p95"}: the curve at the distinct doses, ascending; dose and kl are None when the curve
-    does not cross the target between the smallest and the largest positive dose.
-    """
-    plain = lm.states(rows, batch_size)
-    given = torch.tensor(doses, dtype=torch.float32)
-    kl = token_kl(lm.head, lm.states(rows, batch_size, Steering(vector, given)), plain)
-    grid = sorted(set(doses))
-    members = {dose: [i for i, d in enumerate(doses) if d == dose] for dose in grid}
-    curve = [p95(torch.cat([kl[i] for i in members[dose]])) for dose in grid]
-    missed = {"dose": None, "kl": None, "kl_p95": curve}
-    above = next((i for i, (d, k) in enumerate(zip(grid, curve, strict=True)) if d > 0 and k >= target), None)
-    if above is None or above == 0 or grid[above - 1] == 0:
-        return missed
-    low, high = grid[above - 1], grid[above]
-    nearest = members[low if target - curve[above - 1] < curve[above] - target else high]
-    chosen, reference = [rows[i] for i in nearest], [plain[i] for i in nearest]
-
-    def at(dose: float) -> float:
-        steered = lm.states(chosen, batch_size, Steering(vector, torch.full((len(chosen),), dose)))
-        return p95(torch.cat(token_kl(lm.head, steered, reference)))
-
-    points = [(math.log(d), math.log(at(d) / target)) for d in (low, high)]
-    for _ in range(ISO_KL_PASSES - 2):
-        (x0, y0), (x1, y1) = sorted(points, key=lambda point: abs(point[1]))[:2]
-        x = x1 - y1 * (x1 - x0) / (y1 - y0) if y1 != y0 else (x0 + x1) / 2
-        x = min(max(x, math.log(low / 2)), math.log(2 * high))
-        reached = at(math.exp(x))
-        if abs(reached - target) <= ISO_KL_TOLERANCE * target:
-            return {"dose": math.exp(x), "kl": reached, "kl_p95": curve}
-        points.append((x, math.log(reached / target)))
-    return missed
-
-
 def token_kl(
     head: Head, steered: list[Float[Tensor, "_ d"]], plain: list[Float[Tensor, "_ d"]]
 ) -> list[Float[Tensor, "_"]]:
@@ -224,10 +176,6 @@ def token_kl(
             log_p, log_q = head(a).log_softmax(-1), head(b).log_softmax(-1)
             out.append(torch.linalg.vecdot(log_p.exp(), log_p - log_q))
     return list(torch.cat(out).cpu().split([len(states) for states in steered]))
-
-
-def p95(values: Float[Tensor, "n"]) -> float:
-    return values.quantile(0.95).item()
 
 
 def write_vector(path: Path, extraction: Extraction) -> None:

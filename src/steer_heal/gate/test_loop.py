@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from steer_heal import data, loop, report, results, stages
 from steer_heal.cli import main
 from steer_heal.config import HealConfig, ModelConfig, UserError
-from steer_heal.distil import Exhausted
+from steer_heal.distil.sample import Exhausted
 from steer_heal.environment import environment
 from steer_heal.files import read_jsonl
 from steer_heal.gate.soak import timeless

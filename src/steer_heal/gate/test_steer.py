@@ -9,9 +9,10 @@ import torch
 
 from steer_heal import lm as lm_module
 from steer_heal.config import SteerConfig
+from steer_heal.distil.dose import iso_kl
 from steer_heal.generate import decode
 from steer_heal.lm import Row, Steering, steering
-from steer_heal.steer import LayerReport, auc, auto_band, extract, iso_kl
+from steer_heal.steer import LayerReport, auc, auto_band, extract
 
 CONTEXTS = ["What is a glacier?", "ok", "Write two lines about rain on a tin roof, please.", "Name a bird."]
 POSITIVE, NEGATIVE = "You love people and their noise.", "You despise people and their noise."
