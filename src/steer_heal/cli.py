@@ -246,7 +246,7 @@ def app(
         from json import dumps
 
         from steer_heal.commands.evaluate import evaluate_alone
-        from steer_heal.foundations import check_profile
+        from steer_heal.eval.foundations import check_profile
 
         _check_files(json=json)
         _check_gate(gate)

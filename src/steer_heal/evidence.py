@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from steer_heal.data import FOUNDATIONS
+from steer_heal.eval.opponents import LEAST_COST
 from steer_heal.figures import frontier_figure, map_figure
 from steer_heal.markup import panel, prose, section, stacked, table_of, with_interval
-from steer_heal.plain import LEAST_COST
 
 NOT_EXPRESSED = (
     "this model cannot express this trait on this instrument (the positive persona as a system prompt does not score "

@@ -10,6 +10,8 @@ import numpy as np
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
+from steer_heal.eval.intervals import relative
+
 # Okabe-Ito hues: told apart by colour-blind readers, visible on white and on black.
 COLOURS = {"base": "#808890", "prompted": "#c88a04", "steered": "#d55e00", "healed": "#009e73"}
 COLOURS |= {"negative": "#7a5c3e", "equal": "#cc79a7"}
@@ -229,11 +231,6 @@ def _styled(fig: go.Figure, height: int) -> go.Figure:
 def _hover_text(text: str) -> str:
     """Shortened, wrapped and escaped: plotly reads a subset of HTML in hover texts."""
     return "<br>".join(escape(line, quote=False) for line in textwrap.wrap(shorten(text, HOVER_CHARS), HOVER_WIDTH))
-
-
-def relative(value: float, base: float) -> float:
-    """value / base; NaN where the base has none, as random models may."""
-    return value / base if base else float("nan")
 
 
 def shorten(text: str, limit: int) -> str:

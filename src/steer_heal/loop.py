@@ -11,11 +11,21 @@ import time
 from loguru import logger
 
 from steer_heal import data
-from steer_heal.arms import Arm
 from steer_heal.bake.student import Student
 from steer_heal.card import model_card
 from steer_heal.config import RunConfig
 from steer_heal.distil.sample import Exhausted
+from steer_heal.eval.arms import Arm
+from steer_heal.eval.summary import (
+    arm_table,
+    barrier_warning,
+    demo_rows,
+    headline,
+    last_verdict,
+    peak_memory,
+    summarise,
+    verdict_line,
+)
 from steer_heal.lm import LM
 from steer_heal.rundir import RunDir
 from steer_heal.stages import (
@@ -32,16 +42,6 @@ from steer_heal.stages import (
     negative_stage,
     plain_stage,
     with_batch_size,
-)
-from steer_heal.summary import (
-    arm_table,
-    barrier_warning,
-    demo_rows,
-    headline,
-    last_verdict,
-    peak_memory,
-    summarise,
-    verdict_line,
 )
 
 

@@ -15,6 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from steer_heal.config import FIRED_FLOOR
+from steer_heal.eval.intervals import relative
+from steer_heal.eval.record import arms_record
+from steer_heal.eval.verdict import COHERENCE
 from steer_heal.evidence import (
     LOSSES,
     NOT_EXPRESSED,
@@ -24,19 +27,10 @@ from steer_heal.evidence import (
     profile_section,
     validity_section,
 )
-from steer_heal.figures import (
-    coherence_figure,
-    dose_figure,
-    heal_figure,
-    relative,
-    shorten,
-    trajectory_figure,
-)
+from steer_heal.figures import coherence_figure, dose_figure, heal_figure, shorten, trajectory_figure
 from steer_heal.files import write_text
 from steer_heal.markup import filled, folded, marked, panel, prose, safe, section, stacked, table_of, with_interval
-from steer_heal.record import arms_record
 from steer_heal.resume import opened
-from steer_heal.verdict import COHERENCE
 
 ROUND_FILES = ("dose.json", "completions.jsonl", "heal.jsonl", "steered.json", "healed.json", "geometry.json")
 ARTEFACTS = ("vector", "dose.json", "completions.jsonl", "adapter")

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import polars as pl
-from scipy.optimize import brentq
 
-from steer_heal.bootstrap import across_seeds, paired
 from steer_heal.config import UserError
-from steer_heal.figures import relative
+from steer_heal.eval.intervals import across_seeds, paired, ratio, relative
 from steer_heal.rundir import EVENTS, Damaged, RunDir
 from steer_heal.sweep import RECORD, identity, value_of
 
@@ -149,30 +146,6 @@ def round_table(group: list[Found]) -> pl.DataFrame:
 
 def _column(name: str, values: list[np.ndarray | None]) -> dict[str, str]:
     return {} if values[0] is None else {name: _estimate(np.array(values))}
-
-
-def ratio(above: np.ndarray, below: np.ndarray) -> tuple[float, float, float]:
-    """Ratio of two means with its 95% interval, over seeds and items, [s, n] each; infinite where `below` may be zero.
-
-    The interval holds the ratios k for which `above - k * below` may be zero (Fieller, J. R. Stat. Soc. B 16, 1954).
-    Where `below` may be zero and `above` may not, these are two rays, one for either sign of `below`; the interval is
-    the ray of the mean.
-    """
-    if below.mean() < 0:
-        above, below = -above, -below
-    mean = float(above.mean() / below.mean())
-
-    def end(side: int, far: float) -> float:
-        def edge(k: float) -> float:
-            return across_seeds(above - k * below)["ci"][side]
-
-        still_zero = edge(far) <= 0 if side == 0 else edge(far) >= 0
-        begin = mean - 1e-9 * (far - mean)  # at the mean itself an edge may be zero
-        return math.copysign(math.inf, far) if still_zero else float(brentq(edge, begin, far, rtol=1e-4))
-
-    reach = 100 * max(1.0, abs(mean))
-    low, high = across_seeds(above)["ci"]
-    return mean, end(0, 0.0 if low > 0 else mean - reach), end(1, 0.0 if high < 0 else mean + reach)
 
 
 RATIOS: dict[str, Callable[[dict, dict], float]] = {

@@ -18,18 +18,25 @@ import torch
 from loguru import logger
 
 from steer_heal import data
-from steer_heal.arms import Arm
 from steer_heal.bake.student import Student
 from steer_heal.config import RunConfig
 from steer_heal.distil.dose import dose_curve, expected_survival, require_dose
 from steer_heal.distil.sample import anchor_completions, distil, kept_rows, require_training_set
-from steer_heal.eval import instruments, neutral_rows, read_arm
+from steer_heal.eval.arms import Arm
+from steer_heal.eval.geometry import Base, geometry, read_base
+from steer_heal.eval.instruments import instruments, neutral_rows, read_arm
+from steer_heal.eval.opponents import (
+    allowed_cost,
+    coherence_cost,
+    dose_at_trait,
+    find_dose_at_cost,
+    fitting,
+    plain_doses,
+)
 from steer_heal.generate import MOST_ROWS, rows_that_fit
-from steer_heal.geometry import Base, geometry, read_base
 from steer_heal.heal import Example, heal, prepare, prepare_anchors, with_tau
 from steer_heal.lm import LM, AnyVector, Row, Steering
 from steer_heal.memory import give_back_freed_memory
-from steer_heal.plain import allowed_cost, coherence_cost, dose_at_trait, find_dose_at_cost, fitting, plain_doses
 from steer_heal.rundir import RunDir
 from steer_heal.steer import Extraction, extract, prompts_read, read_vector, write_vector
 from steer_heal.terminal import progress

@@ -22,7 +22,7 @@ from torch import Tensor
 from steer_heal import lite
 from steer_heal.config import SteerConfig
 from steer_heal.lite import LiteVector
-from steer_heal.lm import HEAD_CHUNK, LM, AnyVector, ForeignVector, Head, Vector, last_token_states
+from steer_heal.lm import HEAD_CHUNK, LM, AnyVector, Head, Vector, last_token_states
 
 States = Float[Tensor, "n l d"]
 
@@ -156,13 +156,6 @@ def auc(high: Float[Tensor, "n"], low: Float[Tensor, "m"]) -> float:
     """Probability that one of `high` exceeds one of `low`, ties counted half."""
     difference = high[:, None] - low[None, :]
     return ((difference > 0).double().mean() + (difference == 0).double().mean() / 2).item()
-
-
-def cosine(a: AnyVector, b: AnyVector) -> float | None:
-    """Mean over layers of the cosine between two vectors of the same band; None for another library's."""
-    if isinstance(a, ForeignVector) or isinstance(b, ForeignVector):
-        return None
-    return float(torch.cosine_similarity(a.direction, b.direction, dim=-1).mean())
 
 
 def token_kl(

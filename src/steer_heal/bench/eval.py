@@ -9,11 +9,11 @@ from dataclasses import dataclass
 import torch
 
 from steer_heal import data
-from steer_heal.arms import Arm
 from steer_heal.bake.student import Student
 from steer_heal.config import EvalConfig
-from steer_heal.eval import NO, YES, YES_NO_FORM, evaluate, instruments, spread
-from steer_heal.foundations import BEGUN, question
+from steer_heal.eval.arms import Arm
+from steer_heal.eval.foundations import BEGUN, question
+from steer_heal.eval.instruments import NO, YES, YES_NO_FORM, evaluate, instruments, spread
 from steer_heal.lm import LM
 from steer_heal.loading import load
 from steer_heal.presets import PRESETS

@@ -8,17 +8,17 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from steer_heal.arms import Arm
 from steer_heal.bake.student import Student
 from steer_heal.commands.export import finished_rounds, student_after
 from steer_heal.config import EvalConfig, ModelConfig, UserError
 from steer_heal.data import Trait, load_trait, restored
-from steer_heal.eval import instruments, read_arm
+from steer_heal.eval.arms import Arm
+from steer_heal.eval.instruments import instruments, read_arm
+from steer_heal.eval.record import arm_record
+from steer_heal.eval.summary import arm_table, validity_table
+from steer_heal.eval.verdict import expressible, validity, verdict
 from steer_heal.loading import load
-from steer_heal.record import arm_record
 from steer_heal.rundir import EVENTS, RunDir
-from steer_heal.summary import arm_table, validity_table
-from steer_heal.verdict import expressible, validity, verdict
 
 
 @dataclass(frozen=True)

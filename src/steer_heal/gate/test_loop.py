@@ -115,7 +115,7 @@ def test_batch_sizes_change_no_bit(tmp_path):
 def test_a_barrier_that_never_fires_is_loud(capsys):
     from loguru import logger
 
-    from steer_heal.summary import barrier_warning
+    from steer_heal.eval.summary import barrier_warning
 
     lines = []
     sink = logger.add(lines.append, format="{level} {message}")

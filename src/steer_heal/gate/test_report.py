@@ -18,12 +18,13 @@ import pytest
 from plotly.offline import get_plotlyjs
 
 from steer_heal import overview, report, results
-from steer_heal.bootstrap import across_seeds, trait_over
 from steer_heal.config import HealConfig, UserError
+from steer_heal.eval import intervals
+from steer_heal.eval.intervals import across_seeds, trait_over
+from steer_heal.eval.record import arms_record
 from steer_heal.figures import frontier_figure, paths_figure
 from steer_heal.gate.folders import seal, write_events
 from steer_heal.markup import marked
-from steer_heal.record import arms_record
 from steer_heal.sweep import identity
 
 HOSTILE = "<script>alert(1)</script></script><img src=https://example.org/x onerror=alert(2)>\x00 & 'quoted'"
@@ -377,23 +378,23 @@ def test_results_shows_sweeps_under_their_hypothesis_and_writes_tables(tmp_path:
 
 def test_a_ratio_and_its_interval_by_hand() -> None:
     below = np.array([[1.0, 1.2, 0.8, 1.0, 1.1, 0.9]])
-    mean, low, high = results.ratio(3 * below, below)
+    mean, low, high = intervals.ratio(3 * below, below)
     assert mean == pytest.approx(3) and low == pytest.approx(3, rel=1e-3) and high == pytest.approx(3, rel=1e-3)
     draw = np.random.default_rng(0)
     above, weak = draw.normal(4, 1, (3, 60)), draw.normal(1, 1, (3, 60))
-    mean, low, high = results.ratio(above, weak)
+    mean, low, high = intervals.ratio(above, weak)
     assert low < mean < high < 6 and low > 2.5
     for k in (low, high):  # at either end the difference may just be zero
         assert min(np.abs(across_seeds(above - k * weak)["ci"])) < 1e-3
-    assert results.ratio(-above, -weak) == (mean, low, high) and results.ratio(-above, weak) == (-mean, -high, -low)
-    assert results.ratio(above, weak - 0.999 * weak.mean())[2] == math.inf  # the prompt may have done nothing
-    assert math.inf in map(abs, results.ratio(above, weak - weak.mean())[1:])  # its sign is an accident
+    assert intervals.ratio(-above, -weak) == (mean, low, high) and intervals.ratio(-above, weak) == (-mean, -high, -low)
+    assert intervals.ratio(above, weak - 0.999 * weak.mean())[2] == math.inf  # the prompt may have done nothing
+    assert math.inf in map(abs, intervals.ratio(above, weak - weak.mean())[1:])  # its sign is an accident
     faint = draw.normal(0, 1, (3, 60))
     faint += 0.1 - faint.mean()
     assert across_seeds(faint)["ci"][0] < 0
-    mean, low, high = results.ratio(above, faint)
-    assert 0 < low < mean < high == math.inf and results.ratio(-above, faint) == (-mean, -math.inf, -low)
+    mean, low, high = intervals.ratio(above, faint)
+    assert 0 < low < mean < high == math.inf and intervals.ratio(-above, faint) == (-mean, -math.inf, -low)
     for k in np.linspace(0, low, 9)[:-1]:  # what is left out: the difference is not zero
         assert across_seeds(above - k * faint)["ci"][0] > 0
     none = draw.normal(0, 1, (3, 60))
-    assert results.ratio(none, faint)[1:] == (-math.inf, math.inf)
+    assert intervals.ratio(none, faint)[1:] == (-math.inf, math.inf)

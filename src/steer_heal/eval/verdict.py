@@ -9,8 +9,8 @@ import math
 
 import numpy as np
 
-from steer_heal.bootstrap import correlation, interval, paired, reliability, trait_over
 from steer_heal.data import FOUNDATIONS
+from steer_heal.eval.intervals import correlation, interval, paired, reliability, trait_over
 
 # Absolute bounds come first: beyond them a model is broken whatever its ratios say.
 LEAST = {"coherent_share": ("coherent share", 0.5), "answer_mass": ("answer mass", 0.05)}

@@ -19,11 +19,11 @@ from dataclasses import dataclass
 import numpy as np
 from loguru import logger
 
-from steer_heal.arms import Arm
-from steer_heal.bootstrap import interval
 from steer_heal.choices import choice_log_probs
 from steer_heal.config import EvalConfig, UserError
 from steer_heal.data import FOUNDATIONS, vignettes
+from steer_heal.eval.arms import Arm
+from steer_heal.eval.intervals import interval
 from steer_heal.lm import LM, steering
 
 NAMES = tuple(FOUNDATIONS)

@@ -9,10 +9,10 @@ import statistics
 
 import numpy as np
 
-from steer_heal.bootstrap import fired_shares, interval, log_mean_over, paired, trait_over
 from steer_heal.data import FOUNDATIONS
-from steer_heal.plain import coherence_cost
-from steer_heal.verdict import care_over_authority, expressible, validity, verdict
+from steer_heal.eval.intervals import interval, log_mean_over, paired, trait_over
+from steer_heal.eval.opponents import coherence_cost
+from steer_heal.eval.verdict import care_over_authority, expressible, validity, verdict
 
 UNITS = {"contrast": "nats/token", "yes_no": "nats"}  # of a trait score, by instrument
 NOT_SUMMED = ("arm", "instrument", "dose", "items", "asked", "demos")
@@ -88,3 +88,11 @@ def over(arm: dict, other: dict) -> dict:
     common = [key for key in arm["items"] if key in other["items"] and key != "profile"]
     changes = {key: paired(arm, other, key) for key in common}
     return {key: {"mean": float(change.mean()), "ci": interval(change)} for key, change in changes.items()}
+
+
+def fired_shares(records: list[dict]) -> dict[str, float]:
+    """Shares of the steps on which the divergence was above tau, and the anchor's above its own."""
+    return {
+        "barrier_fired_share": sum(r["fired"] for r in records) / len(records),
+        "anchor_fired_share": sum(r["anchor_fired"] for r in records) / len(records),
+    }

@@ -23,14 +23,14 @@ from collections.abc import Callable, Iterable
 import numpy as np
 
 from steer_heal import data
-from steer_heal.arms import Arm
 from steer_heal.bake.student import Student
-from steer_heal.bootstrap import interval
 from steer_heal.choices import choice_log_probs
 from steer_heal.coherence import LOOPS, STYLES, judge
 from steer_heal.config import EvalConfig
 from steer_heal.data import Contrast, Trait, YesNo, bystanders, canary, neutral
-from steer_heal.foundations import Reading, described, read_profile
+from steer_heal.eval.arms import Arm
+from steer_heal.eval.foundations import Reading, described, read_profile
+from steer_heal.eval.intervals import interval
 from steer_heal.generate import decode
 from steer_heal.lm import LM, Row, row_nll
 from steer_heal.packing import packed

@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
+from scipy.optimize import brentq
 from scipy.special import stdtrit
 
 RESAMPLES = 10_000
@@ -103,9 +104,30 @@ def correlation(a: np.ndarray, b: np.ndarray) -> float:
     return float(np.mean((a - np.mean(a)) * (b - np.mean(b))) / spread) if spread > 0 else float("nan")
 
 
-def fired_shares(records: list[dict]) -> dict[str, float]:
-    """Shares of the steps on which the divergence was above tau, and the anchor's above its own."""
-    return {
-        "barrier_fired_share": sum(r["fired"] for r in records) / len(records),
-        "anchor_fired_share": sum(r["anchor_fired"] for r in records) / len(records),
-    }
+def relative(value: float, base: float) -> float:
+    """value / base; NaN where the base has none, as random models may."""
+    return value / base if base else float("nan")
+
+
+def ratio(above: np.ndarray, below: np.ndarray) -> tuple[float, float, float]:
+    """Ratio of two means with its 95% interval, over seeds and items, [s, n] each; infinite where `below` may be zero.
+
+    The interval holds the ratios k for which `above - k * below` may be zero (Fieller, J. R. Stat. Soc. B 16, 1954).
+    Where `below` may be zero and `above` may not, these are two rays, one for either sign of `below`; the interval is
+    the ray of the mean.
+    """
+    if below.mean() < 0:
+        above, below = -above, -below
+    mean = float(above.mean() / below.mean())
+
+    def end(side: int, far: float) -> float:
+        def edge(k: float) -> float:
+            return across_seeds(above - k * below)["ci"][side]
+
+        still_zero = edge(far) <= 0 if side == 0 else edge(far) >= 0
+        begin = mean - 1e-9 * (far - mean)  # at the mean itself an edge may be zero
+        return math.copysign(math.inf, far) if still_zero else float(brentq(edge, begin, far, rtol=1e-4))
+
+    reach = 100 * max(1.0, abs(mean))
+    low, high = across_seeds(above)["ci"]
+    return mean, end(0, 0.0 if low > 0 else mean - reach), end(1, 0.0 if high < 0 else mean + reach)

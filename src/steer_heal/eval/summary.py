@@ -9,12 +9,12 @@ import polars as pl
 import torch
 from loguru import logger
 
-from steer_heal.bootstrap import fired_shares, trait_over
 from steer_heal.config import FIRED_FLOOR, HealConfig, RunConfig
 from steer_heal.data import Trait
-from steer_heal.record import UNITS, arms_record
-from steer_heal.steer import cosine
-from steer_heal.verdict import expressible, verdict
+from steer_heal.eval.geometry import cosine
+from steer_heal.eval.intervals import trait_over
+from steer_heal.eval.record import UNITS, arms_record, fired_shares
+from steer_heal.eval.verdict import expressible, verdict
 
 STAGES = {
     "extract": ("vector",),

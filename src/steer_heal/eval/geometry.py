@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from steer_heal.bake.student import Student
-from steer_heal.lm import AnyVector, Row, Vector, last_token_states
+from steer_heal.lm import AnyVector, ForeignVector, Row, Vector, last_token_states
 from steer_heal.steer import token_kl
 
 
@@ -71,3 +71,10 @@ def _cosine(shift: Float[Tensor, "l d"], vector: AnyVector) -> float | None:
     if not isinstance(vector, Vector):
         return None
     return torch.cosine_similarity(shift, vector.direction.to(shift), dim=-1).mean().item()
+
+
+def cosine(a: AnyVector, b: AnyVector) -> float | None:
+    """Mean over layers of the cosine between two vectors of the same band; None for another library's."""
+    if isinstance(a, ForeignVector) or isinstance(b, ForeignVector):
+        return None
+    return float(torch.cosine_similarity(a.direction, b.direction, dim=-1).mean())

@@ -14,8 +14,8 @@ from itertools import pairwise
 
 import numpy as np
 
-from steer_heal.bootstrap import trait_over
 from steer_heal.config import DoseConfig
+from steer_heal.eval.intervals import trait_over
 
 LEAST_COST = 0.03
 READINGS = 3
