@@ -34,7 +34,8 @@ from steer_heal.eval.opponents import (
     plain_doses,
 )
 from steer_heal.generate import MOST_ROWS, rows_that_fit
-from steer_heal.heal import Example, heal, prepare, prepare_anchors, with_tau
+from steer_heal.heal.examples import Example, prepare, prepare_anchors, with_tau
+from steer_heal.heal.train import heal
 from steer_heal.lm import LM, AnyVector, Row, Steering
 from steer_heal.memory import give_back_freed_memory
 from steer_heal.rundir import RunDir

@@ -15,9 +15,10 @@ from pathlib import Path
 import torch
 
 from steer_heal.bake.student import Student
-from steer_heal.barrier import KL_EPS
 from steer_heal.config import HealConfig, ModelConfig
-from steer_heal.heal import Example, Multipliers, _accumulate
+from steer_heal.heal.barrier import KL_EPS
+from steer_heal.heal.examples import Example
+from steer_heal.heal.step import Multipliers, accumulate
 from steer_heal.lm import Row
 from steer_heal.loading import load
 
@@ -131,7 +132,7 @@ def _ours(student: Student, ids: torch.Tensor, start: int) -> Callable[[], None]
     with student.view(now=0.0):
         reference = student.lm.states(rows, len(rows))
     examples = [Example(row, states, None) for row, states in zip(rows, reference, strict=True)]
-    return lambda: _accumulate(student.lm, examples, CONFIG, Multipliers(1.0, 1.0))
+    return lambda: accumulate(student.lm, examples, CONFIG, Multipliers(1.0, 1.0))
 
 
 def _folded() -> dict:

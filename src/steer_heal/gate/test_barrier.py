@@ -5,8 +5,8 @@ import itertools
 import pytest
 import torch
 
-from steer_heal import barrier
-from steer_heal.barrier import aggregate, hinge, position_losses
+from steer_heal.heal import barrier
+from steer_heal.heal.barrier import aggregate, hinge, position_losses
 from steer_heal.lm import Head
 
 N, D, V = 23, 8, 50

@@ -18,13 +18,13 @@ from transformers import Gemma3Config, Gemma3ForConditionalGeneration, Gemma3Tex
 
 from steer_heal import data, generate, loading
 from steer_heal.bake.student import Student
-from steer_heal.barrier import position_losses
 from steer_heal.choices import choice_log_probs
 from steer_heal.config import ModelConfig
 from steer_heal.data import load_trait
 from steer_heal.eval.arms import Arm
 from steer_heal.eval.instruments import contrast_scores
 from steer_heal.generate import decode
+from steer_heal.heal.barrier import position_losses
 from steer_heal.lm import Row, Steering, row_nll
 from steer_heal.loading import load
 from steer_heal.packing import packed
