@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 import steer_heal
-from steer_heal.lm import LM
+from steer_heal.model.lm import LM
 
 PACKAGES = ("steer_heal", "torch", "transformers", "tokenizers", "peft", "bitsandbytes", "accelerate", "safetensors")
 

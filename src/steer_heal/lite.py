@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from steer_heal.config import UserError
-from steer_heal.lm import LM, ForeignVector
+from steer_heal.model.lm import LM
+from steer_heal.model.steering import ForeignVector
 
 PREFIX = "lite:"
 

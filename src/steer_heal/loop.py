@@ -26,7 +26,7 @@ from steer_heal.eval.summary import (
     summarise,
     verdict_line,
 )
-from steer_heal.lm import LM
+from steer_heal.model.lm import LM
 from steer_heal.rundir import RunDir
 from steer_heal.stages import (
     anchor_stage,

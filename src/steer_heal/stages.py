@@ -33,11 +33,12 @@ from steer_heal.eval.opponents import (
     fitting,
     plain_doses,
 )
-from steer_heal.generate import MOST_ROWS, rows_that_fit
 from steer_heal.heal.examples import Example, prepare, prepare_anchors, with_tau
 from steer_heal.heal.train import heal
-from steer_heal.lm import LM, AnyVector, Row, Steering
-from steer_heal.memory import give_back_freed_memory
+from steer_heal.model.decode import MOST_ROWS, rows_that_fit
+from steer_heal.model.lm import LM, Row
+from steer_heal.model.memory import give_back_freed_memory
+from steer_heal.model.steering import AnyVector, Steering
 from steer_heal.rundir import RunDir
 from steer_heal.steer import Extraction, extract, prompts_read, read_vector, write_vector
 from steer_heal.terminal import progress

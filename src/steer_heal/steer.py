@@ -22,7 +22,9 @@ from torch import Tensor
 from steer_heal import lite
 from steer_heal.config import SteerConfig
 from steer_heal.lite import LiteVector
-from steer_heal.lm import HEAD_CHUNK, LM, AnyVector, Head, Vector, last_token_states
+from steer_heal.model.forward import last_token_states
+from steer_heal.model.lm import LM
+from steer_heal.model.steering import AnyVector, Vector
 
 States = Float[Tensor, "n l d"]
 
@@ -51,7 +53,7 @@ def ablation(positive: States, negative: States, plain: States) -> Float[Tensor,
 class Method(NamedTuple):
     direction: Callable[[States, States, States], Float[Tensor, "l d"]]
     operation: str
-    """what the hook does with the direction: see `lm.Vector`"""
+    """what the hook does with the direction: see `model.steering.Vector`"""
 
 
 METHODS = {
@@ -156,19 +158,6 @@ def auc(high: Float[Tensor, "n"], low: Float[Tensor, "m"]) -> float:
     """Probability that one of `high` exceeds one of `low`, ties counted half."""
     difference = high[:, None] - low[None, :]
     return ((difference > 0).double().mean() + (difference == 0).double().mean() / 2).item()
-
-
-def token_kl(
-    head: Head, steered: list[Float[Tensor, "_ d"]], plain: list[Float[Tensor, "_ d"]]
-) -> list[Float[Tensor, "_"]]:
-    """KL(steered || plain) in nats at every position, from hidden states, a chunk of logits at a time."""
-    out = []
-    with torch.no_grad():
-        pairs = zip(torch.cat(steered).split(HEAD_CHUNK), torch.cat(plain).split(HEAD_CHUNK), strict=True)
-        for a, b in pairs:
-            log_p, log_q = head(a).log_softmax(-1), head(b).log_softmax(-1)
-            out.append(torch.linalg.vecdot(log_p.exp(), log_p - log_q))
-    return list(torch.cat(out).cpu().split([len(states) for states in steered]))
 
 
 def write_vector(path: Path, extraction: Extraction) -> None:

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 
 from steer_heal.bake.lowrank import Factors, compress
 from steer_heal.config import HealConfig
-from steer_heal.lm import LM
+from steer_heal.model.lm import LM
 
 TARGET_MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 NOW = "now"

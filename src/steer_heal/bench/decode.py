@@ -11,10 +11,11 @@ import torch
 from steer_heal import data
 from steer_heal.bench import filter as filterproof
 from steer_heal.config import FilterConfig
-from steer_heal.generate import Sampling, decode
-from steer_heal.lm import LM, Steering, steering
-from steer_heal.loading import load
-from steer_heal.packing import packed
+from steer_heal.model.decode import Sampling, decode
+from steer_heal.model.lm import LM
+from steer_heal.model.loading import load
+from steer_heal.model.packing import packed
+from steer_heal.model.steering import Steering, steering
 from steer_heal.presets import PRESETS
 from steer_heal.steer import extract
 
@@ -87,7 +88,7 @@ def _weight_products(lm: LM, rows: int, steps: int) -> None:
 
 
 def filter(preset: str) -> dict:
-    """The filter against the labels: see `filterproof`. Scores under the preset's base model, weights as committed.
+    """The filter against the labels: see `bench.filter`. Scores under the preset's base model, weights as committed.
 
     Returns the held-out table, each score's best recall at precision 0.9 and precision at recall 0.97, the sweep of
     the log-odds, and the weights that the tuning half would give under this model.

@@ -14,8 +14,8 @@ from steer_heal.config import EvalConfig
 from steer_heal.eval.arms import Arm
 from steer_heal.eval.foundations import BEGUN, question
 from steer_heal.eval.instruments import NO, YES, YES_NO_FORM, evaluate, instruments, spread
-from steer_heal.lm import LM
-from steer_heal.loading import load
+from steer_heal.model.lm import LM
+from steer_heal.model.loading import load
 from steer_heal.presets import PRESETS
 
 EVERY = 8  # the plain loop reads every eighth item; it would take half an hour otherwise

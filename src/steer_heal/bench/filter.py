@@ -16,7 +16,7 @@ import torch
 from steer_heal import coherence, data
 from steer_heal.coherence import Scores, Surprise, score, surprises, verdict
 from steer_heal.config import FilterConfig
-from steer_heal.lm import LM, Row
+from steer_heal.model.lm import LM, Row
 
 MODEL_SCORES = ("ppl", "tail_ppl", "surge", "entropy", "confusion", "relevance")
 CONTRASTED = ("coherent", "broken")  # narration and refusals are fluent; patterns find them, not the log-odds

@@ -19,8 +19,9 @@ from steer_heal.config import HealConfig, ModelConfig
 from steer_heal.heal.barrier import KL_EPS
 from steer_heal.heal.examples import Example
 from steer_heal.heal.step import Multipliers, accumulate
-from steer_heal.lm import Row
-from steer_heal.loading import load
+from steer_heal.model.forward import states
+from steer_heal.model.lm import Row
+from steer_heal.model.loading import load
 
 ALTERNATIVES = ("naive", "sft", "ours")
 TURNS = 2  # processes an alternative
@@ -130,14 +131,14 @@ def _sft(student: Student, ids: torch.Tensor, start: int) -> Callable[[], None]:
 def _ours(student: Student, ids: torch.Tensor, start: int) -> Callable[[], None]:
     rows = [Row(row[:start], row[start:]) for row in ids.tolist()]
     with student.view(now=0.0):
-        reference = student.lm.states(rows, len(rows))
+        reference = states(student.lm, rows, len(rows))
     examples = [Example(row, states, None) for row, states in zip(rows, reference, strict=True)]
     return lambda: accumulate(student.lm, examples, CONFIG, Multipliers(1.0, 1.0))
 
 
 def _folded() -> dict:
     """Decoding after 1 and after 8 folded rounds, stacked and at a fixed rank, relative to 1."""
-    from steer_heal.generate import decode
+    from steer_heal.model.decode import decode
 
     rows, tokens = DECODED
     students = {}

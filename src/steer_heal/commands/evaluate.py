@@ -17,7 +17,7 @@ from steer_heal.eval.instruments import instruments, read_arm
 from steer_heal.eval.record import arm_record
 from steer_heal.eval.summary import arm_table, validity_table
 from steer_heal.eval.verdict import expressible, validity, verdict
-from steer_heal.loading import load
+from steer_heal.model.loading import load
 from steer_heal.rundir import EVENTS, RunDir
 
 

@@ -8,7 +8,7 @@ from steer_heal.bake.student import Student
 from steer_heal.card import model_card
 from steer_heal.config import ModelConfig, UserError
 from steer_heal.files import write_text
-from steer_heal.loading import load
+from steer_heal.model.loading import load
 from steer_heal.report import load as read_run
 from steer_heal.resume import opened
 from steer_heal.rundir import rounds_done

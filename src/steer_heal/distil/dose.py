@@ -20,8 +20,10 @@ from torch import Tensor
 from steer_heal.bake.student import Student
 from steer_heal.config import DistilConfig, DoseConfig, FilterConfig
 from steer_heal.distil.sample import Exhausted, Progress, sample
-from steer_heal.lm import LM, AnyVector, Row, Steering
-from steer_heal.steer import token_kl
+from steer_heal.model.forward import states
+from steer_heal.model.likelihood import token_kl
+from steer_heal.model.lm import LM, Row
+from steer_heal.model.steering import AnyVector, Steering
 
 ISO_KL_TOLERANCE = 0.05  # share of the target by which the dose found may miss it
 ISO_KL_PASSES = 12  # scoring passes; the secant in log-log needs three to five
@@ -40,9 +42,9 @@ def iso_kl(
     Returns {"dose", "kl", "kl_p95"}: the curve at the distinct doses, ascending; dose and kl are None when the curve
     does not cross the target between the smallest and the largest positive dose.
     """
-    plain = lm.states(rows, batch_size)
+    plain = states(lm, rows, batch_size)
     given = torch.tensor(doses, dtype=torch.float32)
-    kl = token_kl(lm.head, lm.states(rows, batch_size, Steering(vector, given)), plain)
+    kl = token_kl(lm.head, states(lm, rows, batch_size, Steering(vector, given)), plain)
     grid = sorted(set(doses))
     members = {dose: [i for i, d in enumerate(doses) if d == dose] for dose in grid}
     curve = [p95(torch.cat([kl[i] for i in members[dose]])) for dose in grid]
@@ -55,7 +57,7 @@ def iso_kl(
     chosen, reference = [rows[i] for i in nearest], [plain[i] for i in nearest]
 
     def at(dose: float) -> float:
-        steered = lm.states(chosen, batch_size, Steering(vector, torch.full((len(chosen),), dose)))
+        steered = states(lm, chosen, batch_size, Steering(vector, torch.full((len(chosen),), dose)))
         return p95(torch.cat(token_kl(lm.head, steered, reference)))
 
     points = [(math.log(d), math.log(at(d) / target)) for d in (low, high)]

@@ -11,8 +11,9 @@ import torch
 from steer_heal.bake.student import Student
 from steer_heal.coherence import judge
 from steer_heal.config import DistilConfig, FilterConfig, UserError
-from steer_heal.generate import Sampling, decode
-from steer_heal.lm import AnyVector, Row, Steering
+from steer_heal.model.decode import Sampling, decode
+from steer_heal.model.lm import Row
+from steer_heal.model.steering import AnyVector, Steering
 
 Progress = Callable[[int], None]
 

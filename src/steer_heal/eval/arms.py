@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from steer_heal.lm import AnyVector, Steering
+from steer_heal.model.steering import AnyVector, Steering
 
 
 @dataclass(frozen=True)

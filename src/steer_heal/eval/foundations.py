@@ -19,12 +19,13 @@ from dataclasses import dataclass
 import numpy as np
 from loguru import logger
 
-from steer_heal.choices import choice_log_probs
 from steer_heal.config import EvalConfig, UserError
 from steer_heal.data import FOUNDATIONS, vignettes
 from steer_heal.eval.arms import Arm
 from steer_heal.eval.intervals import interval
-from steer_heal.lm import LM, steering
+from steer_heal.model.answers import choice_log_probs
+from steer_heal.model.lm import LM
+from steer_heal.model.steering import steering
 
 NAMES = tuple(FOUNDATIONS)
 QUESTION = (

@@ -13,8 +13,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from steer_heal.bake.student import Student
-from steer_heal.lm import AnyVector, ForeignVector, Row, Vector, last_token_states
-from steer_heal.steer import token_kl
+from steer_heal.model.forward import last_token_states, states
+from steer_heal.model.likelihood import token_kl
+from steer_heal.model.lm import Row
+from steer_heal.model.steering import AnyVector, ForeignVector, Vector
 
 
 class Base(NamedTuple):
@@ -30,7 +32,7 @@ def read_base(
     student: Student, contexts: list[str], fixed: list[Row], layers: tuple[int, ...], batch_size: int
 ) -> Base:
     with student.view(history=0.0, now=0.0):
-        return Base(_mean(student, contexts, layers, batch_size), student.lm.states(fixed, batch_size))
+        return Base(_mean(student, contexts, layers, batch_size), states(student.lm, fixed, batch_size))
 
 
 def geometry(
@@ -52,8 +54,8 @@ def geometry(
         before = _mean(student, contexts, vector.layers, batch_size)
     with student.view():
         now = _mean(student, contexts, vector.layers, batch_size)
-        states = student.lm.states(fixed, batch_size)
-    kl = torch.cat(token_kl(student.lm.head, states, base.states)).double()
+        hidden = states(student.lm, fixed, batch_size)
+    kl = torch.cat(token_kl(student.lm.head, hidden, base.states)).double()
     return {
         "cos_shift_vector": _cosine(now - before, vector),
         "cos_total_first": _cosine(now - base.mean, first),

@@ -24,16 +24,17 @@ import numpy as np
 
 from steer_heal import data
 from steer_heal.bake.student import Student
-from steer_heal.choices import choice_log_probs
 from steer_heal.coherence import LOOPS, STYLES, judge
 from steer_heal.config import EvalConfig
 from steer_heal.data import Contrast, Trait, YesNo, bystanders, canary, neutral
 from steer_heal.eval.arms import Arm
 from steer_heal.eval.foundations import Reading, described, read_profile
 from steer_heal.eval.intervals import interval
-from steer_heal.generate import decode
-from steer_heal.lm import LM, Row, row_nll
-from steer_heal.packing import packed
+from steer_heal.model.answers import choice_log_probs
+from steer_heal.model.decode import decode
+from steer_heal.model.likelihood import row_nll
+from steer_heal.model.lm import LM, Row
+from steer_heal.model.packing import packed
 from steer_heal.terminal import progress
 
 CORE = ("contrast", "yes_no", "neutral", "demos")

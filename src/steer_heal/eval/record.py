@@ -44,7 +44,7 @@ def arms_record(
     """Arms, rounds, validity of the instruments and verdicts; of an unfinished run, what is there so far.
 
     `plain` has the base plainly steered, dose by dose. A round has {"dose", "completions", "heal", "steered", "healed",
-    "geometry"} and, where it was asked for, "equal" and "same_trait": see `plain`.
+    "geometry"} and, where it was asked for, "equal" and "same_trait": see `opponents`.
     """
     unit = UNITS[base["instrument"]] if base else None
     named = {"base": base, "prompted": prompted, "negative": negative}

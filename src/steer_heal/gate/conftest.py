@@ -13,7 +13,7 @@ warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
 @pytest.fixture
 def lm():
     """A fresh tiny random gemma-3 in float32 on the CPU."""
-    from steer_heal.loading import load
+    from steer_heal.model.loading import load
     from steer_heal.presets import PRESETS
 
     return load(PRESETS["tiny-random"].model)
@@ -37,7 +37,7 @@ def vector(lm):
     """A steering vector strong enough to change what the tiny model writes."""
     import torch
 
-    from steer_heal.lm import Vector
+    from steer_heal.model.steering import Vector
 
     generator = torch.Generator().manual_seed(1)
     return Vector((1, 2), 8.0 * torch.randn(2, 64, generator=generator))

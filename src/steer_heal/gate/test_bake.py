@@ -10,7 +10,7 @@ from peft import PeftModel
 from steer_heal.bake.lowrank import compress
 from steer_heal.bake.student import Student
 from steer_heal.config import HealConfig
-from steer_heal.loading import load
+from steer_heal.model.loading import load
 from steer_heal.presets import PRESETS
 
 CONFIG = replace(PRESETS["tiny-random"].heal, r=4, alpha=8)

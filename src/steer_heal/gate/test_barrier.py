@@ -7,7 +7,7 @@ import torch
 
 from steer_heal.heal import barrier
 from steer_heal.heal.barrier import aggregate, hinge, position_losses
-from steer_heal.lm import Head
+from steer_heal.model.lm import Head
 
 N, D, V = 23, 8, 50
 CASES = list(itertools.product(["kl_fwd", "kl_rev", "nll"], ["mean", "rmse", "p95", "max"], [None, 5.0], [False, True]))

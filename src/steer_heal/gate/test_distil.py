@@ -15,7 +15,7 @@ from steer_heal.distil import dose as dose_module
 from steer_heal.distil import sample as sample_module
 from steer_heal.distil.dose import dose_curve, largest_dose, require_dose
 from steer_heal.distil.sample import distil, require_training_set
-from steer_heal.lm import Row
+from steer_heal.model.lm import Row
 
 LIMITS = FilterConfig()
 

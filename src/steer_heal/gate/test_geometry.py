@@ -9,7 +9,7 @@ from steer_heal.bake.student import Student
 from steer_heal.data import neutral
 from steer_heal.eval.geometry import geometry, read_base
 from steer_heal.eval.instruments import neutral_rows
-from steer_heal.lm import Vector
+from steer_heal.model.steering import Vector
 from steer_heal.presets import PRESETS
 
 HEAL = replace(PRESETS["tiny-random"].heal, r=2)

@@ -15,7 +15,8 @@ from steer_heal.heal import train as heal_module
 from steer_heal.heal.examples import prepare, prepare_anchors, with_tau
 from steer_heal.heal.step import Multipliers, accumulate, loss_terms
 from steer_heal.heal.train import NonFinite, _epoch_batches, check_optimiser, heal, recomputation
-from steer_heal.lm import Row, Steering
+from steer_heal.model.lm import Row
+from steer_heal.model.steering import Steering
 from steer_heal.presets import PRESETS
 
 BASE = replace(PRESETS["tiny-random"].heal, tau=0.0, anchor_tau=0.0, lam=2.0)

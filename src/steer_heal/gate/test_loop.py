@@ -18,7 +18,7 @@ from steer_heal.distil.sample import Exhausted
 from steer_heal.environment import environment
 from steer_heal.files import read_jsonl
 from steer_heal.gate.soak import timeless
-from steer_heal.loading import load
+from steer_heal.model.loading import load
 from steer_heal.presets import PRESETS
 from steer_heal.resume import create
 from steer_heal.terminal import MODULE
@@ -185,7 +185,7 @@ def test_a_stopped_run_says_how_to_go_on(tmp_path, how):
 
 
 def test_a_model_without_a_chat_template_is_refused(tmp_path):
-    from steer_heal.tiny import build_random
+    from steer_heal.model.random_weights import build_random
 
     build_random("tiny", tmp_path)
     (tmp_path / "chat_template.jinja").unlink()

@@ -16,7 +16,7 @@ import torch
 from loguru import logger
 
 import steer_heal
-from steer_heal import data, generate, stages
+from steer_heal import data, stages
 from steer_heal.cli import main
 from steer_heal.commands import run as runner
 from steer_heal.config import UserError
@@ -24,7 +24,8 @@ from steer_heal.environment import commit, environment
 from steer_heal.files import writing
 from steer_heal.gate.folders import cut
 from steer_heal.gate.soak import WORDS, result
-from steer_heal.loading import load
+from steer_heal.model import decode as generate
+from steer_heal.model.loading import load
 from steer_heal.presets import PRESETS
 from steer_heal.report import build
 from steer_heal.resume import create

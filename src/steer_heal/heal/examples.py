@@ -16,7 +16,9 @@ from torch import Tensor
 from steer_heal.bake.student import Student
 from steer_heal.config import HealConfig, UserError
 from steer_heal.heal.barrier import aggregate, position_losses
-from steer_heal.lm import LM, Row, Steering
+from steer_heal.model.forward import states
+from steer_heal.model.lm import LM, Row
+from steer_heal.model.steering import Steering
 
 
 @dataclass(frozen=True)
@@ -40,13 +42,13 @@ def prepare(
     rows = [_cut(row, config.max_len) for row in rows]
     history = 1.0 if config.reference == "prev" else 0.0
     with student.view(history=history, now=0.0):
-        reference = lm.states(rows, batch_size) if config.reg != "nll" else [None] * len(rows)
+        reference = states(lm, rows, batch_size) if config.reg != "nll" else [None] * len(rows)
     with student.view(now=0.0):
         if config.target == "mirrored":
             teacher = _mirrored(lm, rows, steering_, config.gain, batch_size)
         else:
             asked = config.target == "soft" or config.tau == "auto"
-            teacher = lm.states(rows, batch_size, steering_) if asked else [None] * len(rows)
+            teacher = states(lm, rows, batch_size, steering_) if asked else [None] * len(rows)
     return [Example(*parts) for parts in zip(rows, reference, teacher, strict=True)]
 
 
@@ -59,7 +61,7 @@ def _mirrored(lm: LM, rows: list[Row], steering_: Steering, gain: float, batch_s
     are soft-capped the mix is made before the cap.
     """
     back = Steering(steering_.vector, -steering_.dose)
-    plain, ahead, behind = (lm.states(rows, batch_size, way) for way in (None, steering_, back))
+    plain, ahead, behind = (states(lm, rows, batch_size, way) for way in (None, steering_, back))
     return [h + gain / 2 * (a - b) for h, a, b in zip(plain, ahead, behind, strict=True)]
 
 
@@ -90,7 +92,8 @@ def prepare_anchors(student: Student, rows: list[Row], batch_size: int) -> list[
     """Anchor examples: mundane completions with the pristine base's states. The same in every round."""
     with student.view(history=0.0, now=0.0):
         return [
-            Example(row, h, None, anchor=True) for row, h in zip(rows, student.lm.states(rows, batch_size), strict=True)
+            Example(row, h, None, anchor=True)
+            for row, h in zip(rows, states(student.lm, rows, batch_size), strict=True)
         ]
 
 

@@ -17,7 +17,9 @@ from torch import Tensor
 from steer_heal.config import HealConfig
 from steer_heal.heal.barrier import aggregate, hinge, position_losses
 from steer_heal.heal.examples import Example, length
-from steer_heal.lm import LM, shared_prefix
+from steer_heal.model.batching import shared_prefix
+from steer_heal.model.forward import forward
+from steer_heal.model.lm import LM
 
 DUAL_PULL = 2.0  # dual: weight added at once when D is twice tau; a round is too short to wait for the multiplier alone
 
@@ -115,7 +117,7 @@ def _losses(lm: LM, part: list[Example], config: HealConfig) -> tuple[Float[Tens
     rows = [e.row for e in part]
     # What is recomputed in the backward pass cannot come from a cache.
     shared = 0 if lm.model.is_activation_checkpointing else shared_prefix([row.prompt for row in rows], multiple=1)
-    states = lm.forward(rows, shared=shared, multiple=1)
+    states = forward(lm, rows, shared=shared, multiple=1)
     own = sum(not e.anchor for e in part)
     losses = []
     for group, h in ((part[:own], states[:own]), (part[own:], states[own:])):

@@ -22,7 +22,8 @@ from steer_heal.bake.student import Student
 from steer_heal.config import HealConfig, UserError
 from steer_heal.heal.examples import Example, length
 from steer_heal.heal.step import Multipliers, accumulate
-from steer_heal.lm import LM, row_nll
+from steer_heal.model.likelihood import row_nll
+from steer_heal.model.lm import LM
 
 BETAS = (0.9, 0.95)  # a round is a few hundred steps at most; 0.999 would never warm up
 CLIP = 1.0

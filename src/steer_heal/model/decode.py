@@ -23,8 +23,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
-from steer_heal.lm import LM, Steering, batches, filled, left_padded, rounded, shared_left_padded, steering
-from steer_heal.packing import packed
+from steer_heal.model.batching import batches, filled, left_padded, rounded, shared_left_padded
+from steer_heal.model.forward import prefix
+from steer_heal.model.lm import LM
+from steer_heal.model.packing import packed
+from steer_heal.model.steering import Steering, steering
 
 COMPACT_SHARE = 0.8  # rows are dropped from the batch when fewer than this share still write
 
@@ -148,9 +151,9 @@ def _decode_batch(lm, prompts, padded, rows, dose, dial, max_new_tokens, samplin
     dose = None if dose is None else dose[slots]
     cache = Cache(layers=[_Buffer(mask.shape[1] + max_new_tokens) for _ in lm.blocks])
     if shared:
-        start = lm.prefix(prompts[0][:shared], dial, dose)
-        for layer, prefix in zip(cache.layers, start.layers, strict=True):
-            layer.update(*(x.expand(len(slots), -1, -1, -1) for x in (prefix.keys, prefix.values)))
+        start = prefix(lm, prompts[0][:shared], dial, dose)
+        for layer, begun in zip(cache.layers, start.layers, strict=True):
+            layer.update(*(x.expand(len(slots), -1, -1, -1) for x in (begun.keys, begun.values)))
     written: list[list[int]] = [[] for _ in prompts]
     ended = [False] * len(prompts)
 

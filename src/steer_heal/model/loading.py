@@ -29,9 +29,9 @@ from transformers.utils import logging as transformers_logging
 
 from steer_heal.config import ModelConfig, UserError, nearest
 from steer_heal.files import writing
-from steer_heal.lm import LM
-from steer_heal.memory import keep_freed_memory
-from steer_heal.tiny import RANDOM_ARCHITECTURES, build_random
+from steer_heal.model.lm import LM
+from steer_heal.model.memory import keep_freed_memory
+from steer_heal.model.random_weights import RANDOM_ARCHITECTURES, build_random
 
 transformers_logging.set_verbosity_error()
 transformers_logging.disable_progress_bar()

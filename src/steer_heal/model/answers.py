@@ -14,20 +14,11 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
-from steer_heal.lm import (
-    LM,
-    ROUND,
-    Dial,
-    Padded,
-    Steering,
-    batches,
-    filled,
-    left_padded,
-    rounded,
-    shared_left_padded,
-    steering,
-    token_nll,
-)
+from steer_heal.model.batching import ROUND, Padded, batches, filled, left_padded, rounded, shared_left_padded
+from steer_heal.model.forward import prefix
+from steer_heal.model.likelihood import token_nll
+from steer_heal.model.lm import LM
+from steer_heal.model.steering import Dial, Steering, steering
 
 ANSWER_ROUND = 4  # in place of ROUND: most answers are a word or two
 
@@ -69,7 +60,7 @@ def _score(
     shared, ids, mask, position = padded
     cache = DynamicCache()
     if shared:
-        cache = lm.prefix(prompts[0][:shared], dial, dose)
+        cache = prefix(lm, prompts[0][:shared], dial, dose)
         if dose is None:
             cache.batch_repeat_interleave(len(prompts))
     if dose is not None:
@@ -101,7 +92,7 @@ def _score(
 def _rest(lm, answers, width, cache, mask, last, dose, dial) -> list[Tensor]:
     """Log-probabilities of the second and later tokens of (row, answer) pairs, each from its row's keys and values.
 
-    All are `width` tokens wide, and there are as many rows as make the tokens a multiple of ROUND, see `lm.rounded`.
+    All are `width` tokens wide, and there are as many rows as make the tokens a multiple of ROUND, see `batching.rounded`.
     """
     lengths = [len(answer) - 1 for _, answer in answers]
     answers = filled(answers, ROUND // math.gcd(ROUND, width))

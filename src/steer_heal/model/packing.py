@@ -14,7 +14,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from steer_heal.lm import LM
+from steer_heal.model.lm import LM
 
 PACK_ROWS = 64  # rows that the layout is chosen for
 PACK_FROM_TOKENS = 1024  # laying out the weights costs about as long as this many tokens save
