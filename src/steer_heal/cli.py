@@ -158,8 +158,8 @@ def app(
 
         Example: steer-heal run smollm2-135m --trait mine.toml --rounds 4 --seed 1
         """
-        from steer_heal import report as reporting
         from steer_heal.commands.run import run as carry_out
+        from steer_heal.report import page as reporting
 
         if preset != chosen:
             raise UserError(f"the preset comes first: steer-heal run {preset} ...")
@@ -295,7 +295,7 @@ def app(
         Args:
             run: the run folder.
         """
-        from steer_heal import report as reporting
+        from steer_heal.report import page as reporting
 
         print(reporting.build(Path(run)))
 
@@ -383,7 +383,7 @@ def app(
         if json is not None:
             Path(json).write_text(dumps(measured, indent=1), "utf-8")
         if figure is not None and what == "filter":
-            from steer_heal.figures import threshold_figure
+            from steer_heal.report.figures import threshold_figure
 
             threshold_figure(measured["sweep"]).write_html(figure, include_plotlyjs=True)
         print(dumps({key: value for key, value in measured.items() if key != "sweep"}, indent=1))

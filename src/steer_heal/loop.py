@@ -12,21 +12,13 @@ from loguru import logger
 
 from steer_heal import data
 from steer_heal.bake.student import Student
-from steer_heal.card import model_card
 from steer_heal.config import RunConfig
 from steer_heal.distil.sample import Exhausted
 from steer_heal.eval.arms import Arm
-from steer_heal.eval.summary import (
-    arm_table,
-    barrier_warning,
-    demo_rows,
-    headline,
-    last_verdict,
-    peak_memory,
-    summarise,
-    verdict_line,
-)
+from steer_heal.eval.summary import barrier_warning, demo_rows, headline, last_verdict, peak_memory, summarise
 from steer_heal.model.lm import LM
+from steer_heal.report.card import model_card
+from steer_heal.report.tables import arm_table, verdict_line
 from steer_heal.rundir import RunDir
 from steer_heal.stages import (
     anchor_stage,

@@ -11,8 +11,8 @@ import polars as pl
 from steer_heal.config import flat
 from steer_heal.eval.intervals import across_seeds
 from steer_heal.eval.verdict import COHERENCE
-from steer_heal.figures import coherence_figure, frontier_figure, paths_figure, trajectory_figure
-from steer_heal.markup import filled, panel, safe, section, stacked, table_of
+from steer_heal.report.figures import coherence_figure, frontier_figure, paths_figure, trajectory_figure
+from steer_heal.report.html import filled, panel, safe, section, stacked, table_of
 from steer_heal.results import Found
 
 WHY = """Means over the seeds. Bars and bands: 95% intervals over seeds and items. Against plain steering: the base

@@ -15,9 +15,9 @@ from steer_heal.data import Trait, load_trait, restored
 from steer_heal.eval.arms import Arm
 from steer_heal.eval.instruments import instruments, read_arm
 from steer_heal.eval.record import arm_record
-from steer_heal.eval.summary import arm_table, validity_table
 from steer_heal.eval.verdict import expressible, validity, verdict
 from steer_heal.model.loading import load
+from steer_heal.report.tables import arm_table, validity_table
 from steer_heal.rundir import EVENTS, RunDir
 
 

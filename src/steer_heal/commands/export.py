@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 from steer_heal.bake.student import Student
-from steer_heal.card import model_card
 from steer_heal.config import ModelConfig, UserError
 from steer_heal.files import write_text
 from steer_heal.model.loading import load
-from steer_heal.report import load as read_run
+from steer_heal.report.card import model_card
 from steer_heal.resume import opened
 from steer_heal.rundir import rounds_done
+from steer_heal.runs.reading import load as read_run
 
 
 def export(folder: Path, to: Path, round_: int | None, merge: bool) -> None:

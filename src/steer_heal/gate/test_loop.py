@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from steer_heal import data, loop, report, results, stages
+from steer_heal import data, loop, results, stages
 from steer_heal.cli import main
 from steer_heal.config import HealConfig, ModelConfig, UserError
 from steer_heal.distil.sample import Exhausted
@@ -20,7 +20,9 @@ from steer_heal.files import read_jsonl
 from steer_heal.gate.soak import timeless
 from steer_heal.model.loading import load
 from steer_heal.presets import PRESETS
+from steer_heal.report import page as report
 from steer_heal.resume import create
+from steer_heal.runs.reading import load as read_run
 from steer_heal.terminal import MODULE
 
 TINY = replace(PRESETS["tiny-random"], heal=replace(PRESETS["tiny-random"].heal, target="soft", anchor="neutral"))
@@ -84,7 +86,7 @@ def test_a_loop_that_steering_exhausts_ends_with_what_it_has(tmp_path, monkeypat
     assert summary["stopped"].startswith("no dose leaves 68%") and len(summary["rounds"]) == 1
     assert (folder.path / "adapter").is_dir() and not (folder.path / "r01" / "adapter").exists()
     assert "in 1 round:" in (folder.path / "adapter" / "README.md").read_text()
-    page = report.page(report.load(folder.path))
+    page = report.page(read_run(folder.path))
     assert "ended after 1 of 2 rounds" in page and "The loop ended early (no dose leaves 68%" in page
     (found,) = results.scan(tmp_path)
     assert found.rounds == "1 of 2" and found.arm("healed")["arm"] == "healed"

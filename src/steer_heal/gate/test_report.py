@@ -17,14 +17,17 @@ import polars as pl
 import pytest
 from plotly.offline import get_plotlyjs
 
-from steer_heal import overview, report, results
+from steer_heal import overview, results
 from steer_heal.config import HealConfig, UserError
 from steer_heal.eval import intervals
 from steer_heal.eval.intervals import across_seeds, trait_over
 from steer_heal.eval.record import arms_record
-from steer_heal.figures import frontier_figure, paths_figure
 from steer_heal.gate.folders import seal, write_events
-from steer_heal.markup import marked
+from steer_heal.report import page as report
+from steer_heal.report import words
+from steer_heal.report.figures import frontier_figure, paths_figure
+from steer_heal.report.html import marked
+from steer_heal.runs.reading import load
 from steer_heal.sweep import identity
 
 HOSTILE = "<script>alert(1)</script></script><img src=https://example.org/x onerror=alert(2)>\x00 & 'quoted'"
@@ -187,8 +190,8 @@ def test_a_real_browser_draws_the_page(tmp_path: Path, width: int) -> None:
 
 
 def test_verdict_has_the_numbers_of_the_arms(tmp_path: Path) -> None:
-    run = report.load(write_run(tmp_path, mass=0.72, kept_share=0.97, neutral_ppl=20.6))
-    text, kind = report.verdict(run)
+    run = load(write_run(tmp_path, mass=0.72, kept_share=0.97, neutral_ppl=20.6))
+    text, kind = words.verdict(run)
     assert kind == "moved" and text.startswith("Moved. After round 1 (2 of 2) the healed student stands +0.250 nats")
     assert "The system prompt alone moves it by +0.150 (healed is 1.7 times that)" in text  # 0.25 / 0.15
     assert "steering in that round by +0.450 (healed is 56% of that)" in text  # 0.25 / 0.45
@@ -200,7 +203,7 @@ def test_verdict_has_the_numbers_of_the_arms(tmp_path: Path) -> None:
 
 
 def test_verdict_names_the_damage(tmp_path: Path) -> None:
-    text, kind = report.verdict(report.load(write_run(tmp_path, mass=0.1, neutral_ppl=90.0)))
+    text, kind = words.verdict(load(write_run(tmp_path, mass=0.1, neutral_ppl=90.0)))
     assert kind == "broken"
     assert text.startswith("Broken: answer mass 12% of base; neutral perplexity 450% of base.")
 
@@ -208,15 +211,15 @@ def test_verdict_names_the_damage(tmp_path: Path) -> None:
 def test_no_verdict_from_an_instrument_that_is_not_valid(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setitem(CONTRAST, "negative", [0.6, 0.1, 0.8, 0.1])
     folder = write_run(tmp_path)
-    text, kind = report.verdict(report.load(folder))
+    text, kind = words.verdict(load(folder))
     assert kind == "unreadable" and "No verdict: this model cannot express this trait" in text
     assert "no verdict is drawn from it" in report.build(folder).read_text("utf-8")
 
 
 def test_a_prompt_without_effect_is_no_yardstick(tmp_path: Path) -> None:
-    run = report.load(write_run(tmp_path))
+    run = load(write_run(tmp_path))
     run.summary["prompted"]["trait_over_base_ci"] = [-0.1, 0.4]
-    assert "The system prompt alone moves it by +0.150, not measurably; steering" in report.verdict(run)[0]
+    assert "The system prompt alone moves it by +0.150, not measurably; steering" in words.verdict(run)[0]
 
 
 def test_the_evidence_is_on_the_page(tmp_path: Path) -> None:
@@ -234,7 +237,7 @@ def test_unfinished_run(tmp_path: Path) -> None:
     (tmp_path / "summary.json").unlink()
     (tmp_path / "r02" / "healed.json").unlink()
     seal(tmp_path)
-    run = report.load(tmp_path)
+    run = load(tmp_path)
     healed = run.summary["rounds"][-1]["healed"]
     assert healed["trait_over_base"] == pytest.approx(0.25)
     low, high = healed["trait_over_base_ci"]
@@ -259,18 +262,18 @@ def test_diary_shows_the_voice_round_by_round(tmp_path: Path) -> None:
     report.build(write_run(tmp_path))
     lines = (tmp_path / "diary.md").read_text("utf-8").splitlines()
     assert lines[0].startswith("# org/model") and "seed 7" in lines[0]
-    assert sum(line.startswith("- healed: ") for line in lines) == 2 * report.DIARY_DEMOS
+    assert sum(line.startswith("- healed: ") for line in lines) == 2 * words.DIARY_DEMOS
     assert not any("<script" in line.replace("\\<", "") for line in lines)
     assert all(len(line) < 300 for line in lines if line.startswith("- "))
-    run = report.load(tmp_path)
+    run = load(tmp_path)
     fired = "The barrier fired on 40% of 5 steps (median D 0.04 nats)"  # steps 3 and 4 of 0 to 4, the anchor on 4
-    assert f"{fired}. " in report.diary(run)
+    assert f"{fired}. " in words.diary(run)
     run.config["heal"]["anchor"] = "neutral"
-    assert f"{fired}, its anchor on 20%. " in report.diary(run)
+    assert f"{fired}, its anchor on 20%. " in words.diary(run)
 
 
 def test_importing_the_report_loads_no_model_code() -> None:
-    code = "import sys, steer_heal.report; sys.exit(bool({'torch', 'transformers', 'peft'} & sys.modules.keys()))"
+    code = "import sys, steer_heal.report.page; sys.exit(bool({'torch', 'transformers', 'peft'} & sys.modules.keys()))"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 

@@ -27,7 +27,7 @@ from steer_heal.gate.soak import WORDS, result
 from steer_heal.model import decode as generate
 from steer_heal.model.loading import load
 from steer_heal.presets import PRESETS
-from steer_heal.report import build
+from steer_heal.report.page import build
 from steer_heal.resume import create
 from steer_heal.rundir import EVENTS, RunDir
 from steer_heal.terminal import MODULE

@@ -25,9 +25,9 @@ from steer_heal.eval.opponents import (
     plain_doses,
 )
 from steer_heal.eval.record import arm_record, arms_record
-from steer_heal.eval.summary import verdict_line
 from steer_heal.eval.verdict import care_over_authority, validity, verdict
 from steer_heal.presets import PRESETS
+from steer_heal.report.tables import verdict_line
 
 CONFIG = PRESETS["tiny-random"].eval
 

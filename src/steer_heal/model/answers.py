@@ -92,7 +92,8 @@ def _score(
 def _rest(lm, answers, width, cache, mask, last, dose, dial) -> list[Tensor]:
     """Log-probabilities of the second and later tokens of (row, answer) pairs, each from its row's keys and values.
 
-    All are `width` tokens wide, and there are as many rows as make the tokens a multiple of ROUND, see `batching.rounded`.
+    All are `width` tokens wide, and there are as many rows as make the tokens a multiple of ROUND, see
+    `batching.rounded`.
     """
     lengths = [len(answer) - 1 for _, answer in answers]
     answers = filled(answers, ROUND // math.gcd(ROUND, width))

@@ -75,3 +75,9 @@ def safe(text: str) -> str:
 def with_interval(value: float, ci: Sequence[float], form: str = "{:+.3f}") -> str:
     low, high = map(form.format, ci)
     return f'{form.format(value)} <span class="ci">[{low}, {high}]</span>'
+
+
+def shorten(text: str, limit: int) -> str:
+    """One line of at most `limit` characters."""
+    line = " ".join(text.split())
+    return line if len(line) <= limit else line[: limit - 1].rstrip() + "…"

@@ -11,6 +11,7 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from steer_heal.eval.intervals import relative
+from steer_heal.report.html import shorten
 
 # Okabe-Ito hues: told apart by colour-blind readers, visible on white and on black.
 COLOURS = {"base": "#808890", "prompted": "#c88a04", "steered": "#d55e00", "healed": "#009e73"}
@@ -231,9 +232,3 @@ def _styled(fig: go.Figure, height: int) -> go.Figure:
 def _hover_text(text: str) -> str:
     """Shortened, wrapped and escaped: plotly reads a subset of HTML in hover texts."""
     return "<br>".join(escape(line, quote=False) for line in textwrap.wrap(shorten(text, HOVER_CHARS), HOVER_WIDTH))
-
-
-def shorten(text: str, limit: int) -> str:
-    """One line of at most `limit` characters."""
-    line = " ".join(text.split())
-    return line if len(line) <= limit else line[: limit - 1].rstrip() + "…"

@@ -1,16 +1,79 @@
-"""The report's sections on why its numbers may be believed, and on what else moved."""
+"""The page's sections on what came out: the arms, the trajectory, the price, plain steering beside it; on why the
+numbers may be believed, and on what else moved."""
 
 from __future__ import annotations
 
 from steer_heal.data import FOUNDATIONS
 from steer_heal.eval.opponents import LEAST_COST
-from steer_heal.figures import frontier_figure, map_figure
-from steer_heal.markup import panel, prose, section, stacked, table_of, with_interval
+from steer_heal.eval.verdict import COHERENCE
+from steer_heal.report.figures import coherence_figure, frontier_figure, map_figure, trajectory_figure
+from steer_heal.report.html import panel, prose, section, stacked, table_of, with_interval
+from steer_heal.runs.reading import Run
 
-NOT_EXPRESSED = (
-    "this model cannot express this trait on this instrument (the positive persona as a system prompt does not score "
-    "above the negative one by more than the interval)."
-)
+LOSSES = {
+    "mass": "answer mass",
+    "demo_coherent": "coherent share",
+    "canary": "questions right",
+    "canary_log_odds": "right, log-odds",
+    "neutral_nll": "log neutral perplexity",
+}
+SHARES = {
+    "answer_mass": "{:.3f}",
+    "coherent_share": "{:.0%}",
+    "looped_share": "{:.0%}",
+    "styled_share": "{:.0%}",
+    "canary_share": "{:.0%}",
+}
+COSTS = LOSSES | {"demo_looped": "looped share"}
+
+
+def arms_section(run: Run) -> str:
+    arms = [(name, run.summary[name], "") for name in ("base", "prompted", "negative") if run.summary[name]]
+    for index, r in enumerate(run.summary["rounds"]):
+        arms += [(f"steered r{index}", r["steered"], f"{r['dose']:.2f}")]
+        for key, name in (("equal", "equal cost"), ("same_trait", "equal trait")):
+            arms += [(f"{name} r{index}", r[key], f"{r[key]['dose']:.2f}")] if key in r else []
+        arms += [(f"healed r{index}", r["healed"], "")]
+    head = ("arm", f"trait, {run.summary['unit']}", "over base", "answer mass", "coherent", "looped", "about itself")
+    head += ("questions right", "demo ppl", "neutral ppl", "dose")
+    rows = []
+    for name, arm, dose in arms:
+        over = with_interval(arm["trait_over_base"], arm["trait_over_base_ci"]) if name != "base" else ""
+        shares = [form.format(arm[key]) if key in arm else "" for key, form in SHARES.items()]
+        ppl = [f"{arm[key]:.2f}" if key in arm else "" for key in ("demo_ppl", "neutral_ppl")]
+        trait = with_interval(arm["trait_nats"], arm["trait_ci"])
+        rows.append((f'<span class="arm {name.split()[0]}">{name}</span>', trait, over, *shares, *ppl, dose))
+    why = """Every arm on the same items, with 95% bootstrap intervals. Trait: log-probability per token of the answer
+        with the trait minus that of its opposite (for a trait read on yes/no questions: log-odds of the answer with
+        it). Answer mass: probability of yes and no in yes/no questions. Coherent: share of free answers that neither
+        loop nor fall apart by fixed limits (eval.judge); looped: that go round in circles; about itself: that narrate
+        the persona or refuse, which is style, not damage. Questions right: plain questions of four answers.
+        Perplexities of the free answers under base, and of neutral text. Negative: the opposite persona as system
+        prompt. Equal cost, equal trait: see Against plain steering."""
+    found = stacked(table_of(head, rows)) if rows else "<p>No arm has been measured yet.</p>"
+    return section("Arms", why, found)
+
+
+def trajectory_section(run: Run) -> str:
+    why = (
+        "How far each round moved the trait. Healed that climbs has room left; healed that stands while steered is "
+        "above it is held back by a bound. Bars and bands: 95% intervals."
+    )
+    return section("Trajectory", why, panel("", trajectory_figure(run.summary)))
+
+
+def coherence_section(run: Run) -> str:
+    panels = [panel(name, coherence_figure(run.summary, key, bound)) for key, name, bound, _ in COHERENCE]
+    rows = []
+    for index, r in enumerate(run.summary["rounds"]):
+        for name in ("steered", "healed"):
+            over = r[name]["over_base"]
+            moves = [with_interval(over[key]["mean"], over[key]["ci"]) if key in over else "" for key in COSTS]
+            rows.append((f'<span class="arm {name}">{name} r{index}</span>', *moves))
+    why = """Relative to base (solid line); beyond the dotted line we call it damage. Healed should stay near 100%. The
+        table has the differences from base on the same items, with 95% intervals."""
+    figures = f'<div class="panels three">{"".join(panels)}</div>'
+    return section("Coherence", why, figures + stacked(table_of(("arm", *COSTS.values()), rows)))
 
 
 def validity_section(summary: dict) -> str:
@@ -36,15 +99,6 @@ def _note(row: dict) -> str:
         low, high = row["top1_ci"]
         return prose(f"base names the foundation in {row['top1']:.0%} of scenes [{low:.0%}, {high:.0%}]; chance 14%")
     return "" if row["valid"] else prose("The model cannot express the trait here: no verdict is drawn from it.")
-
-
-LOSSES = {
-    "mass": "answer mass",
-    "demo_coherent": "coherent share",
-    "canary": "questions right",
-    "canary_log_odds": "right, log-odds",
-    "neutral_nll": "log neutral perplexity",
-}
 
 
 def plain_section(summary: dict) -> str:
