@@ -80,7 +80,7 @@ def _chosen(argv: list[str]) -> tuple[str, RunConfig]:
         raise UserError(_unknown_preset(named))
     folder = _value_of("--resume", argv)
     if folder is not None and "config.json" not in argv:  # with --recompute config.json the flags say it
-        from steer_heal.resume import started
+        from steer_heal.runs.resume import started
 
         preset, config = started(Path(folder))
         if named not in (None, preset):

@@ -19,7 +19,7 @@ from steer_heal.eval.summary import barrier_warning, demo_rows, headline, last_v
 from steer_heal.model.lm import LM
 from steer_heal.report.card import model_card
 from steer_heal.report.tables import arm_table, verdict_line
-from steer_heal.rundir import RunDir
+from steer_heal.runs.folder import RunDir
 from steer_heal.stages import (
     anchor_stage,
     base_stage,

@@ -12,7 +12,7 @@ import polars as pl
 
 from steer_heal.config import UserError
 from steer_heal.eval.intervals import across_seeds, paired, ratio, relative
-from steer_heal.rundir import EVENTS, Damaged, RunDir
+from steer_heal.runs.folder import EVENTS, Damaged, RunDir
 from steer_heal.sweep import RECORD, identity, value_of
 
 ARMS = ("prompted", "steered", "equal cost", "healed")

@@ -30,8 +30,8 @@ from loguru import logger
 from steer_heal.config import RunConfig, UserError, check
 from steer_heal.data import load_trait
 from steer_heal.presets import PRESETS
-from steer_heal.resume import described, recorded
-from steer_heal.rundir import EVENTS, RunDir, rounds_done
+from steer_heal.runs.folder import EVENTS, RunDir, rounds_done
+from steer_heal.runs.resume import described, recorded
 from steer_heal.terminal import MODULE, condensed
 
 RECORD = "sweep.json"  # in the sweep's folder: what was asked, and why

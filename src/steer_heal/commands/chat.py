@@ -10,11 +10,11 @@ import torch
 from transformers import TextStreamer
 
 from steer_heal.bake.student import Student
-from steer_heal.commands.export import finished_rounds, student_after
 from steer_heal.config import UserError
 from steer_heal.model.lm import LM
 from steer_heal.model.steering import AnyVector, Steering, steering
-from steer_heal.resume import opened as of_run
+from steer_heal.runs.resume import opened as of_run
+from steer_heal.runs.student import finished_rounds, student_after
 from steer_heal.steer import read_vector
 from steer_heal.terminal import harmless
 

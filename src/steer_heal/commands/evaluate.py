@@ -9,7 +9,6 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from steer_heal.bake.student import Student
-from steer_heal.commands.export import finished_rounds, student_after
 from steer_heal.config import EvalConfig, ModelConfig, UserError
 from steer_heal.data import Trait, load_trait, restored
 from steer_heal.eval.arms import Arm
@@ -18,7 +17,8 @@ from steer_heal.eval.record import arm_record
 from steer_heal.eval.verdict import expressible, validity, verdict
 from steer_heal.model.loading import load
 from steer_heal.report.tables import arm_table, validity_table
-from steer_heal.rundir import EVENTS, RunDir
+from steer_heal.runs.folder import EVENTS, RunDir
+from steer_heal.runs.student import finished_rounds, student_after
 
 
 @dataclass(frozen=True)

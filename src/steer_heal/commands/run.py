@@ -10,14 +10,14 @@ import torch
 
 from steer_heal import data, lite, loop
 from steer_heal.config import ModelConfig, RunConfig, UserError, check
-from steer_heal.environment import block_network, environment
 from steer_heal.eval.foundations import check_profile
 from steer_heal.heal.train import check_optimiser
 from steer_heal.model.lm import LM
 from steer_heal.model.loading import load
-from steer_heal.resume import check_place, create, described, reopened, require_surroundings, trait_of
-from steer_heal.rundir import Damaged, RunDir
-from steer_heal.tracking import check_tracker, follower
+from steer_heal.runs.environment import block_network, environment
+from steer_heal.runs.folder import Damaged, RunDir
+from steer_heal.runs.resume import check_place, create, described, reopened, require_surroundings, trait_of
+from steer_heal.runs.tracking import check_tracker, follower
 
 DECODING = ("anchor.jsonl", "dose.json", "completions.jsonl")
 

@@ -14,11 +14,11 @@ from steer_heal.commands import chat
 from steer_heal.commands.evaluate import evaluate_alone
 from steer_heal.commands.export import export
 from steer_heal.config import ModelConfig, UserError
-from steer_heal.environment import environment
 from steer_heal.model.loading import load
 from steer_heal.presets import PRESETS
 from steer_heal.report.card import command
-from steer_heal.resume import create, described
+from steer_heal.runs.environment import environment
+from steer_heal.runs.resume import create, described
 from steer_heal.terminal import harmless
 
 TINY = PRESETS["tiny-random"]

@@ -15,14 +15,14 @@ from steer_heal import data, loop, results, stages
 from steer_heal.cli import main
 from steer_heal.config import HealConfig, ModelConfig, UserError
 from steer_heal.distil.sample import Exhausted
-from steer_heal.environment import environment
 from steer_heal.files import read_jsonl
 from steer_heal.gate.soak import timeless
 from steer_heal.model.loading import load
 from steer_heal.presets import PRESETS
 from steer_heal.report import page as report
-from steer_heal.resume import create
+from steer_heal.runs.environment import environment
 from steer_heal.runs.reading import load as read_run
+from steer_heal.runs.resume import create
 from steer_heal.terminal import MODULE
 
 TINY = replace(PRESETS["tiny-random"], heal=replace(PRESETS["tiny-random"].heal, target="soft", anchor="neutral"))

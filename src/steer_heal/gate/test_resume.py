@@ -20,7 +20,6 @@ from steer_heal import data, stages
 from steer_heal.cli import main
 from steer_heal.commands import run as runner
 from steer_heal.config import UserError
-from steer_heal.environment import commit, environment
 from steer_heal.files import writing
 from steer_heal.gate.folders import cut
 from steer_heal.gate.soak import WORDS, result
@@ -28,8 +27,9 @@ from steer_heal.model import decode as generate
 from steer_heal.model.loading import load
 from steer_heal.presets import PRESETS
 from steer_heal.report.page import build
-from steer_heal.resume import create
-from steer_heal.rundir import EVENTS, RunDir
+from steer_heal.runs.environment import commit, environment
+from steer_heal.runs.folder import EVENTS, RunDir
+from steer_heal.runs.resume import create
 from steer_heal.terminal import MODULE
 
 KILLS = 12

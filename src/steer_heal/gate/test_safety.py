@@ -17,10 +17,10 @@ from loguru import logger
 import steer_heal
 from steer_heal import data, loop
 from steer_heal.cli import main
-from steer_heal.environment import environment
 from steer_heal.model.loading import load
 from steer_heal.presets import PRESETS
-from steer_heal.resume import create
+from steer_heal.runs.environment import environment
+from steer_heal.runs.resume import create
 from steer_heal.terminal import MODULE
 
 PACKAGE = Path(steer_heal.__file__).parent

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from steer_heal.eval.record import arms_record
-from steer_heal.resume import opened
+from steer_heal.runs.resume import opened
 
 ROUND_FILES = ("dose.json", "completions.jsonl", "heal.jsonl", "steered.json", "healed.json", "geometry.json")
 

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from steer_heal.config import PLACE_FIELDS, RunConfig, UserError, nearest, of_record
 from steer_heal.data import Trait, restored
 from steer_heal.files import remove, writing
-from steer_heal.rundir import EVENTS, GIVEN, RunDir
+from steer_heal.runs.folder import EVENTS, GIVEN, RunDir
 
 LONGEST_NAME = 40  # characters of a model's or a trait's name in a folder's name
 # A round's result depends on none of these beyond rounding.
