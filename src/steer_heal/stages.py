@@ -40,7 +40,7 @@ from steer_heal.model.lm import LM, Row
 from steer_heal.model.memory import give_back_freed_memory
 from steer_heal.model.steering import AnyVector, Steering
 from steer_heal.runs.folder import RunDir
-from steer_heal.steer import Extraction, extract, prompts_read, read_vector, write_vector
+from steer_heal.steer.extract import Extraction, extract, prompts_read, read_vector, write_vector
 from steer_heal.terminal import progress
 
 T = TypeVar("T")

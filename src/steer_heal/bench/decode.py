@@ -17,7 +17,7 @@ from steer_heal.model.loading import load
 from steer_heal.model.packing import packed
 from steer_heal.model.steering import Steering, steering
 from steer_heal.presets import PRESETS
-from steer_heal.steer import extract
+from steer_heal.steer.extract import extract
 
 DOSES = (0.5, 1.0, 1.5, 2.0)
 SINGLE_ROWS = 4  # rows timed one at a time; more of them only make the benchmark longer

@@ -15,7 +15,7 @@ from steer_heal.model.lm import LM
 from steer_heal.model.steering import AnyVector, Steering, steering
 from steer_heal.runs.resume import opened as of_run
 from steer_heal.runs.student import finished_rounds, student_after
-from steer_heal.steer import read_vector
+from steer_heal.steer.extract import read_vector
 from steer_heal.terminal import harmless
 
 HELP = """type a message; every message is a fresh chat

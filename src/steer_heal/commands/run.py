@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from steer_heal import data, lite, loop
+from steer_heal import data, loop
 from steer_heal.config import ModelConfig, RunConfig, UserError, check
 from steer_heal.eval.foundations import check_profile
 from steer_heal.heal.train import check_optimiser
@@ -18,6 +18,7 @@ from steer_heal.runs.environment import block_network, environment
 from steer_heal.runs.folder import Damaged, RunDir
 from steer_heal.runs.resume import check_place, create, described, reopened, require_surroundings, trait_of
 from steer_heal.runs.tracking import check_tracker, follower
+from steer_heal.steer import lite
 
 DECODING = ("anchor.jsonl", "dose.json", "completions.jsonl")
 

@@ -6,7 +6,6 @@ from dataclasses import replace
 import pytest
 import torch
 
-from steer_heal import lite
 from steer_heal.cli import main
 from steer_heal.config import UserError
 from steer_heal.model.decode import decode
@@ -14,7 +13,8 @@ from steer_heal.model.likelihood import row_nll
 from steer_heal.model.lm import Row
 from steer_heal.model.steering import ForeignVector, Steering, steering
 from steer_heal.presets import PRESETS
-from steer_heal.steer import extract
+from steer_heal.steer import lite
+from steer_heal.steer.extract import extract
 
 DOSES = torch.tensor([0.5, 2.0, 0.5, 0.0, 2.0])
 

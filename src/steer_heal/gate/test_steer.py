@@ -13,7 +13,7 @@ from steer_heal.model import batching
 from steer_heal.model.decode import decode
 from steer_heal.model.lm import Row
 from steer_heal.model.steering import Steering, Vector, steering
-from steer_heal.steer import LayerReport, auc, auto_band, extract
+from steer_heal.steer.extract import LayerReport, auc, auto_band, extract
 
 CONTEXTS = ["What is a glacier?", "ok", "Write two lines about rain on a tin roof, please.", "Name a bird."]
 POSITIVE, NEGATIVE = "You love people and their noise.", "You despise people and their noise."

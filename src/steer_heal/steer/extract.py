@@ -19,12 +19,12 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from steer_heal import lite
 from steer_heal.config import SteerConfig
-from steer_heal.lite import LiteVector
 from steer_heal.model.forward import last_token_states
 from steer_heal.model.lm import LM
 from steer_heal.model.steering import AnyVector, Vector
+from steer_heal.steer import lite
+from steer_heal.steer.lite import LiteVector
 
 States = Float[Tensor, "n l d"]
 
