@@ -82,10 +82,7 @@ def _chosen(argv: list[str]) -> tuple[str, RunConfig]:
     if folder is not None and "config.json" not in argv:  # with --recompute config.json the flags say it
         from steer_heal.runs.resume import started
 
-        preset, config = started(Path(folder))
-        if named not in (None, preset):
-            raise UserError(f"--resume {folder}: its preset is {preset}, not {named}: leave the preset out")
-        return preset, config
+        return started(Path(folder), named)
     return named or DEFAULT_PRESET, PRESETS[named or DEFAULT_PRESET]
 
 
@@ -204,13 +201,14 @@ def app(
         """
         from os import cpu_count
 
-        from steer_heal import sweep as sweeping
+        from steer_heal.sweep.plan import plan, seed_list
+        from steer_heal.sweep.run import sweep as carry_out
 
         if (cpus is not None and cpus < 1) or (workers is not None and workers < 1) or gpus < 0:
             raise UserError(f"--cpus is {cpus}, --workers {workers}, --gpus {gpus}: 1 or more, 1 or more, 0 or more")
         threads = cpus or cpu_count()
-        asked = sweeping.plan(name, grid, sweeping.seed_list(seeds), tuple(shared), Path(out), hypothesis)
-        failed = sweeping.sweep(asked, engine, threads, gpus, address, workers)
+        asked = plan(name, grid, seed_list(seeds), tuple(shared), Path(out), hypothesis)
+        failed = carry_out(asked, engine, threads, gpus, address, workers)
         print(f"the arms as a table:  {program()} results --out {out}")
         sys.exit(1 if failed else 0)
 
@@ -281,7 +279,7 @@ def app(
             markdown: file for the table.
             html: file for a page with the figures, means and intervals over the seeds.
         """
-        from steer_heal import results as listing
+        from steer_heal.sweep import results as listing
 
         _check_files(csv=csv, json=json, markdown=markdown, html=html)
         listing.show(Path(out), by, rounds, csv, json, markdown, html)

@@ -1,4 +1,4 @@
-"""What a run comes to: the table after each round, summary.json, the warnings."""
+"""What a run comes to: summary.json, the figures noted after each round, the warnings."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ from steer_heal.commands import run as runner
 from steer_heal.config import ALLOWED, RunConfig, UserError, check
 from steer_heal.model.random_weights import build_random
 from steer_heal.presets import PRESETS
-from steer_heal.sweep import parsed
+from steer_heal.sweep.plan import parsed
 
 RUN = ["run", "tiny-random"]
 FLAGS = [  # flags out of range, contradictory, misspelt

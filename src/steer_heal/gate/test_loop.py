@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from steer_heal import data, loop, results, stages
+from steer_heal import data, loop, stages
 from steer_heal.cli import main
 from steer_heal.config import HealConfig, ModelConfig, UserError
 from steer_heal.distil.sample import Exhausted
@@ -23,6 +23,7 @@ from steer_heal.report import page as report
 from steer_heal.runs.environment import environment
 from steer_heal.runs.reading import load as read_run
 from steer_heal.runs.resume import create
+from steer_heal.sweep import disk
 from steer_heal.terminal import MODULE
 
 TINY = replace(PRESETS["tiny-random"], heal=replace(PRESETS["tiny-random"].heal, target="soft", anchor="neutral"))
@@ -88,7 +89,7 @@ def test_a_loop_that_steering_exhausts_ends_with_what_it_has(tmp_path, monkeypat
     assert "in 1 round:" in (folder.path / "adapter" / "README.md").read_text()
     page = report.page(read_run(folder.path))
     assert "ended after 1 of 2 rounds" in page and "The loop ended early (no dose leaves 68%" in page
-    (found,) = results.scan(tmp_path)
+    (found,) = disk.scan(tmp_path)
     assert found.rounds == "1 of 2" and found.arm("healed")["arm"] == "healed"
     asked.clear()
     monkeypatch.setattr(stages, "require_dose", lambda artefact: second_fails({"dose": asked.append(0)}))

@@ -17,7 +17,6 @@ import polars as pl
 import pytest
 from plotly.offline import get_plotlyjs
 
-from steer_heal import overview, results
 from steer_heal.config import HealConfig, UserError
 from steer_heal.eval import intervals
 from steer_heal.eval.intervals import across_seeds, trait_over
@@ -28,7 +27,8 @@ from steer_heal.report import words
 from steer_heal.report.figures import frontier_figure, paths_figure
 from steer_heal.report.html import marked
 from steer_heal.runs.reading import load
-from steer_heal.sweep import identity
+from steer_heal.sweep import disk, overview, results
+from steer_heal.sweep.disk import identity
 
 HOSTILE = "<script>alert(1)</script></script><img src=https://example.org/x onerror=alert(2)>\x00 & 'quoted'"
 TRAIT = "</title><script>alert(3)"  # a trait file may be called anything
@@ -292,16 +292,16 @@ def test_runs_that_differ_in_their_seed_are_one_row(tmp_path: Path, monkeypatch)
     for seed, shift in ((1, 0.0), (2, 0.1), (3, 0.2)):
         monkeypatch.setitem(CONTRAST, "healed", [x + shift for x in (0.4, 0.5, 0.5, 0.6)])
         seeded(tmp_path, seed)
-    assert len(results.scan(tmp_path)) == 4 and before.is_dir()
-    (row,) = results.arm_table(results.scan(tmp_path), []).to_dicts()
+    assert len(disk.scan(tmp_path)) == 4 and before.is_dir()
+    (row,) = results.arm_table(disk.scan(tmp_path), []).to_dicts()
     assert row["seeds"] == 3 and row["verdict"] == "moved" and row["mass/base"] == "1.000"
     mean, low, high = (float(x) for x in re.findall(r"[+-][0-9.]+", row["healed"] + row["95% interval"]))
     assert mean == pytest.approx(0.35, abs=0.001) and 0.1 < low < 0.2 and 0.5 < high < 0.6
     seeded(tmp_path, 4, heal={"reg": "kl_fwd", "agg": "rmse"})
-    rows = results.arm_table(results.scan(tmp_path), ["heal.reg"]).to_dicts()
+    rows = results.arm_table(disk.scan(tmp_path), ["heal.reg"]).to_dicts()
     assert [(row["heal.reg"], row["seeds"]) for row in rows] == [("kl_fwd", 1), ("kl_rev", 3)]
     with pytest.raises(UserError, match="no flag of `run`"):
-        results.arm_table(results.scan(tmp_path), ["heal.rge"])
+        results.arm_table(disk.scan(tmp_path), ["heal.rge"])
 
 
 def test_results_shows_sweeps_under_their_hypothesis_and_writes_tables(tmp_path: Path, capsys, monkeypatch) -> None:
@@ -323,7 +323,7 @@ def test_results_shows_sweeps_under_their_hypothesis_and_writes_tables(tmp_path:
     seal(broken)
     sweep = {"name": "agg", "hypothesis": "rmse holds", "flags": ["heal.agg"], "seeds": [1, 2]}
     sweep["arms"] = [{"heal.agg": agg} for agg in ("rmse", "mean")]
-    sweep["runs"] = [identity(run.config, run.trait) for run in results.scan(tmp_path / "agg")]
+    sweep["runs"] = [identity(run.config, run.trait) for run in disk.scan(tmp_path / "agg")]
     (tmp_path / "agg" / "sweep.json").write_text(json.dumps(sweep))
     files = {kind: tmp_path / f"table.{kind}" for kind in ("csv", "json", "md")}
     results.show(tmp_path, (), False, *map(str, files.values()))
@@ -349,13 +349,13 @@ def test_results_shows_sweeps_under_their_hypothesis_and_writes_tables(tmp_path:
     namesake = tmp_path / "other" / "agg"
     namesake.mkdir(parents=True)
     (namesake / "sweep.json").write_text(json.dumps(sweep))
-    titles = list(results._under_hypotheses(results.scan(tmp_path), tmp_path))
+    titles = list(results._under_hypotheses(disk.scan(tmp_path), tmp_path))
     of_namesake = [title.replace("sweep agg", "sweep agg in other") for title in ("sweep agg\nH: rmse holds", compared)]
     assert titles == ["sweep agg\nH: rmse holds", compared, *of_namesake, "runs"]
     page = (tmp_path / "all.html").read_text()
     figures = [attrs for tag, attrs in Tags(page).seen if attrs.get("class") == "figure"]
     assert "heal.agg mean, seeds 1, 2" in page and len(figures) == 1 + 2 * 5
-    groups = results.grouped(results.scan(tmp_path / "agg"))
+    groups = disk.grouped(disk.scan(tmp_path / "agg"))
     assert overview.names(groups) == ["heal.agg mean", "heal.agg rmse"]
     assert overview.names([*groups, groups[0]]) == ["as most others are", "heal.agg rmse", "as most others are"]
     student = frontier_figure(overview.averaged(groups[0])).data[1]
@@ -365,11 +365,11 @@ def test_results_shows_sweeps_under_their_hypothesis_and_writes_tables(tmp_path:
     assert lines[0].y == pytest.approx((0, *by_hand)) and lines[0].x == pytest.approx((1, 1, 1))
     said = capsys.readouterr().out
     assert "heal.agg mean, seeds 1, 2" in said and "times the prompt" in said and "over equal cost" in said
-    for run in results.grouped(results.scan(tmp_path / "agg"))[0]:  # the arm of the mean ended a round early
+    for run in disk.grouped(disk.scan(tmp_path / "agg"))[0]:  # the arm of the mean ended a round early
         cut = run.summary | {"rounds": run.summary["rounds"][:1]}
         (run.folder / "summary.json").write_text(json.dumps(cut))
         seal(run.folder)
-    found = results.difference_table(results.scan(tmp_path / "agg"), ["heal.agg"], sweep["arms"]).to_dicts()
+    found = results.difference_table(disk.scan(tmp_path / "agg"), ["heal.agg"], sweep["arms"]).to_dicts()
     assert [(row["heal.agg"], row["round"]) for row in found] == [("mean", 0)]
     assert files["csv"].read_text().startswith("table,heal.agg,seeds,model")
     under, table = files["md"].read_text().split("\n\n", 2)[:2]

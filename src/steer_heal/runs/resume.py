@@ -97,16 +97,22 @@ def opened(folder: Path) -> RunDir:
     return RunDir(folder)
 
 
-def started(folder: Path) -> tuple[str, RunConfig]:
-    """Preset and config that a run was started with. Raises UserError when it is no run folder, or an older one."""
+def started(folder: Path, named: str | None = None) -> tuple[str, RunConfig]:
+    """Preset and config that a run was started with.
+
+    Raises UserError when it is no run folder, an older one, or not of the preset `named`.
+    """
     table = opened(folder).read("config.json")
     try:
-        return table["preset"], of_record({key: value for key, value in table.items() if key != "preset"})
+        preset, config = table["preset"], of_record({key: value for key, value in table.items() if key != "preset"})
     except KeyError as error:
         raise UserError(
             f"{folder} was made by another version of steer-heal (its config differs in {error.args[0]}): start a new "
             "run, or use the version in its env.json"
         ) from error
+    if named not in (None, preset):
+        raise UserError(f"--resume {folder}: its preset is {preset}, not {named}: leave the preset out")
+    return preset, config
 
 
 def record_of(config: RunConfig, preset: str) -> dict:

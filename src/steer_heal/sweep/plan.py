@@ -1,40 +1,28 @@
-"""Many runs of one hypothesis: a grid over flags, several seeds each, on this machine or on a cluster.
+"""The plan of a sweep: a grid over flags times seeds, and what of it the disk already holds.
 
 The plan is a list of configs. A run is known by its config, not by its name: what the sweep's folder holds finished is
 skipped, what it holds unfinished is resumed, so the same command goes on with a broken sweep and a second engine goes
-on where the first stopped. Scheduling, retrying and the nodes of a cluster are Ray's.
+on where the first stopped.
 """
 
 from __future__ import annotations
 
-import hashlib
 import io
 import itertools
-import json
-import os
 import re
-import shlex
-import statistics
-import subprocess
-import sys
-import time
 from collections.abc import Iterable
 from contextlib import redirect_stderr
 from dataclasses import asdict, dataclass, replace
-from functools import cache, reduce
+from functools import cache
 from pathlib import Path
-
-import polars as pl
-from loguru import logger
 
 from steer_heal.config import RunConfig, UserError, check
 from steer_heal.data import load_trait
 from steer_heal.presets import PRESETS
 from steer_heal.runs.folder import EVENTS, RunDir, rounds_done
 from steer_heal.runs.resume import described, recorded
-from steer_heal.terminal import MODULE, condensed
-
-RECORD = "sweep.json"  # in the sweep's folder: what was asked, and why
+from steer_heal.sweep.disk import identity
+from steer_heal.terminal import condensed
 
 
 @dataclass(frozen=True)
@@ -108,14 +96,16 @@ def _words(flag: str, value: str) -> list[str]:
     return switches.get(value.lower()) or [f"--{flag}", *value.split("+")]
 
 
-def parsed(words: tuple[str, ...]) -> RunConfig:
-    """The config of a preset and flags, as `steer-heal run` reads them."""
+def parsed(words: tuple[str, ...], default: RunConfig | None = None) -> RunConfig:
+    """The config of a preset and flags, as `steer-heal run` reads them; `default` takes the place of the preset's."""
     import tyro
 
     said = io.StringIO()
     try:
         with redirect_stderr(said):
-            return tyro.cli(RunConfig, default=PRESETS[words[0]], args=list(words[1:]), prog="steer-heal run")
+            return tyro.cli(
+                RunConfig, default=default or PRESETS[words[0]], args=list(words[1:]), prog="steer-heal run"
+            )
     except SystemExit as end:
         if end.code == 0:  # --help
             raise
@@ -147,20 +137,6 @@ def key(planned: Planned) -> str:
     return identity(described(planned.config), trait)
 
 
-def value_of(config: dict, flag: str) -> str:
-    """A config's value, as config.json holds it, under a flag's name, e.g. heal.lam-round-pow."""
-    try:
-        return str(reduce(lambda table, key: table[key], flag.replace("-", "_").split("."), config))
-    except (KeyError, TypeError):
-        raise UserError(f"--by {flag!r} is no flag of `run`: see steer-heal run --help") from None
-
-
-def identity(config: dict, trait: dict | None) -> str:
-    """A run is its config and what its trait's file says."""
-    described = json.dumps([config | {"preset": None}, trait], sort_keys=True)
-    return hashlib.blake2b(described.encode(), digest_size=12).hexdigest()
-
-
 def states(runs: Iterable[Planned], folder: Path) -> dict[Planned, str]:
     """finished, unfinished or waiting, as the disk has it."""
     return {run: how for run, (how, _) in progress(runs, folder).items()}
@@ -183,92 +159,6 @@ def command(planned: Planned, folder: Path) -> list[str]:
     """Arguments of `steer-heal` that do, or go on with, this run."""
     there = found(folder).get(key(planned))
     return ["run", *planned.argv, *(["--resume", str(there)] if there else [])]
-
-
-def sweep(asked: Sweep, engine: str, cpus: int, gpus: float, address: str | None, workers: int | None) -> int:
-    """Do what is not finished; returns how many runs failed. The plan and the estimate come first."""
-    asked.folder.mkdir(parents=True, exist_ok=True)
-    _note(asked)
-    before = states(asked.runs, asked.folder)
-    todo = [run for run, how in before.items() if how != "finished"]
-    print(_table(asked, before))
-    print(_estimate(asked, todo, engine, workers))
-    began = time.perf_counter()
-    try:
-        if engine == "ray":
-            from steer_heal.cluster import on_ray
-
-            ended = on_ray(asked, todo, cpus, gpus, address, workers)
-        else:
-            ended = here(asked, todo, cpus)
-    except KeyboardInterrupt:
-        left = list(states(asked.runs, asked.folder).values())
-        raise UserError(
-            f"stopped with {len(left) - left.count('finished')} runs left: the same command goes on with them"
-        ) from None
-    print(_table(asked, before | ended))
-    failed = [run for run, how in ended.items() if how == "failed"]
-    print(
-        f"{len(todo) - len(failed)} runs done in {(time.perf_counter() - began) / 60:.1f} minutes, {len(failed)} failed"
-    )
-    for run in failed:
-        print(f"failed: {shlex.join(['steer-heal', *command(run, asked.folder)])}")
-    return len(failed)
-
-
-def here(asked: Sweep, todo: list[Planned], cpus: int) -> dict[Planned, str]:
-    """One after another on this machine, each in a process of its own, so that one that breaks takes none along."""
-    outcome = {}
-    for number, run in enumerate(todo, 1):
-        logger.info(f"sweep {asked.name}: run {number} of {len(todo)}, {run.label}")
-        words = [sys.executable, "-m", MODULE, *command(run, asked.folder)]
-        ended = subprocess.run(words, env={**os.environ, "OMP_NUM_THREADS": str(cpus)})
-        outcome[run] = "finished" if ended.returncode == 0 else "failed"
-    return outcome
-
-
-def _note(asked: Sweep) -> None:
-    """sweep.json: the hypothesis and the arms, for `results`; atomically, since another engine may read it."""
-    flags = list(dict.fromkeys(flag for run in asked.runs for flag, _ in run.arm))
-    seeds = list(dict.fromkeys(run.seed for run in asked.runs))
-    arms = {run.arm: json.loads(json.dumps(described(run.config))) for run in asked.runs}
-    written = {
-        "name": asked.name,
-        "hypothesis": asked.hypothesis,
-        "preset": asked.preset,
-        "flags": flags,
-        "arms": [{flag: value_of(config, flag) for flag, _ in arm} for arm, config in arms.items()],
-        "seeds": seeds,
-        "runs": [key(run) for run in asked.runs],
-    }
-    scratch = asked.folder / f".{RECORD}.part"
-    scratch.write_text(json.dumps(written, indent=1), "utf-8")
-    os.replace(scratch, asked.folder / RECORD)
-
-
-def _table(asked: Sweep, now: dict[Planned, str]) -> str:
-    there = found(asked.folder)
-    rows = [
-        {**dict(run.arm), "seed": run.seed, "state": how, "folder": there.get(key(run), Path("")).name}
-        for run, how in now.items()
-    ]
-    with pl.Config(tbl_hide_dataframe_shape=True, tbl_hide_column_data_types=True, tbl_rows=-1, fmt_str_lengths=80):
-        return str(pl.DataFrame(rows))
-
-
-def _estimate(asked: Sweep, todo: list[Planned], engine: str, workers: int | None) -> str:
-    """How long what is left will take, from runs of the same preset that are finished beside it."""
-    said = f"{len(todo)} of {len(asked.runs)} runs to do"
-    seconds = []
-    for summary in asked.folder.parent.rglob("summary.json"):
-        found = json.loads(summary.read_text("utf-8"))
-        if found["preset"] == asked.preset:
-            seconds.append(found["seconds"] / len(found["rounds"]))
-    if not seconds or not todo:
-        return said + ("; how long is known when the first is finished" if todo else "")
-    minutes = statistics.median(seconds) * sum(run.config.rounds for run in todo) / 60
-    at_once = workers or 1
-    return f"{said}, about {minutes / at_once:.0f} minutes" + (f" with {at_once} at once" if at_once > 1 else "")
 
 
 def seed_list(text: str) -> tuple[int, ...]:

@@ -13,7 +13,7 @@ from steer_heal.eval.intervals import across_seeds
 from steer_heal.eval.verdict import COHERENCE
 from steer_heal.report.figures import coherence_figure, frontier_figure, paths_figure, trajectory_figure
 from steer_heal.report.html import filled, panel, safe, section, stacked, table_of
-from steer_heal.results import Found
+from steer_heal.sweep.disk import Found
 
 WHY = """Means over the seeds. Bars and bands: 95% intervals over seeds and items. Against plain steering: the base
     steered by the first vector, dose by dose, and the student after every round; up is more trait, left is less

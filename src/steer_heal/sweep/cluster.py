@@ -13,7 +13,10 @@ from contextlib import redirect_stderr
 from pathlib import Path
 
 from steer_heal.config import UserError
-from steer_heal.sweep import Planned, Sweep, command, progress, same_place
+from steer_heal.report.page import build
+from steer_heal.runs.resume import started
+from steer_heal.sweep.plan import Planned, Sweep, command, found, key, parsed, progress, same_place
+from steer_heal.terminal import harmless
 
 RETRIES = 3
 POLL_SECONDS = 2.0
@@ -71,15 +74,19 @@ def run_here(planned: Planned, folder: str, cpus: int) -> str | None:
     """Do a run in this process with so many threads; what ended it, or None."""
     import torch
 
-    from steer_heal.cli import main
+    from steer_heal.commands.run import run
 
     torch.set_num_threads(cpus)
-    said = io.StringIO()
     try:
-        with redirect_stderr(said):
-            main(command(planned, Path(folder)))
-    except SystemExit as ended:
-        return said.getvalue().strip().splitlines()[-1] if ended.code else None
+        there = found(Path(folder)).get(key(planned))
+        preset, *_ = planned.argv
+        argv = command(planned, Path(folder))
+        config = parsed(tuple(argv[1:]), started(there, preset)[1] if there else None)
+        with redirect_stderr(io.StringIO()):  # nobody watches its bars
+            done, _ = run(config, preset, argv)
+            build(done.path)
+    except UserError as error:
+        return f"steer-heal: {harmless(str(error))}"
     except Exception as error:
         return f"{type(error).__name__}: {error}"
     return None
