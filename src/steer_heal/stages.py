@@ -45,8 +45,6 @@ from steer_heal.terminal import progress
 
 T = TypeVar("T")
 FIXED_TEXTS = 12  # neutral texts on which the divergence from base is read, about a thousand tokens
-
-
 FIXED_CONTEXTS = 32  # contexts over which the student's shift is averaged
 
 
