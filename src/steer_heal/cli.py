@@ -360,9 +360,8 @@ def app(
         """
         from json import dumps
 
-        from steer_heal.bench import decode as measuring
-        from steer_heal.bench import eval as evalbench
-        from steer_heal.bench import heal as healbench
+        from steer_heal.bench import decode, filter, heal
+        from steer_heal.bench import eval as instruments
 
         if preset not in PRESETS:
             raise UserError(_unknown_preset(preset))
@@ -371,13 +370,13 @@ def app(
         _check_files(json=json, figure=figure)
         match what:
             case "generate":
-                measured = measuring.generate(preset, rows, tokens)
+                measured = decode.generate(preset, rows, tokens)
             case "heal":
-                measured = healbench.heal()
+                measured = heal.heal()
             case "filter":
-                measured = measuring.filter(preset)
+                measured = filter.filter(preset)
             case "eval":
-                measured = evalbench.instruments_bench(preset)
+                measured = instruments.instruments_bench(preset)
         if json is not None:
             Path(json).write_text(dumps(measured, indent=1), "utf-8")
         if figure is not None and what == "filter":

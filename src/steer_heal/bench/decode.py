@@ -1,4 +1,4 @@
-"""Side-by-side measurements: each figure is a ratio against a named alternative, measured in the same run."""
+"""Steered decoding side by side: each figure is a ratio against a named alternative, measured in the same run."""
 
 from __future__ import annotations
 
@@ -9,8 +9,6 @@ from dataclasses import replace
 import torch
 
 from steer_heal import data
-from steer_heal.bench import filter as filterproof
-from steer_heal.config import FilterConfig
 from steer_heal.model.decode import Sampling, decode
 from steer_heal.model.lm import LM
 from steer_heal.model.loading import load
@@ -85,30 +83,6 @@ def _weight_products(lm: LM, rows: int, steps: int) -> None:
             for module in linear:
                 module(inputs[module.in_features])
             lm.head(states)
-
-
-def filter(preset: str) -> dict:
-    """The filter against the labels: see `bench.filter`. Scores under the preset's base model, weights as committed.
-
-    Returns the held-out table, each score's best recall at precision 0.9 and precision at recall 0.97, the sweep of
-    the log-odds, and the weights that the tuning half would give under this model.
-    """
-    lm = load(PRESETS[preset].model)
-    scores = {name: filterproof.measured_scores(lm, filterproof.half(name)) for name in ("tune", "held")}
-    held = filterproof.half("held")
-    weights, bias = filterproof.fit(filterproof.half("tune"), scores["tune"])
-    sweeps = {
-        name: filterproof.sweep(held, [sign * getattr(s, name) for s in scores["held"]])
-        for name, sign in filterproof.SCORE_SIGNS.items()
-    }
-    return {
-        "model": PRESETS[preset].model.path,
-        "held_out": filterproof.precision_recall(held, scores["held"], FilterConfig()),
-        "scores": {name: filterproof.operating_points(curve) for name, curve in sweeps.items()},
-        "sweep": sweeps["incoherence"],
-        "weights_of_tuning_half": weights,
-        "bias_of_tuning_half": bias,
-    }
 
 
 def _plain_generate(lm: LM, prompt: list[int], steered: Steering, tokens: int) -> None:

@@ -17,6 +17,8 @@ from steer_heal import coherence, data
 from steer_heal.coherence import Scores, Surprise, score, surprises, verdict
 from steer_heal.config import FilterConfig
 from steer_heal.model.lm import LM, Row
+from steer_heal.model.loading import load
+from steer_heal.presets import PRESETS
 
 MODEL_SCORES = ("ppl", "tail_ppl", "surge", "entropy", "confusion", "relevance")
 CONTRASTED = ("coherent", "broken")  # narration and refusals are fluent; patterns find them, not the log-odds
@@ -123,3 +125,26 @@ def fit(rows: list[dict], scores: list[Scores]) -> tuple[dict[str, float], float
 def half(name: str) -> list[dict]:
     """The labelled rows of one half: "tune" or "held"."""
     return [row for row in data.labelled() if row["half"] == name]
+
+
+def filter(preset: str) -> dict:
+    """The filter against the labels. Scores under the preset's base model, weights as committed.
+
+    Returns the held-out table, each score's best recall at precision 0.9 and precision at recall 0.97, the sweep of
+    the log-odds, and the weights that the tuning half would give under this model.
+    """
+    lm = load(PRESETS[preset].model)
+    scores = {name: measured_scores(lm, half(name)) for name in ("tune", "held")}
+    held = half("held")
+    weights, bias = fit(half("tune"), scores["tune"])
+    sweeps = {
+        name: sweep(held, [sign * getattr(s, name) for s in scores["held"]]) for name, sign in SCORE_SIGNS.items()
+    }
+    return {
+        "model": PRESETS[preset].model.path,
+        "held_out": precision_recall(held, scores["held"], FilterConfig()),
+        "scores": {name: operating_points(curve) for name, curve in sweeps.items()},
+        "sweep": sweeps["incoherence"],
+        "weights_of_tuning_half": weights,
+        "bias_of_tuning_half": bias,
+    }
