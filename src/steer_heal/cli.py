@@ -21,8 +21,7 @@ from tyro.conf import Positional
 
 from steer_heal.config import EvalConfig, ModelConfig, RunConfig, UserError, check, nearest
 from steer_heal.presets import DEFAULT_PRESET, PRESETS
-from steer_heal.terminal import harmless, program
-from steer_heal.usage import condensed
+from steer_heal.terminal import condensed, harmless, program
 
 EVERYTHING = EvalConfig()
 INTERRUPTED = 130  # the shell's code for Ctrl-C
@@ -81,12 +80,9 @@ def _chosen(argv: list[str]) -> tuple[str, RunConfig]:
         raise UserError(_unknown_preset(named))
     folder = _value_of("--resume", argv)
     if folder is not None and "config.json" not in argv:  # with --recompute config.json the flags say it
-        from steer_heal.resume import started
+        from steer_heal.runs.resume import started
 
-        preset, config = started(Path(folder))
-        if named not in (None, preset):
-            raise UserError(f"--resume {folder}: its preset is {preset}, not {named}: leave the preset out")
-        return preset, config
+        return started(Path(folder), named)
     return named or DEFAULT_PRESET, PRESETS[named or DEFAULT_PRESET]
 
 
@@ -159,8 +155,8 @@ def app(
 
         Example: steer-heal run smollm2-135m --trait mine.toml --rounds 4 --seed 1
         """
-        from steer_heal import report as reporting
-        from steer_heal.runner import run as carry_out
+        from steer_heal.commands.run import run as carry_out
+        from steer_heal.report import page as reporting
 
         if preset != chosen:
             raise UserError(f"the preset comes first: steer-heal run {preset} ...")
@@ -205,13 +201,14 @@ def app(
         """
         from os import cpu_count
 
-        from steer_heal import sweep as sweeping
+        from steer_heal.sweep.plan import plan, seed_list
+        from steer_heal.sweep.run import sweep as carry_out
 
         if (cpus is not None and cpus < 1) or (workers is not None and workers < 1) or gpus < 0:
             raise UserError(f"--cpus is {cpus}, --workers {workers}, --gpus {gpus}: 1 or more, 1 or more, 0 or more")
         threads = cpus or cpu_count()
-        asked = sweeping.plan(name, grid, sweeping.seed_list(seeds), tuple(shared), Path(out), hypothesis)
-        failed = sweeping.sweep(asked, engine, threads, gpus, address, workers)
+        asked = plan(name, grid, seed_list(seeds), tuple(shared), Path(out), hypothesis)
+        failed = carry_out(asked, engine, threads, gpus, address, workers)
         print(f"the arms as a table:  {program()} results --out {out}")
         sys.exit(1 if failed else 0)
 
@@ -246,8 +243,8 @@ def app(
         """
         from json import dumps
 
-        from steer_heal.alone import evaluate_alone
-        from steer_heal.foundations import check_profile
+        from steer_heal.commands.evaluate import evaluate_alone
+        from steer_heal.eval.foundations import check_profile
 
         _check_files(json=json)
         _check_gate(gate)
@@ -282,7 +279,7 @@ def app(
             markdown: file for the table.
             html: file for a page with the figures, means and intervals over the seeds.
         """
-        from steer_heal import results as listing
+        from steer_heal.sweep import results as listing
 
         _check_files(csv=csv, json=json, markdown=markdown, html=html)
         listing.show(Path(out), by, rounds, csv, json, markdown, html)
@@ -296,7 +293,7 @@ def app(
         Args:
             run: the run folder.
         """
-        from steer_heal import report as reporting
+        from steer_heal.report import page as reporting
 
         print(reporting.build(Path(run)))
 
@@ -314,7 +311,7 @@ def app(
             merge: a float model that plain transformers loads, instead of an adapter.
             round: the student after this round (from 0); the last one when not given.
         """
-        from steer_heal.export import export as write
+        from steer_heal.commands.export import export as write
 
         write(Path(run), Path(to), round, merge)
         print(f"written: {to}")
@@ -331,7 +328,7 @@ def app(
             gate: how much of the student: 0 is the base, 1 healed.
             max_new_tokens: length limit of an answer, tokens.
         """
-        from steer_heal.chat import chat as talk
+        from steer_heal.commands.chat import chat as talk
 
         _check_gate(gate)
         if max_new_tokens < 1:
@@ -363,8 +360,8 @@ def app(
         """
         from json import dumps
 
-        from steer_heal import bench as measuring
-        from steer_heal import evalbench, healbench
+        from steer_heal.bench import decode, filter, heal
+        from steer_heal.bench import eval as instruments
 
         if preset not in PRESETS:
             raise UserError(_unknown_preset(preset))
@@ -373,17 +370,17 @@ def app(
         _check_files(json=json, figure=figure)
         match what:
             case "generate":
-                measured = measuring.generate(preset, rows, tokens)
+                measured = decode.generate(preset, rows, tokens)
             case "heal":
-                measured = healbench.heal()
+                measured = heal.heal()
             case "filter":
-                measured = measuring.filter(preset)
+                measured = filter.filter(preset)
             case "eval":
-                measured = evalbench.instruments_bench(preset)
+                measured = instruments.instruments_bench(preset)
         if json is not None:
             Path(json).write_text(dumps(measured, indent=1), "utf-8")
         if figure is not None and what == "filter":
-            from steer_heal.figures import threshold_figure
+            from steer_heal.report.figures import threshold_figure
 
             threshold_figure(measured["sweep"]).write_html(figure, include_plotlyjs=True)
         print(dumps({key: value for key, value in measured.items() if key != "sweep"}, indent=1))

@@ -23,7 +23,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from steer_heal.config import FilterConfig, Limits
-from steer_heal.lm import LM, Row, row_surprise
+from steer_heal.model.likelihood import row_surprise
+from steer_heal.model.lm import LM, Row
 
 NGRAMS = (2, 3, 4)
 COMPRESS_MIN_BYTES = 200  # below this the compressor's own header decides

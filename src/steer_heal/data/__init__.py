@@ -278,7 +278,7 @@ def bystanders(target: str, count: int) -> dict[str, tuple[Contrast, ...]]:
 
 
 def labelled() -> tuple[dict, ...]:
-    """Completions that were read and labelled, with their scores under SmolLM2-135M: see `filterproof`."""
+    """Completions that were read and labelled, with their scores under SmolLM2-135M: see `bench.filter`."""
     return _records_of("labelled")
 
 

@@ -24,7 +24,7 @@ def tiny(**changes):
     """The tiny random model, with these settings changed, on the device of the gate."""
     from dataclasses import replace
 
-    from steer_heal.loading import load
+    from steer_heal.model.loading import load
     from steer_heal.presets import PRESETS
 
     return load(replace(PRESETS["tiny-random"].model, device=DEVICE, **changes))
@@ -54,7 +54,7 @@ def vector(lm):
     """A steering vector strong enough to change what the tiny model writes."""
     import torch
 
-    from steer_heal.lm import Vector
+    from steer_heal.model.steering import Vector
 
     generator = torch.Generator().manual_seed(1)
     return Vector((1, 2), 8.0 * torch.randn(2, 64, generator=generator))

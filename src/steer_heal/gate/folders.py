@@ -4,7 +4,8 @@ import hashlib
 import json
 from pathlib import Path
 
-from steer_heal.rundir import EVENTS, GIVEN, RunDir, remove
+from steer_heal.files import remove
+from steer_heal.runs.folder import EVENTS, GIVEN, RunDir
 
 
 def sha256(path: Path) -> str:

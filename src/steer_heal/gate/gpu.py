@@ -128,7 +128,7 @@ def checks(found: Found, work: Path) -> None:
 def speed(found: Found, work: Path) -> None:
     """Decoding and training steps at gemma's shapes, in bf16 and NF4; the heal stage in the memory of a 24 GiB card."""
     from steer_heal.config import ModelConfig
-    from steer_heal.loading import load
+    from steer_heal.model.loading import load
 
     model = _built(work)
     for quant in ("none", "nf4"):
@@ -151,9 +151,9 @@ def speed(found: Found, work: Path) -> None:
 
 def _decoding(lm) -> dict:
     """Tokens per second, steered and sampled, by rows; and transformers' `generate`, one row with the same hooks."""
-    from steer_heal.bench import _plain_generate
-    from steer_heal.generate import Sampling, decode
-    from steer_heal.lm import Steering
+    from steer_heal.bench.decode import plain_generate
+    from steer_heal.model.decode import Sampling, decode
+    from steer_heal.model.steering import Steering
 
     lm = replace(lm, end_tokens=frozenset())
     prompts = [
@@ -170,8 +170,8 @@ def _decoding(lm) -> dict:
         work(3)
         found[f"rows_{rows}"] = rows * DECODED_TOKENS / _seconds(lambda work=work: work(DECODED_TOKENS))
     one = Steering(vector, torch.full((1,), 0.5))
-    _plain_generate(lm, prompts[0], one, 3)
-    alone = DECODED_TOKENS / _seconds(lambda: _plain_generate(lm, prompts[0], one, DECODED_TOKENS))
+    plain_generate(lm, prompts[0], one, 3)
+    alone = DECODED_TOKENS / _seconds(lambda: plain_generate(lm, prompts[0], one, DECODED_TOKENS))
     return {
         **found,
         "generate_one_row": alone,
@@ -182,7 +182,7 @@ def _decoding(lm) -> dict:
 
 def _steps(lm) -> dict:
     """Seconds and peak bytes of one training step of 3 x 1,024 tokens, three ways: see `bench heal`."""
-    from steer_heal.healbench import ALTERNATIVES, Case, timed_step
+    from steer_heal.bench.heal import ALTERNATIVES, Case, timed_step
 
     case, row = Case(None, 3, 1024, 768), {}
     for how in ALTERNATIVES:
@@ -195,9 +195,11 @@ def _steps(lm) -> dict:
 
 def _heal_stage(lm) -> dict:
     """Preparing and training as the preset asks, on rows of full length, with no more memory than a 24 GiB card."""
-    from steer_heal.bake import Student
-    from steer_heal.heal import heal, prepare, with_tau
-    from steer_heal.lm import Row, Steering
+    from steer_heal.bake.student import Student
+    from steer_heal.heal.examples import prepare, with_tau
+    from steer_heal.heal.train import heal
+    from steer_heal.model.lm import Row
+    from steer_heal.model.steering import Steering
     from steer_heal.presets import PRESETS
 
     torch.cuda.set_per_process_memory_fraction(CARD_BYTES / torch.cuda.get_device_properties(0).total_memory)
@@ -327,7 +329,7 @@ def _call(work: Path, words: str) -> subprocess.CompletedProcess:
 
 def _some_vector(lm):
     """A random vector in the preset's band, a tenth as long as a unit normal's residual stream."""
-    from steer_heal.lm import Vector
+    from steer_heal.model.steering import Vector
 
     layers = lm.band((0.45, 0.55))
     width = lm.model.config.get_text_config().hidden_size
@@ -336,7 +338,7 @@ def _some_vector(lm):
 
 def build(found: Found, work: Path) -> None:
     """gemma's shapes with random weights, once for all parts."""
-    from steer_heal.tiny import build_random
+    from steer_heal.model.random_weights import build_random
 
     scratch = Path(tempfile.mkdtemp(dir=work))
     build_random(GEMMA, scratch)

@@ -24,10 +24,10 @@ from pathlib import Path
 import torch
 import tyro
 
-from steer_heal import runner  # noqa: F401  what a run imports, once for all children
 from steer_heal.cli import main
+from steer_heal.commands import run as runner  # noqa: F401  what a run imports, once for all children
 from steer_heal.gate.folders import sha256
-from steer_heal.rundir import EVENTS, RunDir
+from steer_heal.runs.folder import EVENTS, RunDir
 
 WORDS = ["run", "tiny-random", "--heal.target", "soft", "--heal.anchor", "neutral"]
 CLOCKED = ("heal.jsonl", "summary.json", EVENTS, "report.html", "diary.md")  # hold times, or are made from such

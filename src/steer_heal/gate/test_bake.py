@@ -7,10 +7,10 @@ import torch
 from bitsandbytes.nn import Linear4bit
 from peft import PeftModel
 
-from steer_heal.bake import Student
+from steer_heal.bake.lowrank import compress
+from steer_heal.bake.student import Student
 from steer_heal.config import HealConfig
 from steer_heal.gate.conftest import DEVICE, tiny
-from steer_heal.lowrank import compress
 from steer_heal.presets import PRESETS
 
 pytestmark = pytest.mark.device

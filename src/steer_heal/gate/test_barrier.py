@@ -5,10 +5,10 @@ import itertools
 import pytest
 import torch
 
-from steer_heal import barrier
-from steer_heal.barrier import aggregate, hinge, position_losses
 from steer_heal.gate.conftest import DEVICE
-from steer_heal.lm import Head
+from steer_heal.heal import barrier
+from steer_heal.heal.barrier import aggregate, hinge, position_losses
+from steer_heal.model.lm import Head
 
 pytestmark = pytest.mark.device
 N, D, V = 23, 8, 50

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from steer_heal.choices import choice_log_probs
 from steer_heal.config import ModelConfig
-from steer_heal.lm import Steering, Vector
-from steer_heal.loading import load
+from steer_heal.model.answers import choice_log_probs
+from steer_heal.model.loading import load
+from steer_heal.model.steering import Steering, Vector
 from steer_heal.presets import PRESETS
 
 ANSWERS = ["Yes.", "No, not at all, and certainly not before noon.", "n", "Perhaps we could ask the neighbours first."]
@@ -29,7 +29,7 @@ def model(request, tmp_path):
     """The tiny gemma with sliding windows, and one without, on which prompts share what they begin with."""
     if request.param == "windowed":
         return load(PRESETS["tiny-random"].model)
-    from steer_heal.tiny import build_random
+    from steer_heal.model.random_weights import build_random
 
     build_random("tiny", tmp_path)
     config = tmp_path / "config.json"

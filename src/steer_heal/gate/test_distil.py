@@ -8,12 +8,14 @@ import pytest
 import torch
 
 from steer_heal import coherence
-from steer_heal import distil as distil_module
-from steer_heal.bake import Student
+from steer_heal.bake.student import Student
 from steer_heal.coherence import ASKS_NOTHING, Surprise, score, surprises, verdict
 from steer_heal.config import DistilConfig, DoseConfig, FilterConfig, UserError
-from steer_heal.distil import distil, dose_curve, largest_dose, require_dose, require_training_set
-from steer_heal.lm import Row
+from steer_heal.distil import dose as dose_module
+from steer_heal.distil import sample as sample_module
+from steer_heal.distil.dose import dose_curve, largest_dose, require_dose
+from steer_heal.distil.sample import distil, require_training_set
+from steer_heal.model.lm import Row
 
 LIMITS = FilterConfig()
 
@@ -160,7 +162,7 @@ class Dice:
 
 
 def collect(monkeypatch, lm, vector, dice, **config):
-    monkeypatch.setattr(distil_module, "sample", dice)
+    monkeypatch.setattr(sample_module, "sample", dice)
     prompts = ["a", "b", "c", "d"]
     return distil(Student(lm), vector, 2.0, prompts, DistilConfig(**config), LIMITS, (0, 0, "distil"))
 
@@ -200,18 +202,18 @@ def test_the_budget_ends_the_sampling_and_the_run_says_what_to_turn(lm, vector, 
 
 def test_survival_is_relative_to_unsteered_text(lm, vector, monkeypatch):
     """A filter that drops half of everything must not forbid steering."""
-    monkeypatch.setattr(distil_module, "sample", Survivors({0.0: 2, 0.5: 2, 1.0: 2, 2.0: 1, 4.0: 0}))
+    monkeypatch.setattr(dose_module, "sample", Survivors({0.0: 2, 0.5: 2, 1.0: 2, 2.0: 1, 4.0: 0}))
     config = DoseConfig(lowest=0.5, highest=4.0, steps=4, prompts=4, survival=0.75)
     found = dose_curve(Student(lm), vector, list("abcd"), config, DistilConfig(), LIMITS, ())
     assert [p["survival"] for p in found["curve"]] == [0.5, 0.5, 0.5, 0.25, 0.0]
     assert found["target"] == pytest.approx(0.375)
     assert require_dose(found) == pytest.approx(2**0.5)
-    monkeypatch.setattr(distil_module, "sample", Survivors({0.0: 4, 0.5: 1, 1.0: 1, 2.0: 1, 4.0: 0}))
+    monkeypatch.setattr(dose_module, "sample", Survivors({0.0: 4, 0.5: 1, 1.0: 1, 2.0: 1, 4.0: 0}))
     failed = dose_curve(Student(lm), vector, list("abcd"), config, DistilConfig(), LIMITS, ())
     with pytest.raises(UserError, match=r"no dose leaves 75% .*0\.50: 25%"):
         require_dose(failed)
     # 3 of 4 against 4 of 4 may be chance: standard error sqrt((4/6 * 2/6 + 5/6 * 1/6) / 4) = 0.30
-    monkeypatch.setattr(distil_module, "sample", Survivors({0.0: 4, 0.5: 3, 1.0: 2, 2.0: 1, 4.0: 0}))
+    monkeypatch.setattr(dose_module, "sample", Survivors({0.0: 4, 0.5: 3, 1.0: 2, 2.0: 1, 4.0: 0}))
     strict = replace(config, survival=1.0)
     assert require_dose(dose_curve(Student(lm), vector, list("abcd"), strict, DistilConfig(), LIMITS, ())) == 0.5
 

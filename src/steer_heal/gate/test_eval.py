@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 import torch
 
-from steer_heal.arms import Arm
-from steer_heal.bake import Student
-from steer_heal.bootstrap import across_seeds, interval, log_mean_over, reliability, trait_over
+from steer_heal.bake.student import Student
 from steer_heal.data import FOUNDATIONS, Contrast, bystanders, canary, load_trait, neutral, off_target, vignettes
-from steer_heal.eval import NO, YES, YES_NO_FORM, contrast_scores, evaluate, instruments, spread
-from steer_heal.foundations import question
+from steer_heal.eval.arms import Arm
+from steer_heal.eval.foundations import question
+from steer_heal.eval.instruments import NO, YES, YES_NO_FORM, contrast_scores, evaluate, instruments, spread
+from steer_heal.eval.intervals import across_seeds, interval, log_mean_over, reliability, trait_over
 from steer_heal.presets import PRESETS
 
 CONFIG = PRESETS["tiny-random"].eval

@@ -8,16 +8,17 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from steer_heal import chat, data, loop
-from steer_heal.alone import evaluate_alone
-from steer_heal.bake import Student
-from steer_heal.card import command
+from steer_heal import data, loop
+from steer_heal.bake.student import Student
+from steer_heal.commands import chat
+from steer_heal.commands.evaluate import evaluate_alone
+from steer_heal.commands.export import export
 from steer_heal.config import ModelConfig, UserError
-from steer_heal.environment import environment
-from steer_heal.export import export
-from steer_heal.loading import load
+from steer_heal.model.loading import load
 from steer_heal.presets import PRESETS
-from steer_heal.resume import create, described
+from steer_heal.report.card import command
+from steer_heal.runs.environment import environment
+from steer_heal.runs.resume import create, described
 from steer_heal.terminal import harmless
 
 TINY = PRESETS["tiny-random"]
@@ -87,7 +88,8 @@ def test_the_command_on_the_card_makes_the_same_config(tmp_path, monkeypatch):
     """It is read back by the command line itself."""
     import shlex
 
-    from steer_heal import cli, runner
+    from steer_heal import cli
+    from steer_heal.commands import run as runner
 
     heal = replace(TINY.heal, tau="auto", band=(0.1, 0.9), lam_round_pow=-0.5)
     config = replace(TINY, seed=4, filter=replace(TINY.filter, trim=True), heal=heal)

@@ -7,9 +7,10 @@ from collections import Counter
 import pytest
 import torch
 
-from steer_heal import coherence, data, filterproof
+from steer_heal import coherence, data
+from steer_heal.bench import filter as filterproof
 from steer_heal.config import FilterConfig
-from steer_heal.loading import load
+from steer_heal.model.loading import load
 from steer_heal.presets import PRESETS
 
 LABELS = {"coherent", "broken", "narrates", "refuses"}

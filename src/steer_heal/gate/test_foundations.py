@@ -10,12 +10,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from steer_heal.arms import Arm
-from steer_heal.bake import Student
+from steer_heal.bake.student import Student
 from steer_heal.config import UserError
 from steer_heal.data import load_trait
-from steer_heal.eval import evaluate
-from steer_heal.foundations import PACKAGES, described, read_profile
+from steer_heal.eval.arms import Arm
+from steer_heal.eval.foundations import PACKAGES, described, read_profile
+from steer_heal.eval.instruments import evaluate
 from steer_heal.presets import PRESETS
 
 CONFIG = replace(PRESETS["tiny-random"].eval, profile="tiny-mfv", scenes=1)

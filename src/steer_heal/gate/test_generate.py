@@ -6,11 +6,13 @@ import numpy as np
 import pytest
 import torch
 
-from steer_heal import generate, packing
-from steer_heal import lm as lm_module
 from steer_heal.gate.conftest import DEVICE
-from steer_heal.generate import Sampling, choose, decode, uniforms
-from steer_heal.lm import Row, Steering, row_nll, steering
+from steer_heal.model import batching, packing
+from steer_heal.model import decode as generate
+from steer_heal.model.decode import Sampling, choose, decode, uniforms
+from steer_heal.model.likelihood import row_nll
+from steer_heal.model.lm import LM, Row
+from steer_heal.model.steering import Steering, steering
 
 pytestmark = pytest.mark.device
 TOKENS = 12
@@ -43,7 +45,7 @@ def slow_greedy(lm, prompt, vector, dose, tokens):
 def test_batched_steered_decoding_equals_one_at_a_time(
     lm, prompts, vector, batch_size, share_from, windowed, monkeypatch
 ):
-    monkeypatch.setattr(lm_module, "ROUND", share_from)
+    monkeypatch.setattr(batching, "ROUND", share_from)
     if not windowed:
         lm.model.config.layer_types = ["full_attention"] * 4
     assert max(map(len, prompts)) > 2 * lm.model.config.sliding_window
@@ -63,7 +65,7 @@ def test_rows_that_end_leave_and_the_rest_are_unmoved(lm, prompts):
     """Declare a token that some rows write early to be an end token; the others must write on as before."""
     plain = decode(lm, prompts, TOKENS, 5)
     early = plain[0].ids[2]
-    ending = lm_module.LM(lm.model, lm.tokenizer, lm.name, frozenset({early}))
+    ending = LM(lm.model, lm.tokenizer, lm.name, frozenset({early}))
     for before, after in zip(plain, decode(ending, prompts, TOKENS, 5), strict=True):
         cut = before.ids.index(early) + 1 if early in before.ids else TOKENS
         assert after.ids == before.ids[:cut]
@@ -101,7 +103,7 @@ def test_noise_is_uniform_and_differs_by_key_row_and_step():
 
 @pytest.mark.parametrize("share_from", [1, 10**9], ids=["shared prefix", "no sharing"])
 def test_nll_of_a_batch_equals_one_row_at_a_time(lm, prompts, vector, share_from, monkeypatch):
-    monkeypatch.setattr(lm_module, "ROUND", share_from)
+    monkeypatch.setattr(batching, "ROUND", share_from)
     rows = [
         Row(p, lm.answer(text)) for p, text in zip(prompts, ["Yes.", "A long walk", "no", "x", "ok ok"], strict=True)
     ]

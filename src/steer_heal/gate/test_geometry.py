@@ -5,11 +5,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from steer_heal.bake import Student
+from steer_heal.bake.student import Student
 from steer_heal.data import neutral
-from steer_heal.eval import neutral_rows
-from steer_heal.geometry import geometry, read_base
-from steer_heal.lm import Vector
+from steer_heal.eval.geometry import geometry, read_base
+from steer_heal.eval.instruments import neutral_rows
+from steer_heal.model.steering import Vector
 from steer_heal.presets import PRESETS
 
 HEAL = replace(PRESETS["tiny-random"].heal, r=2)

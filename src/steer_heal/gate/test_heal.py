@@ -7,26 +7,17 @@ from dataclasses import replace
 import pytest
 import torch
 
-from steer_heal import heal as heal_module
-from steer_heal import healbench
-from steer_heal.bake import Student
+from steer_heal.bake.lowrank import Factors, OperatorNorm
+from steer_heal.bake.student import Student
+from steer_heal.bench import heal as healbench
 from steer_heal.config import UserError
 from steer_heal.gate.conftest import DEVICE
-from steer_heal.heal import (
-    Multipliers,
-    NonFinite,
-    _accumulate,
-    _epoch_batches,
-    check_optimiser,
-    heal,
-    loss_terms,
-    prepare,
-    prepare_anchors,
-    recomputation,
-    with_tau,
-)
-from steer_heal.lm import Row, Steering
-from steer_heal.lowrank import Factors, OperatorNorm
+from steer_heal.heal import train as heal_module
+from steer_heal.heal.examples import prepare, prepare_anchors, with_tau
+from steer_heal.heal.step import Multipliers, accumulate, loss_terms
+from steer_heal.heal.train import NonFinite, _epoch_batches, check_optimiser, heal, recomputation
+from steer_heal.model.lm import Row
+from steer_heal.model.steering import Steering
 from steer_heal.presets import PRESETS
 
 BASE = replace(PRESETS["tiny-random"].heal, tau=0.0, anchor_tau=0.0, lam=2.0)
@@ -111,7 +102,7 @@ def test_every_split_of_a_batch_gives_the_gradient_of_the_whole(lm, vector, targ
     student, rows, examples, anchors = student_with_update(lm, vector, config)
     log_norms = student.trainable() if logged else None
     with student.view(train=True):
-        record = _accumulate(student.lm, examples + anchors, config, Multipliers(config.lam, config.lam), log_norms)
+        record = accumulate(student.lm, examples + anchors, config, Multipliers(config.lam, config.lam), log_norms)
         gradients = [p.grad.clone() for p in student.trainable()]
         objective, barrier = naive_loss(student, rows, Steering(vector, torch.full((3,), 0.1)), config)
         expected = torch.autograd.grad(objective + barrier, student.trainable(), retain_graph=True)
@@ -138,7 +129,7 @@ def test_checkpointing_changes_no_gradient(lm, vector):
     gradients = []
     for checkpointing in (False, True):
         with student.view(train=True), recomputation(lm, checkpointing):
-            _accumulate(lm, examples, BASE, Multipliers(1.0, 1.0))
+            accumulate(lm, examples, BASE, Multipliers(1.0, 1.0))
         gradients.append([p.grad.clone() for p in student.trainable()])
         for parameter in student.trainable():
             parameter.grad = None
@@ -187,7 +178,7 @@ def test_without_a_barrier_the_gradient_is_the_objectives(lm, vector):
     config = replace(BASE, reg="nll")
     student, rows, examples, _ = student_with_update(lm, vector, config)
     with student.view(train=True):
-        record = _accumulate(lm, examples, config, Multipliers(1.0, 1.0), student.trainable())
+        record = accumulate(lm, examples, config, Multipliers(1.0, 1.0), student.trainable())
         gradients = [p.grad.clone() for p in student.trainable()]
         objective, _ = naive_loss(student, rows[:3], Steering(vector, torch.full((3,), 0.1)), BASE)
         expected = torch.autograd.grad(objective, student.trainable())

@@ -23,12 +23,13 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertModel
 
-from steer_heal import data, runner
+from steer_heal import data
 from steer_heal.cli import main
+from steer_heal.commands import run as runner
 from steer_heal.config import ALLOWED, RunConfig, UserError, check
+from steer_heal.model.random_weights import build_random
 from steer_heal.presets import PRESETS
-from steer_heal.sweep import parsed
-from steer_heal.tiny import build_random
+from steer_heal.sweep.plan import parsed
 
 RUN = ["run", "tiny-random"]
 FLAGS = [  # flags out of range, contradictory, misspelt

@@ -6,13 +6,15 @@ from dataclasses import replace
 import pytest
 import torch
 
-from steer_heal import lite
 from steer_heal.cli import main
 from steer_heal.config import UserError
-from steer_heal.generate import decode
-from steer_heal.lm import ForeignVector, Row, Steering, row_nll, steering
+from steer_heal.model.decode import decode
+from steer_heal.model.likelihood import row_nll
+from steer_heal.model.lm import Row
+from steer_heal.model.steering import ForeignVector, Steering, steering
 from steer_heal.presets import PRESETS
-from steer_heal.steer import extract
+from steer_heal.steer import lite
+from steer_heal.steer.extract import extract
 
 DOSES = torch.tensor([0.5, 2.0, 0.5, 0.0, 2.0])
 
@@ -42,7 +44,7 @@ def test_rows_of_one_dose_are_decoded_and_scored_together(lm, prompts, vector):
     foreign = OneCoefficient(vector.direction[0])
     own = Steering(type(vector)((1,), vector.direction[:1]), DOSES)
     assert decode(lm, prompts, 12, 5, Steering(foreign, DOSES)) == decode(lm, prompts, 12, 5, own)
-    assert {rows for dose, rows in foreign.batches if dose != 0.0} == {16}  # two of a dose, see `lm.rounded`
+    assert {rows for dose, rows in foreign.batches if dose != 0.0} == {16}  # two of a dose, see `batching.rounded`
     rows = [Row(p, lm.answer("A long walk")) for p in prompts]
     for a, b in zip(row_nll(lm, rows, 5, Steering(foreign, DOSES)), row_nll(lm, rows, 5, own), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)

@@ -16,20 +16,25 @@ from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn import Linear4bit
 from transformers import Gemma3Config, Gemma3ForConditionalGeneration, Gemma3TextConfig, SiglipVisionConfig
 
-from steer_heal import data, generate, loading
-from steer_heal.arms import Arm
-from steer_heal.bake import Student
-from steer_heal.barrier import position_losses
-from steer_heal.choices import choice_log_probs
+from steer_heal import data
+from steer_heal.bake.student import Student
 from steer_heal.config import ModelConfig
 from steer_heal.data import load_trait
-from steer_heal.eval import contrast_scores
-from steer_heal.generate import decode
-from steer_heal.lm import Row, Steering, row_nll
-from steer_heal.loading import load
-from steer_heal.packing import packed
+from steer_heal.eval.arms import Arm
+from steer_heal.eval.instruments import contrast_scores
+from steer_heal.heal.barrier import position_losses
+from steer_heal.model import decode as generate
+from steer_heal.model import loading
+from steer_heal.model.answers import choice_log_probs
+from steer_heal.model.decode import decode
+from steer_heal.model.forward import forward, states
+from steer_heal.model.likelihood import row_nll
+from steer_heal.model.lm import Row
+from steer_heal.model.loading import load
+from steer_heal.model.packing import packed
+from steer_heal.model.random_weights import RANDOM_ARCHITECTURES, build_random
+from steer_heal.model.steering import Steering
 from steer_heal.presets import PRESETS
-from steer_heal.tiny import RANDOM_ARCHITECTURES, build_random
 
 
 def test_the_packaged_smollm2_answers_and_follows_a_persona():
@@ -133,7 +138,7 @@ def test_under_nf4_the_adapter_gets_the_gradient_of_the_dequantised_weights(lm):
             parameter.data = 0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(i))
         row_nll(model, [row], 1)
         with student.view(train=True):
-            states = torch.cat(model.forward([row]))
+            states = torch.cat(forward(model, [row]))
             objective, _ = position_losses(model.head, states, torch.tensor(row.completion), None, "nll")
             objective.mean().backward()
         gradients.append(torch.cat([p.grad.flatten() for p in student.trainable()]))
@@ -156,7 +161,7 @@ def test_a_row_has_the_same_bits_in_any_batch(lm, vector, steered):
         seen = []
         for weights in (nullcontext(lm), packed(lm)):
             with weights as reading:
-                seen += reading.states(rows, batch_size, dosed) + row_nll(reading, rows, batch_size, dosed)
+                seen += states(reading, rows, batch_size, dosed) + row_nll(reading, rows, batch_size, dosed)
                 seen += [torch.cat(s) for s in choice_log_probs(reading, prompts, choices, batch_size, dosed)]
         logits = {}
         choose = generate.choose
@@ -187,7 +192,7 @@ def test_on_a_cpu_the_memory_of_freed_tensors_serves_the_next_ones():
     not fit, so four go before."""
     code = """
 import resource, sys, torch
-import steer_heal.loading  # as in a run: what its modules leave on the heap matters
+import steer_heal.model.loading  # as in a run: what its modules leave on the heap matters
 from steer_heal.memory import keep_freed_memory
 if sys.argv[1] == "keep":
     keep_freed_memory()

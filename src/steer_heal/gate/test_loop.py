@@ -11,16 +11,20 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from steer_heal import data, loop, report, results
+from steer_heal import data, loop, stages
 from steer_heal.cli import main
 from steer_heal.config import HealConfig, ModelConfig, UserError
-from steer_heal.distil import Exhausted
-from steer_heal.environment import environment
+from steer_heal.distil.sample import Exhausted
+from steer_heal.files import read_jsonl
 from steer_heal.gate.soak import timeless
-from steer_heal.loading import load
+from steer_heal.model.loading import load
 from steer_heal.presets import PRESETS
-from steer_heal.resume import create
-from steer_heal.rundir import read_jsonl
+from steer_heal.report import page as report
+from steer_heal.runs.environment import environment
+from steer_heal.runs.reading import load as read_run
+from steer_heal.runs.resume import create
+from steer_heal.sweep import disk
+from steer_heal.terminal import MODULE
 
 TINY = replace(PRESETS["tiny-random"], heal=replace(PRESETS["tiny-random"].heal, target="soft", anchor="neutral"))
 
@@ -70,7 +74,7 @@ def test_the_record_of_a_run_is_complete(tmp_path):
 
 
 def test_a_loop_that_steering_exhausts_ends_with_what_it_has(tmp_path, monkeypatch, capsys):
-    fine, asked = loop.require_dose, []
+    fine, asked = stages.require_dose, []
 
     def second_fails(artefact):
         asked.append(artefact["dose"])
@@ -78,17 +82,17 @@ def test_a_loop_that_steering_exhausts_ends_with_what_it_has(tmp_path, monkeypat
             raise Exhausted("no dose leaves 68% of the completions coherent")
         return fine(artefact)
 
-    monkeypatch.setattr(loop, "require_dose", second_fails)
+    monkeypatch.setattr(stages, "require_dose", second_fails)
     folder, summary = do(TINY, out=str(tmp_path))
     assert summary["stopped"].startswith("no dose leaves 68%") and len(summary["rounds"]) == 1
     assert (folder.path / "adapter").is_dir() and not (folder.path / "r01" / "adapter").exists()
     assert "in 1 round:" in (folder.path / "adapter" / "README.md").read_text()
-    page = report.page(report.load(folder.path))
+    page = report.page(read_run(folder.path))
     assert "ended after 1 of 2 rounds" in page and "The loop ended early (no dose leaves 68%" in page
-    (found,) = results.scan(tmp_path)
+    (found,) = disk.scan(tmp_path)
     assert found.rounds == "1 of 2" and found.arm("healed")["arm"] == "healed"
     asked.clear()
-    monkeypatch.setattr(loop, "require_dose", lambda artefact: second_fails({"dose": asked.append(0)}))
+    monkeypatch.setattr(stages, "require_dose", lambda artefact: second_fails({"dose": asked.append(0)}))
     with pytest.raises(Exhausted):
         do(TINY, out=str(tmp_path))  # in round 0 nothing was learned: that is for the user to mend
 
@@ -114,7 +118,7 @@ def test_batch_sizes_change_no_bit(tmp_path):
 def test_a_barrier_that_never_fires_is_loud(capsys):
     from loguru import logger
 
-    from steer_heal.summary import barrier_warning
+    from steer_heal.eval.summary import barrier_warning
 
     lines = []
     sink = logger.add(lines.append, format="{level} {message}")
@@ -170,7 +174,7 @@ def test_a_mistake_ends_in_one_line_and_code_2(argv, message, tmp_path, monkeypa
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
 def test_a_stopped_run_says_how_to_go_on(tmp_path, how):
-    words = [sys.executable, "-m", "steer_heal.cli", "run", "tiny-random", "--rounds", "20", "--out", str(tmp_path)]
+    words = [sys.executable, "-m", MODULE, "run", "tiny-random", "--rounds", "20", "--out", str(tmp_path)]
     with subprocess.Popen(words, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) as running:
         while running.poll() is None and not list(tmp_path.glob("*/r00/dose.json")):
             time.sleep(0.05)
@@ -179,12 +183,12 @@ def test_a_stopped_run_says_how_to_go_on(tmp_path, how):
     (folder,) = tmp_path.iterdir()
     assert running.returncode == 130 and "Traceback" not in said
     assert said.strip().splitlines()[-1].startswith("steer-heal: stopped; what is done is kept, go on with: ")
-    assert said.strip().endswith(f"-m steer_heal.cli run --resume {folder}")
+    assert said.strip().endswith(f"-m {MODULE} run --resume {folder}")
     assert not (folder / "summary.json").exists()
 
 
 def test_a_model_without_a_chat_template_is_refused(tmp_path):
-    from steer_heal.tiny import build_random
+    from steer_heal.model.random_weights import build_random
 
     build_random("tiny", tmp_path)
     (tmp_path / "chat_template.jinja").unlink()

@@ -17,14 +17,18 @@ import polars as pl
 import pytest
 from plotly.offline import get_plotlyjs
 
-from steer_heal import overview, report, results
-from steer_heal.bootstrap import across_seeds, trait_over
 from steer_heal.config import HealConfig, UserError
-from steer_heal.figures import frontier_figure, paths_figure
+from steer_heal.eval import intervals
+from steer_heal.eval.intervals import across_seeds, trait_over
+from steer_heal.eval.record import arms_record
 from steer_heal.gate.folders import seal, write_events
-from steer_heal.markup import marked
-from steer_heal.record import arms_record
-from steer_heal.sweep import identity
+from steer_heal.report import page as report
+from steer_heal.report import words
+from steer_heal.report.figures import frontier_figure, paths_figure
+from steer_heal.report.html import marked
+from steer_heal.runs.reading import load
+from steer_heal.sweep import disk, overview, results
+from steer_heal.sweep.disk import identity
 
 HOSTILE = "<script>alert(1)</script></script><img src=https://example.org/x onerror=alert(2)>\x00 & 'quoted'"
 TRAIT = "</title><script>alert(3)"  # a trait file may be called anything
@@ -186,8 +190,8 @@ def test_a_real_browser_draws_the_page(tmp_path: Path, width: int) -> None:
 
 
 def test_verdict_has_the_numbers_of_the_arms(tmp_path: Path) -> None:
-    run = report.load(write_run(tmp_path, mass=0.72, kept_share=0.97, neutral_ppl=20.6))
-    text, kind = report.verdict(run)
+    run = load(write_run(tmp_path, mass=0.72, kept_share=0.97, neutral_ppl=20.6))
+    text, kind = words.verdict(run)
     assert kind == "moved" and text.startswith("Moved. After round 1 (2 of 2) the healed student stands +0.250 nats")
     assert "The system prompt alone moves it by +0.150 (healed is 1.7 times that)" in text  # 0.25 / 0.15
     assert "steering in that round by +0.450 (healed is 56% of that)" in text  # 0.25 / 0.45
@@ -199,7 +203,7 @@ def test_verdict_has_the_numbers_of_the_arms(tmp_path: Path) -> None:
 
 
 def test_verdict_names_the_damage(tmp_path: Path) -> None:
-    text, kind = report.verdict(report.load(write_run(tmp_path, mass=0.1, neutral_ppl=90.0)))
+    text, kind = words.verdict(load(write_run(tmp_path, mass=0.1, neutral_ppl=90.0)))
     assert kind == "broken"
     assert text.startswith("Broken: answer mass 12% of base; neutral perplexity 450% of base.")
 
@@ -207,15 +211,15 @@ def test_verdict_names_the_damage(tmp_path: Path) -> None:
 def test_no_verdict_from_an_instrument_that_is_not_valid(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setitem(CONTRAST, "negative", [0.6, 0.1, 0.8, 0.1])
     folder = write_run(tmp_path)
-    text, kind = report.verdict(report.load(folder))
+    text, kind = words.verdict(load(folder))
     assert kind == "unreadable" and "No verdict: this model cannot express this trait" in text
     assert "no verdict is drawn from it" in report.build(folder).read_text("utf-8")
 
 
 def test_a_prompt_without_effect_is_no_yardstick(tmp_path: Path) -> None:
-    run = report.load(write_run(tmp_path))
+    run = load(write_run(tmp_path))
     run.summary["prompted"]["trait_over_base_ci"] = [-0.1, 0.4]
-    assert "The system prompt alone moves it by +0.150, not measurably; steering" in report.verdict(run)[0]
+    assert "The system prompt alone moves it by +0.150, not measurably; steering" in words.verdict(run)[0]
 
 
 def test_the_evidence_is_on_the_page(tmp_path: Path) -> None:
@@ -233,7 +237,7 @@ def test_unfinished_run(tmp_path: Path) -> None:
     (tmp_path / "summary.json").unlink()
     (tmp_path / "r02" / "healed.json").unlink()
     seal(tmp_path)
-    run = report.load(tmp_path)
+    run = load(tmp_path)
     healed = run.summary["rounds"][-1]["healed"]
     assert healed["trait_over_base"] == pytest.approx(0.25)
     low, high = healed["trait_over_base_ci"]
@@ -258,18 +262,18 @@ def test_diary_shows_the_voice_round_by_round(tmp_path: Path) -> None:
     report.build(write_run(tmp_path))
     lines = (tmp_path / "diary.md").read_text("utf-8").splitlines()
     assert lines[0].startswith("# org/model") and "seed 7" in lines[0]
-    assert sum(line.startswith("- healed: ") for line in lines) == 2 * report.DIARY_DEMOS
+    assert sum(line.startswith("- healed: ") for line in lines) == 2 * words.DIARY_DEMOS
     assert not any("<script" in line.replace("\\<", "") for line in lines)
     assert all(len(line) < 300 for line in lines if line.startswith("- "))
-    run = report.load(tmp_path)
+    run = load(tmp_path)
     fired = "The barrier fired on 40% of 5 steps (median D 0.04 nats)"  # steps 3 and 4 of 0 to 4, the anchor on 4
-    assert f"{fired}. " in report.diary(run)
+    assert f"{fired}. " in words.diary(run)
     run.config["heal"]["anchor"] = "neutral"
-    assert f"{fired}, its anchor on 20%. " in report.diary(run)
+    assert f"{fired}, its anchor on 20%. " in words.diary(run)
 
 
 def test_importing_the_report_loads_no_model_code() -> None:
-    code = "import sys, steer_heal.report; sys.exit(bool({'torch', 'transformers', 'peft'} & sys.modules.keys()))"
+    code = "import sys, steer_heal.report.page; sys.exit(bool({'torch', 'transformers', 'peft'} & sys.modules.keys()))"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
@@ -288,16 +292,16 @@ def test_runs_that_differ_in_their_seed_are_one_row(tmp_path: Path, monkeypatch)
     for seed, shift in ((1, 0.0), (2, 0.1), (3, 0.2)):
         monkeypatch.setitem(CONTRAST, "healed", [x + shift for x in (0.4, 0.5, 0.5, 0.6)])
         seeded(tmp_path, seed)
-    assert len(results.scan(tmp_path)) == 4 and before.is_dir()
-    (row,) = results.arm_table(results.scan(tmp_path), []).to_dicts()
+    assert len(disk.scan(tmp_path)) == 4 and before.is_dir()
+    (row,) = results.arm_table(disk.scan(tmp_path), []).to_dicts()
     assert row["seeds"] == 3 and row["verdict"] == "moved" and row["mass/base"] == "1.000"
     mean, low, high = (float(x) for x in re.findall(r"[+-][0-9.]+", row["healed"] + row["95% interval"]))
     assert mean == pytest.approx(0.35, abs=0.001) and 0.1 < low < 0.2 and 0.5 < high < 0.6
     seeded(tmp_path, 4, heal={"reg": "kl_fwd", "agg": "rmse"})
-    rows = results.arm_table(results.scan(tmp_path), ["heal.reg"]).to_dicts()
+    rows = results.arm_table(disk.scan(tmp_path), ["heal.reg"]).to_dicts()
     assert [(row["heal.reg"], row["seeds"]) for row in rows] == [("kl_fwd", 1), ("kl_rev", 3)]
     with pytest.raises(UserError, match="no flag of `run`"):
-        results.arm_table(results.scan(tmp_path), ["heal.rge"])
+        results.arm_table(disk.scan(tmp_path), ["heal.rge"])
 
 
 def test_results_shows_sweeps_under_their_hypothesis_and_writes_tables(tmp_path: Path, capsys, monkeypatch) -> None:
@@ -319,7 +323,7 @@ def test_results_shows_sweeps_under_their_hypothesis_and_writes_tables(tmp_path:
     seal(broken)
     sweep = {"name": "agg", "hypothesis": "rmse holds", "flags": ["heal.agg"], "seeds": [1, 2]}
     sweep["arms"] = [{"heal.agg": agg} for agg in ("rmse", "mean")]
-    sweep["runs"] = [identity(run.config, run.trait) for run in results.scan(tmp_path / "agg")]
+    sweep["runs"] = [identity(run.config, run.trait) for run in disk.scan(tmp_path / "agg")]
     (tmp_path / "agg" / "sweep.json").write_text(json.dumps(sweep))
     files = {kind: tmp_path / f"table.{kind}" for kind in ("csv", "json", "md")}
     results.show(tmp_path, (), False, *map(str, files.values()))
@@ -345,13 +349,13 @@ def test_results_shows_sweeps_under_their_hypothesis_and_writes_tables(tmp_path:
     namesake = tmp_path / "other" / "agg"
     namesake.mkdir(parents=True)
     (namesake / "sweep.json").write_text(json.dumps(sweep))
-    titles = list(results._under_hypotheses(results.scan(tmp_path), tmp_path))
+    titles = list(results._under_hypotheses(disk.scan(tmp_path), tmp_path))
     of_namesake = [title.replace("sweep agg", "sweep agg in other") for title in ("sweep agg\nH: rmse holds", compared)]
     assert titles == ["sweep agg\nH: rmse holds", compared, *of_namesake, "runs"]
     page = (tmp_path / "all.html").read_text()
     figures = [attrs for tag, attrs in Tags(page).seen if attrs.get("class") == "figure"]
     assert "heal.agg mean, seeds 1, 2" in page and len(figures) == 1 + 2 * 5
-    groups = results.grouped(results.scan(tmp_path / "agg"))
+    groups = disk.grouped(disk.scan(tmp_path / "agg"))
     assert overview.names(groups) == ["heal.agg mean", "heal.agg rmse"]
     assert overview.names([*groups, groups[0]]) == ["as most others are", "heal.agg rmse", "as most others are"]
     student = frontier_figure(overview.averaged(groups[0])).data[1]
@@ -361,11 +365,11 @@ def test_results_shows_sweeps_under_their_hypothesis_and_writes_tables(tmp_path:
     assert lines[0].y == pytest.approx((0, *by_hand)) and lines[0].x == pytest.approx((1, 1, 1))
     said = capsys.readouterr().out
     assert "heal.agg mean, seeds 1, 2" in said and "times the prompt" in said and "over equal cost" in said
-    for run in results.grouped(results.scan(tmp_path / "agg"))[0]:  # the arm of the mean ended a round early
+    for run in disk.grouped(disk.scan(tmp_path / "agg"))[0]:  # the arm of the mean ended a round early
         cut = run.summary | {"rounds": run.summary["rounds"][:1]}
         (run.folder / "summary.json").write_text(json.dumps(cut))
         seal(run.folder)
-    found = results.difference_table(results.scan(tmp_path / "agg"), ["heal.agg"], sweep["arms"]).to_dicts()
+    found = results.difference_table(disk.scan(tmp_path / "agg"), ["heal.agg"], sweep["arms"]).to_dicts()
     assert [(row["heal.agg"], row["round"]) for row in found] == [("mean", 0)]
     assert files["csv"].read_text().startswith("table,heal.agg,seeds,model")
     under, table = files["md"].read_text().split("\n\n", 2)[:2]
@@ -377,23 +381,23 @@ def test_results_shows_sweeps_under_their_hypothesis_and_writes_tables(tmp_path:
 
 def test_a_ratio_and_its_interval_by_hand() -> None:
     below = np.array([[1.0, 1.2, 0.8, 1.0, 1.1, 0.9]])
-    mean, low, high = results.ratio(3 * below, below)
+    mean, low, high = intervals.ratio(3 * below, below)
     assert mean == pytest.approx(3) and low == pytest.approx(3, rel=1e-3) and high == pytest.approx(3, rel=1e-3)
     draw = np.random.default_rng(0)
     above, weak = draw.normal(4, 1, (3, 60)), draw.normal(1, 1, (3, 60))
-    mean, low, high = results.ratio(above, weak)
+    mean, low, high = intervals.ratio(above, weak)
     assert low < mean < high < 6 and low > 2.5
     for k in (low, high):  # at either end the difference may just be zero
         assert min(np.abs(across_seeds(above - k * weak)["ci"])) < 1e-3
-    assert results.ratio(-above, -weak) == (mean, low, high) and results.ratio(-above, weak) == (-mean, -high, -low)
-    assert results.ratio(above, weak - 0.999 * weak.mean())[2] == math.inf  # the prompt may have done nothing
-    assert math.inf in map(abs, results.ratio(above, weak - weak.mean())[1:])  # its sign is an accident
+    assert intervals.ratio(-above, -weak) == (mean, low, high) and intervals.ratio(-above, weak) == (-mean, -high, -low)
+    assert intervals.ratio(above, weak - 0.999 * weak.mean())[2] == math.inf  # the prompt may have done nothing
+    assert math.inf in map(abs, intervals.ratio(above, weak - weak.mean())[1:])  # its sign is an accident
     faint = draw.normal(0, 1, (3, 60))
     faint += 0.1 - faint.mean()
     assert across_seeds(faint)["ci"][0] < 0
-    mean, low, high = results.ratio(above, faint)
-    assert 0 < low < mean < high == math.inf and results.ratio(-above, faint) == (-mean, -math.inf, -low)
+    mean, low, high = intervals.ratio(above, faint)
+    assert 0 < low < mean < high == math.inf and intervals.ratio(-above, faint) == (-mean, -math.inf, -low)
     for k in np.linspace(0, low, 9)[:-1]:  # what is left out: the difference is not zero
         assert across_seeds(above - k * faint)["ci"][0] > 0
     none = draw.normal(0, 1, (3, 60))
-    assert results.ratio(none, faint)[1:] == (-math.inf, math.inf)
+    assert intervals.ratio(none, faint)[1:] == (-math.inf, math.inf)

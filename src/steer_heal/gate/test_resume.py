@@ -15,17 +15,22 @@ import pytest
 import torch
 from loguru import logger
 
-from steer_heal import data, generate, loop, runner
+import steer_heal
+from steer_heal import data, stages
 from steer_heal.cli import main
+from steer_heal.commands import run as runner
 from steer_heal.config import UserError
-from steer_heal.environment import commit, environment
+from steer_heal.files import writing
 from steer_heal.gate.folders import cut
 from steer_heal.gate.soak import WORDS, result
-from steer_heal.loading import load
+from steer_heal.model import decode as generate
+from steer_heal.model.loading import load
 from steer_heal.presets import PRESETS
-from steer_heal.report import build
-from steer_heal.resume import create
-from steer_heal.rundir import EVENTS, RunDir, writing
+from steer_heal.report.page import build
+from steer_heal.runs.environment import commit, environment
+from steer_heal.runs.folder import EVENTS, RunDir
+from steer_heal.runs.resume import create
+from steer_heal.terminal import MODULE
 
 KILLS = 12
 
@@ -277,6 +282,31 @@ def test_what_env_json_says(monkeypatch, whole):
 # ---- one process a folder
 
 
+@pytest.mark.skipif(shutil.which("git") is None, reason="git is not installed")
+def test_the_commit_noted_tells_of_a_change_in_any_part_of_the_package(tmp_path):
+    package = Path(steer_heal.__file__).parent
+    shutil.copytree(package, tmp_path / "steer_heal", ignore=shutil.ignore_patterns("__pycache__"))
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=gate", "-c", "user.email=gate@localhost"]
+    for words in (["init", "-q"], ["add", "."], ["commit", "-q", "-m", "copy"]):
+        subprocess.run([*git, *words], check=True)
+    code = f"""
+import subprocess, sys
+from pathlib import Path
+from {commit.__module__} import commit
+print(commit())
+for part in sorted({{file.parent for file in Path("steer_heal").rglob("*.py")}}):
+    with (part / "__init__.py").open("a") as file:
+        file.write("# changed")
+    print(commit())
+    subprocess.run(["git", "checkout", "-q", "."], check=True)
+"""
+    env = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, cwd=tmp_path)
+    clean, *changed = done.stdout.splitlines()
+    assert re.fullmatch(r"[0-9a-f]{40}", clean), done.stderr
+    assert len(changed) > 1 and all(said.startswith(f"{clean} with changes ") for said in changed)
+
+
 def test_two_processes_on_one_folder(folder, capsys):
     again = ["run", "--resume", str(folder)]
     with RunDir(folder).held():
@@ -318,7 +348,7 @@ def can_mount() -> bool:
 
 @pytest.mark.skipif(not shutil.which("unshare") or not can_mount(), reason="no file system can be mounted here")
 def test_a_full_disk_and_a_read_only_one(tmp_path):
-    words = [sys.executable, "-m", "steer_heal.cli", *WORDS]
+    words = [sys.executable, "-m", MODULE, *WORDS]
     done = subprocess.run(
         ["unshare", "-rm", "bash", "-c", TINY_DISK, "bash", "160k", str(tmp_path), *words],
         capture_output=True,
@@ -403,16 +433,16 @@ def test_out_of_memory_on_a_cpu_is_understood():
 
 def test_a_training_step_that_is_not_finite_says_where(folder, capsys, monkeypatch):
     cut(folder, "r01/adapter")
-    run, heal = RunDir(folder), loop.heal
+    run, heal = RunDir(folder), stages.heal
 
     def overshoot(student, examples, anchors, settings, *rest):
         return heal(student, examples, anchors, replace(settings, lr=1e30), *rest)
 
-    monkeypatch.setattr(loop, "heal", overshoot)
+    monkeypatch.setattr(stages, "heal", overshoot)
     said = refused(["run", "--resume", str(folder)], capsys)
     assert re.search(r"r01/adapter, step \d+: (objective|divergence|loss|.*grad.*) is (nan|inf)", said), said
     assert "completions number" in said and "--heal.lr" in said
-    monkeypatch.setattr(loop, "heal", heal)
+    monkeypatch.setattr(stages, "heal", heal)
     assert run.find("r00/adapter") and not (folder / "r01" / "adapter").exists()
     main(["export", str(folder), "--to", str(folder.parent / "kept")])
 

@@ -4,6 +4,7 @@ import ast
 import gc
 import json
 import os
+import pkgutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -16,17 +17,22 @@ from loguru import logger
 import steer_heal
 from steer_heal import data, loop
 from steer_heal.cli import main
-from steer_heal.environment import environment
-from steer_heal.loading import load
+from steer_heal.model.loading import load
 from steer_heal.presets import PRESETS
-from steer_heal.resume import create
+from steer_heal.runs.environment import environment
+from steer_heal.runs.resume import create
+from steer_heal.terminal import MODULE
 
-SOURCE = sorted(Path(steer_heal.__file__).parent.glob("*.py"))
+PACKAGE = Path(steer_heal.__file__).parent
+SOURCE = sorted(file for file in PACKAGE.rglob("*.py") if PACKAGE / "gate" not in file.parents)
 PICKLES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
 CODE = {"eval", "exec", "compile", "__import__"}
 
 
 def test_the_source_unpickles_nothing_and_trusts_no_remote_code():
+    seen = {".".join(file.relative_to(PACKAGE.parent).with_suffix("").parts) for file in SOURCE}
+    modules = {m.name for m in pkgutil.walk_packages(steer_heal.__path__, "steer_heal.") if ".gate" not in m.name}
+    assert {name.removesuffix(".__init__") for name in seen} == {"steer_heal", *modules}
     for file in SOURCE:
         for node in ast.walk(ast.parse(file.read_text("utf-8"))):
             if isinstance(node, ast.Import | ast.ImportFrom):
@@ -62,7 +68,7 @@ sys.exit(f"unpickled: {found}" if found else 0)
 
 
 def test_after_loading_a_run_needs_no_network(tmp_path):
-    words = [sys.executable, "-m", "steer_heal.cli", "run", "tiny-random", "--rounds", "1", "--out", str(tmp_path)]
+    words = [sys.executable, "-m", MODULE, "run", "tiny-random", "--rounds", "1", "--out", str(tmp_path)]
     done = subprocess.run(words, capture_output=True, text=True, env={**os.environ, "STEER_HEAL_BLOCK_NETWORK": "1"})
     assert done.returncode == 0, done.stderr[-500:]
     code = "import socket; from steer_heal.environment import block_network; block_network(); "
@@ -116,7 +122,7 @@ def test_twenty_rounds_hold_no_more_than_five(tmp_path, monkeypatch):
 
 
 def test_report_and_results_need_no_torch(tmp_path):
-    words = [sys.executable, "-m", "steer_heal.cli", "run", "tiny-random", "--rounds", "1", "--out", str(tmp_path)]
+    words = [sys.executable, "-m", MODULE, "run", "tiny-random", "--rounds", "1", "--out", str(tmp_path)]
     assert subprocess.run(words, capture_output=True).returncode == 0
     (run,) = tmp_path.iterdir()
     code = """

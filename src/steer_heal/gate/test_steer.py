@@ -7,11 +7,13 @@ import numpy as np
 import pytest
 import torch
 
-from steer_heal import lm as lm_module
 from steer_heal.config import SteerConfig
-from steer_heal.generate import decode
-from steer_heal.lm import Row, Steering, steering
-from steer_heal.steer import LayerReport, auc, auto_band, extract, iso_kl
+from steer_heal.distil.dose import iso_kl
+from steer_heal.model import batching
+from steer_heal.model.decode import decode
+from steer_heal.model.lm import Row
+from steer_heal.model.steering import Steering, Vector, steering
+from steer_heal.steer.extract import LayerReport, auc, auto_band, extract
 
 CONTEXTS = ["What is a glacier?", "ok", "Write two lines about rain on a tin roof, please.", "Name a bird."]
 POSITIVE, NEGATIVE = "You love people and their noise.", "You despise people and their noise."
@@ -30,7 +32,7 @@ def slow_states(lm, persona, layers):
 
 @pytest.mark.parametrize("share_from", [1, 10**9], ids=["shared prefix", "no sharing"])
 def test_vector_is_the_mean_difference_at_the_assistant_tag(lm, share_from, monkeypatch):
-    monkeypatch.setattr(lm_module, "ROUND", share_from)
+    monkeypatch.setattr(batching, "ROUND", share_from)
     vector = extract(lm, POSITIVE, NEGATIVE, CONTEXTS, BAND).vector
     assert vector.layers == (1, 2)
     expected = slow_states(lm, POSITIVE, (1, 2)).mean(0) - slow_states(lm, NEGATIVE, (1, 2)).mean(0)
@@ -157,7 +159,7 @@ def test_left_padding_is_not_steered(lm, vector):
     seen = []
     lm.blocks[2].register_forward_hook(lambda module, args, output: seen.append(output))
     lm.decoder(ids)
-    one_layer = lm_module.Vector((2,), vector.direction[1:])
+    one_layer = Vector((2,), vector.direction[1:])
     with steering(lm, Steering(one_layer, torch.ones(1))) as dial:
         lm.blocks[2].register_forward_hook(lambda module, args, output: seen.append(output))
         dial.turn(torch.ones(1), real)

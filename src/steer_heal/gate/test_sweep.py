@@ -13,18 +13,20 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from steer_heal import data, sweep
+from steer_heal import data
 from steer_heal.cli import main
-from steer_heal.cluster import run_here
 from steer_heal.config import UserError
 from steer_heal.gate.folders import cut
+from steer_heal.sweep import plan
+from steer_heal.sweep import run as sweep
+from steer_heal.sweep.cluster import run_here
 
 QUICK = ("tiny-random", "--rounds", "1", "--eval.profile", "none", "--eval.plain-doses", "0")
 GRID = ("heal.agg=mean,rmse",)
 
 
 def planned(out, grid=GRID, seeds=(1, 2), argv=QUICK):
-    return sweep.plan("agg", grid, seeds, argv, out, "rmse holds what the mean dilutes")
+    return plan.plan("agg", grid, seeds, argv, out, "rmse holds what the mean dilutes")
 
 
 def test_the_plan_is_the_grid_times_the_seeds(tmp_path):
@@ -54,9 +56,9 @@ def test_a_plan_that_cannot_work_is_refused_before_anything_runs(tmp_path, chang
     with pytest.raises(UserError, match=message):
         planned(tmp_path, **changed)
     with pytest.raises(UserError, match="it names a folder"):
-        sweep.plan("../up", GRID, (0,), QUICK, tmp_path, "")
+        plan.plan("../up", GRID, (0,), QUICK, tmp_path, "")
     with pytest.raises(UserError, match="whole numbers"):
-        sweep.seed_list("1,two")
+        plan.seed_list("1,two")
     assert not list(tmp_path.iterdir())
 
 
@@ -101,10 +103,10 @@ def test_a_broken_run_is_resumed_and_a_failed_one_does_not_stop_the_rest(tmp_pat
     said = capfd.readouterr().out
     assert "1 runs done" in said and "1 failed" in said and "--trait nowhere.toml" in said
     (folder,) = (path.parent for path in (tmp_path / "agg").glob("*/summary.json"))
-    assert list(sweep.progress(bad.runs, bad.folder).values()) == [("finished", 0), ("waiting", 1)]
+    assert list(plan.progress(bad.runs, bad.folder).values()) == [("finished", 0), ("waiting", 1)]
     cut(folder, "r00/healed.json")
-    assert list(sweep.progress(bad.runs, bad.folder).values()) == [("unfinished", 1), ("waiting", 1)]
-    assert "--resume" in sweep.command(bad.runs[0], bad.folder)
+    assert list(plan.progress(bad.runs, bad.folder).values()) == [("unfinished", 1), ("waiting", 1)]
+    assert "--resume" in plan.command(bad.runs[0], bad.folder)
     good = planned(tmp_path, grid=("trait=love",), seeds=(1,))
     assert sweep.sweep(good, "local", 1, 0.0, None, None) == 0
     assert len(list((tmp_path / "agg").glob("*/config.json"))) == 1
@@ -115,9 +117,9 @@ def test_an_edited_trait_file_makes_it_another_run(tmp_path):
     text = (data.HERE / "traits" / "love.toml").read_text("utf-8")
     file.write_text(text, "utf-8")
     (run,) = planned(tmp_path, grid=(f"trait={file}",), seeds=(1,)).runs
-    before = sweep.key(run)
+    before = plan.key(run)
     file.write_text(text.replace('title = "', 'title = "truly ', 1), "utf-8")
-    assert sweep.key(run) != before
+    assert plan.key(run) != before
 
 
 def test_the_command_line_ends_with_1_when_a_run_failed(tmp_path, capfd):

@@ -9,7 +9,7 @@ import pytest
 
 from steer_heal.cli import main
 from steer_heal.config import UserError
-from steer_heal.tracking import check_tracker
+from steer_heal.runs.tracking import check_tracker
 
 QUICK = ["run", "tiny-random", "--rounds", "1", "--eval.profile", "none", "--eval.plain-doses", "0"]
 

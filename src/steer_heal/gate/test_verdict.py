@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 import torch
 
-from steer_heal import foundations
-from steer_heal.arms import Arm
-from steer_heal.bake import Student
+from steer_heal.bake.student import Student
 from steer_heal.config import DoseConfig
 from steer_heal.data import FOUNDATIONS, load_trait
-from steer_heal.eval import evaluate, yes_no_scores
-from steer_heal.plain import (
+from steer_heal.eval import foundations
+from steer_heal.eval.arms import Arm
+from steer_heal.eval.instruments import evaluate, yes_no_scores
+from steer_heal.eval.opponents import (
     LEAST_COST,
     allowed_cost,
     coherence_cost,
@@ -24,10 +24,10 @@ from steer_heal.plain import (
     fitting,
     plain_doses,
 )
+from steer_heal.eval.record import arm_record, arms_record
+from steer_heal.eval.verdict import care_over_authority, validity, verdict
 from steer_heal.presets import PRESETS
-from steer_heal.record import arm_record, arms_record
-from steer_heal.summary import verdict_line
-from steer_heal.verdict import care_over_authority, validity, verdict
+from steer_heal.report.tables import verdict_line
 
 CONFIG = PRESETS["tiny-random"].eval
 

@@ -1,0 +1,168 @@
+"""The gated adapter history, on PEFT.
+
+    y = W x + g_hist * (alpha/r) B_hist A_hist x + g_now * (alpha/r) B A x
+
+Gate (0, 0) is the pristine base, (1, 0) the previous student, (1, 1) the student; g_now dials the latest round.
+Past rounds are folded into one adapter, so a forward pass meets two low-rank products however many rounds went by.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from steer_heal.bake.lowrank import Factors, compress
+from steer_heal.config import HealConfig
+from steer_heal.model.lm import LM
+
+TARGET_MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+NOW = "now"
+
+
+class Student:
+    """A model with its baked rounds. Outside a `view` its gate is (1, 1)."""
+
+    def __init__(self, lm: LM) -> None:
+        self.lm = lm
+        self.peft: PeftModel | None = None
+        self.history: str | None = None  # name of the adapter that holds all folded rounds
+        self.folded = 0
+
+    def begin_round(self, config: HealConfig, seed: int) -> None:
+        """Add a fresh adapter with B = 0: the student starts exactly at the previous one."""
+        layers, modules = list(self.lm.band(config.band)), self.lm.model.named_modules()
+        lora = LoraConfig(
+            r=config.r,
+            lora_alpha=config.alpha,
+            target_modules=TARGET_MODULES,
+            layers_to_transform=layers,
+            layers_pattern="layers",
+            # Of a multimodal gemma the text tower only; peft warns about a pattern that matches nothing.
+            exclude_modules=r".*vision.*" if any("vision" in name for name, _ in modules) else None,
+            task_type="CAUSAL_LM",
+        )
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            if self.peft is None:
+                self.peft = get_peft_model(self.lm.model, lora, adapter_name=NOW)
+            else:
+                self.peft.add_adapter(NOW, lora)
+        self._rest()
+
+    def load_round(self, folder: Path) -> None:
+        """Add a finished round's adapter from disk, in place of `begin_round` and training."""
+        if self.peft is None:
+            self.peft = PeftModel.from_pretrained(self.lm.model, folder, adapter_name=NOW)
+        else:
+            self.peft.load_adapter(folder, NOW)
+        self._rest()
+
+    def fold(self, rank: int = 0) -> float:
+        """Join the current round to the history; (1, 1) before and (1, 0) after are the same model.
+
+        Factors are stacked, so nothing is lost and the history's rank grows by r each round; with `rank` they are
+        compressed to the closest update of at most that rank, and the cost per token stays as it is. Returns the
+        relative error of that, in the Frobenius norm over all layers.
+        """
+        parts = [name for name in (self.history, NOW) if name is not None]
+        stacked = {path: _stacked([_factors(layer, part) for part in parts]) for path, layer in self._layers()}
+        lost, total = 0.0, 0.0
+        width = sum(self.peft.peft_config[part].r for part in parts)
+        if 0 < rank < width:
+            for path, (a, b) in stacked.items():
+                small = compress(a, b, rank)
+                stacked[path] = (small.a, small.b)
+                lost, total, width = lost + small.lost, total + small.total, rank
+        name = f"history{self.folded}"
+        config = replace(self.peft.peft_config[NOW], r=width, lora_alpha=width, rank_pattern={}, alpha_pattern={})
+        self.peft.add_adapter(name, config)
+        with torch.no_grad():
+            for path, layer in self._layers():
+                factors = _factors(layer, name)
+                for factor, value in zip((factors.a, factors.b), stacked[path], strict=True):
+                    factor.copy_(value)
+        self.history = name
+        self.folded += 1
+        self._apply((1.0, 0.0, False))  # peft warns when an adapter is deleted that is still active
+        for part in parts:
+            self.peft.delete_adapter(part)
+        self._rest()
+        return (lost / total) ** 0.5 if total else 0.0
+
+    @contextmanager
+    def view(self, history: float = 1.0, now: float = 1.0, train: bool = False) -> Iterator[None]:
+        """The model at gate (history, now); restored afterwards, also through an exception and when nested.
+
+        With `train` the current round's factors require gradients; everything else never does.
+        """
+        if self.peft is None:
+            yield
+            return
+        before = self._gates
+        self._apply((history, now, train))
+        try:
+            yield
+        finally:
+            self._apply(before)
+
+    def factors(self) -> list[Factors]:
+        """The current round's update, layer by layer."""
+        return [_factors(layer, NOW) for _, layer in self._layers()]
+
+    def trainable(self) -> list[torch.nn.Parameter]:
+        """The factors of the current round."""
+        return [p for name, p in self.peft.named_parameters() if f".{NOW}." in name]
+
+    def save(self, folder: Path, name: str = NOW) -> None:
+        """Write one adapter as a plain PEFT folder that `PeftModel.from_pretrained` reads."""
+        config = self.peft.peft_config[name]
+        config.base_model_name_or_path = self.lm.name  # peft would note a path of this machine
+        config.target_modules = sorted(config.target_modules)  # peft's set has another order in every process
+        self.peft.save_pretrained(folder, selected_adapters=[name], save_embedding_layers=False)
+        (folder / "README.md").unlink()  # peft's own card, beside a folder of the adapter's name
+        for file in (folder / name).iterdir():
+            os.rename(file, folder / file.name)
+        (folder / name).rmdir()
+
+    def merged(self) -> PreTrainedModel:
+        """The plain model with the history added to its weights. The student is used up."""
+        return self.peft.merge_and_unload(adapter_names=[self.history])
+
+    def _rest(self) -> None:
+        self._gates = (1.0, 1.0, False)
+        self._apply(self._gates)
+
+    def _apply(self, gates: tuple[float, float, bool]) -> None:
+        """Set active adapters, their scales and requires_grad on every LoRA layer; a gate of 0 leaves no trace."""
+        history, now, train = self._gates = gates
+        present = self.peft.peft_config
+        wanted = [(name, gate) for name, gate in ((self.history, history), (NOW, now)) if name in present and gate != 0]
+        for _, layer in self._layers():
+            layer.enable_adapters(bool(wanted))
+            layer.set_adapter([name for name, _ in wanted], inference_mode=True)
+            for name, gate in wanted:
+                layer.set_scale(name, gate)
+        for parameter in self.trainable():
+            parameter.requires_grad_(train)
+
+    def _layers(self) -> list[tuple[str, LoraLayer]]:
+        return [(path, layer) for path, layer in self.peft.named_modules() if isinstance(layer, LoraLayer)]
+
+
+def _factors(layer: LoraLayer, name: str) -> Factors:
+    return Factors(layer.lora_A[name].weight, layer.lora_B[name].weight, layer.lora_alpha[name] / layer.r[name])
+
+
+def _stacked(parts: list[Factors]) -> tuple[Tensor, Tensor]:
+    """One pair of factors whose product is the sum of all updates."""
+    with torch.no_grad():
+        return torch.cat([part.a for part in parts]), torch.cat([part.scale * part.b for part in parts], dim=1)

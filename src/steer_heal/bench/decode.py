@@ -1,0 +1,101 @@
+"""Steered decoding side by side: each figure is a ratio against a named alternative, measured in the same run."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+
+from steer_heal import data
+from steer_heal.model.decode import Sampling, decode
+from steer_heal.model.lm import LM
+from steer_heal.model.loading import load
+from steer_heal.model.packing import packed
+from steer_heal.model.steering import Steering, steering
+from steer_heal.presets import PRESETS
+from steer_heal.steer.extract import extract
+
+DOSES = (0.5, 1.0, 1.5, 2.0)
+SINGLE_ROWS = 4  # rows timed one at a time; more of them only make the benchmark longer
+REPEATS = 5  # of each alternative, taking turns; the fastest counts, the machine's other guests slow the rest
+SINGLE_REPEATS = 2  # it takes longest and varies least
+
+
+def generate(preset: str, rows: int, tokens: int) -> dict:
+    """Sampled steered decoding: transformers' `generate` one row at a time with hooks, against one batch of ours.
+
+    Tokens per second of each and their ratio; of ours without the steering hook; and what share of the machine's
+    matrix-product limit ours reaches, the limit measured in the same run: the model's own weight matrices times
+    `rows` rows, packed as for decoding, and nothing else.
+    """
+    config = PRESETS[preset]
+    lm, trait = load(config.model), data.load_trait("love")
+    lm = LM(lm.model, lm.tokenizer, lm.name, frozenset())  # no end token: both write the full count
+    steer = replace(config.steer, n_contexts=16)
+    vector = extract(lm, trait.positive, trait.negative, list(data.contexts()[:16]), steer).vector
+    prompts = [lm.prompt(trait.generation_prompts[i % len(trait.generation_prompts)]) for i in range(rows)]
+    doses = torch.tensor([DOSES[i % len(DOSES)] for i in range(rows)])
+    sampling = Sampling(("bench",), top_k=64, top_p=0.95)
+    dosed = Steering(vector, doses)
+
+    def one_at_a_time() -> None:
+        for prompt, dose in zip(prompts[:SINGLE_ROWS], doses, strict=False):
+            plain_generate(lm, prompt, Steering(vector, dose[None]), tokens)
+
+    alternatives = {
+        "single": one_at_a_time,
+        "batched": lambda: decode(lm, prompts, tokens, rows, dosed, sampling),
+        "unsteered": lambda: decode(lm, prompts, tokens, rows, None, sampling),
+        "prompts": lambda: decode(lm, prompts, 1, rows, dosed, sampling),
+        "products": lambda: _weight_products(lm, rows, tokens),
+    }
+    seconds = {name: float("inf") for name in alternatives}
+    for turn in range(REPEATS):
+        for name, work in alternatives.items():
+            if name != "single" or turn < SINGLE_REPEATS:
+                seconds[name] = min(seconds[name], _seconds(work))
+    single = min(rows, SINGLE_ROWS) * tokens / seconds["single"]
+    batched = rows * tokens / seconds["batched"]
+    return {
+        "model": config.model.path,
+        "rows": rows,
+        "tokens": tokens,
+        "single_tokens_per_s": single,
+        "batched_tokens_per_s": batched,
+        "ratio": batched / single,
+        "unsteered_tokens_per_s": rows * tokens / seconds["unsteered"],
+        "hook_cost": seconds["batched"] / seconds["unsteered"] - 1,
+        "matrix_product_limit_tokens_per_s": rows * tokens / seconds["products"],
+        "share_of_limit": seconds["products"] / seconds["batched"],
+        "share_reading_prompts": seconds["prompts"] / seconds["batched"],
+    }
+
+
+def _weight_products(lm: LM, rows: int, steps: int) -> None:
+    """What every decoding step multiplies at least: each weight matrix by `rows` vectors."""
+    linear = [m for m in lm.decoder.modules() if isinstance(m, torch.nn.Linear)]
+    inputs = {m.in_features: torch.randn(rows, m.in_features, device=lm.device, dtype=m.weight.dtype) for m in linear}
+    states = torch.randn(rows, lm.head.weight.shape[1], device=lm.device, dtype=lm.head.weight.dtype)
+    with torch.no_grad(), packed(lm, rows * steps) as lm:
+        for _ in range(steps):
+            for module in linear:
+                module(inputs[module.in_features])
+            lm.head(states)
+
+
+def plain_generate(lm: LM, prompt: list[int], steered: Steering, tokens: int) -> None:
+    with steering(lm, steered) as dial:
+        dial.turn(steered.dose.to(lm.device))
+        ids = torch.tensor([prompt], device=lm.device)
+        length = {"min_new_tokens": tokens, "max_new_tokens": tokens}
+        lm.model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=True, top_k=64, top_p=0.95, **length)
+
+
+def _seconds(work: Callable[[], object]) -> float:
+    began = time.perf_counter()
+    work()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - began

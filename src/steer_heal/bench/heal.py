@@ -1,0 +1,194 @@
+"""One heal step, three ways: with full logits and a reference forward every step, plain fine-tuning, and ours.
+
+Each alternative runs in a process of its own, so that peaks are true; they take turns, and the fastest turn counts.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+
+from steer_heal.bake.student import Student
+from steer_heal.config import HealConfig, ModelConfig
+from steer_heal.heal.barrier import KL_EPS
+from steer_heal.heal.examples import Example
+from steer_heal.heal.step import Multipliers, accumulate
+from steer_heal.model.forward import states
+from steer_heal.model.lm import LM, Row
+from steer_heal.model.loading import load
+
+ALTERNATIVES = ("naive", "sft", "ours")
+TURNS = 2  # processes an alternative
+STEPS = 3  # timed ones a process, after one that is not
+CONFIG = HealConfig(r=16, alpha=32, tau=0.0, lam=1.0, epochs=1, grad_accum=1, val_share=0.0)
+ROUNDS = 8
+DECODED = (32, 64)  # rows and tokens decoded to see what a folded history costs
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model and the shape of a batch."""
+
+    model: ModelConfig
+    rows: int
+    tokens: int
+    completion: int
+
+
+def cases() -> list[Case]:
+    """Two on a CPU; with a CUDA GPU a third."""
+    cpu = ModelConfig(quant="none", dtype="float32", device="cpu")
+    found = [
+        Case(replace(cpu, path="smollm2-135m"), 3, 192, 128),
+        Case(replace(cpu, path="random:gemma-3-270m"), 3, 256, 192),
+    ]
+    if torch.cuda.is_available():
+        found.append(Case(ModelConfig("random:gemma-3-1b", "nf4", "bfloat16", "cuda"), 3, 1024, 768))
+    return found
+
+
+def heal() -> dict:
+    """Seconds a step and peak bytes above the loaded model of every alternative, and what folded rounds cost."""
+    measured = []
+    for case in cases():
+        row: dict = {"model": case.model.path}
+        turns = {how: [_apart(_step, case, how) for _ in range(TURNS)] for how in ALTERNATIVES}
+        for how, found in turns.items():
+            row[f"{how}_step_s"] = min(seconds for seconds, _ in found)
+            row[f"{how}_peak_bytes"] = min(peak for _, peak in found)
+        row["time_over_naive"] = row["ours_step_s"] / row["naive_step_s"]
+        row["time_over_sft"] = row["ours_step_s"] / row["sft_step_s"]
+        row["peak_over_naive"] = row["ours_peak_bytes"] / row["naive_peak_bytes"]
+        measured.append({**row, **{key: value for key, value in asdict(case).items() if key != "model"}})
+    return {"cases": measured, "folded": _apart(_folded)}
+
+
+def _apart(work: Callable, *args: object) -> object:
+    """The result of a function that runs in a fresh process."""
+    with multiprocessing.get_context("spawn").Pool(1, _quiet) as pool:
+        return pool.apply(work, args)
+
+
+def _quiet() -> None:
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # peft calls old names
+
+
+def _step(case: Case, how: str) -> tuple[float, int]:
+    return timed_step(load(case.model), case, how)
+
+
+def timed_step(lm: LM, case: Case, how: str) -> tuple[float, int]:
+    """Seconds of the fastest training step, and the peak bytes above what the loaded model takes."""
+    draw = torch.Generator().manual_seed(0)
+    ids = torch.randint(100, 1000, (case.rows, case.tokens), generator=draw)
+    student = Student(lm)
+    student.begin_round(CONFIG, 0)
+    optimiser = torch.optim.AdamW(student.trainable(), lr=1e-4)
+    for parameter in lm.model.parameters():
+        parameter.sum()  # into memory: what lies on disk still would count as the first step's
+    _reset_peak()
+    loaded = _held()
+    step = {"naive": _naive, "sft": _sft, "ours": _ours}[how](student, ids, case.tokens - case.completion)
+    seconds = []
+    for _ in range(1 + STEPS):
+        began = time.perf_counter()
+        with student.view(train=True):
+            step()
+        optimiser.step()
+        optimiser.zero_grad(set_to_none=True)
+        if lm.device.type == "cuda":
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - began)
+    peak = _peak() - loaded
+    student.peft.unload()
+    return min(seconds[1:]), peak
+
+
+def _naive(student: Student, ids: torch.Tensor, start: int) -> Callable[[], None]:
+    """All logits of both models, the reference's anew every step."""
+    model, ids = student.lm.model, ids.to(student.lm.device)
+    targets = ids[:, start:]
+
+    def step() -> None:
+        with torch.no_grad(), student.view(now=0.0):
+            reference = model(input_ids=ids).logits[:, start - 1 : -1].float().log_softmax(-1)
+        log_p = model(input_ids=ids).logits[:, start - 1 : -1].float().log_softmax(-1)
+        nll = -log_p.gather(-1, targets[..., None])[..., 0].mean()
+        kl = (log_p.exp() * (log_p - reference)).sum(-1)
+        (nll + torch.relu((kl.square().mean() + KL_EPS).sqrt())).backward()
+
+    return step
+
+
+def _sft(student: Student, ids: torch.Tensor, start: int) -> Callable[[], None]:
+    """transformers' own loss, no barrier."""
+    ids = ids.to(student.lm.device)
+    labels = ids.clone()
+    labels[:, :start] = -100
+    return lambda: student.lm.model(input_ids=ids, labels=labels).loss.backward()
+
+
+def _ours(student: Student, ids: torch.Tensor, start: int) -> Callable[[], None]:
+    rows = [Row(row[:start], row[start:]) for row in ids.tolist()]
+    with student.view(now=0.0):
+        reference = states(student.lm, rows, len(rows))
+    examples = [Example(row, states, None) for row, states in zip(rows, reference, strict=True)]
+    return lambda: accumulate(student.lm, examples, CONFIG, Multipliers(1.0, 1.0))
+
+
+def _folded() -> dict:
+    """Decoding after 1 and after 8 folded rounds, stacked and at a fixed rank, relative to 1."""
+    from steer_heal.model.decode import decode
+
+    rows, tokens = DECODED
+    students = {}
+    for name, rounds, rank in (
+        ("1", 1, 0),
+        (f"{ROUNDS}_stacked", ROUNDS, 0),
+        (f"{ROUNDS}_fold_rank", ROUNDS, CONFIG.r),
+    ):
+        student = students[name] = Student(load(cases()[0].model))
+        for round_ in range(rounds):
+            student.begin_round(CONFIG, round_)
+            draw = torch.Generator().manual_seed(round_)
+            for parameter in student.trainable():
+                parameter.data.normal_(0.0, 0.01, generator=draw)
+            student.fold(rank)
+    seconds = dict.fromkeys(students, float("inf"))
+    for _ in range(1 + STEPS):
+        for name, student in students.items():
+            prompts = [student.lm.prompt("Tell me about rivers.")] * rows
+            began = time.perf_counter()
+            decode(student.lm, prompts, tokens, rows)
+            seconds[name] = min(seconds[name], time.perf_counter() - began)
+    return {f"cost_after_{name}": seconds[name] / seconds["1"] for name in students}
+
+
+def _reset_peak() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def _held() -> int:
+    return torch.cuda.memory_allocated() if _on_gpu() else _status("VmRSS")
+
+
+def _peak() -> int:
+    return torch.cuda.max_memory_allocated() if _on_gpu() else _status("VmHWM")
+
+
+def _on_gpu() -> bool:
+    return torch.cuda.is_available() and torch.cuda.memory_allocated() > 0
+
+
+def _status(key: str) -> int:
+    """A line of Linux' record of this process, bytes."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{key}:"))

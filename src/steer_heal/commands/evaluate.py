@@ -1,0 +1,85 @@
+"""The instruments alone, on any model, adapter or run."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from steer_heal.bake.student import Student
+from steer_heal.config import EvalConfig, ModelConfig, UserError
+from steer_heal.data import Trait, load_trait, restored
+from steer_heal.eval.arms import Arm
+from steer_heal.eval.instruments import instruments, read_arm
+from steer_heal.eval.record import arm_record
+from steer_heal.eval.verdict import expressible, validity, verdict
+from steer_heal.model.loading import load
+from steer_heal.report.tables import arm_table, validity_table
+from steer_heal.runs.folder import EVENTS, RunDir
+from steer_heal.runs.student import finished_rounds, student_after
+
+
+@dataclass(frozen=True)
+class Target:
+    """What is measured: a base model, and perhaps a student on it."""
+
+    student: Student
+    trait: Trait
+    has_adapter: bool
+
+
+def evaluate_alone(
+    target: str, round_: int | None, gate: float, trait: str | None, model: ModelConfig, config: EvalConfig
+) -> dict:
+    """Measure and print base, both prompted arms and, of an adapter or a run, the student at the gate.
+
+    Returns the record of every arm, the validity of the instruments and, of a student, the verdict.
+
+    Raises UserError when the target is nothing that can be measured.
+    """
+    found = opened(target, round_, trait, model)
+    which = instruments(config, at_end=True)
+    systems = {"base": None, "prompted": found.trait.positive, "negative": found.trait.negative}
+    wanted = [Arm(name, history=0.0, now=0.0, system=system) for name, system in systems.items()]
+    wanted += [Arm("student", history=gate, now=0.0)] * found.has_adapter
+    arms = [read_arm(f"eval {arm.name}", found.student, arm, found.trait, config, which) for arm in wanted]
+    base, *_, last = arms
+    record: dict = {arm["arm"]: arm_record(arm, base) for arm in arms} | {"validity": validity(arms)}
+    print(f"\n{arm_table(*arms)}\n\n{validity_table(record['validity'])}")
+    if found.has_adapter:
+        record |= {"gate": gate, "verdict": verdict(base, last, last, expressible(arms, found.trait.instrument))}
+        print(f"verdict: {record['verdict']['word']} ({record['verdict']['why']})")
+    return record
+
+
+def opened(target: str, round_: int | None, trait: str | None, model: ModelConfig) -> Target:
+    folder = Path(target).expanduser()
+    if (folder / EVENTS).is_file():
+        run = RunDir(folder)
+        config = run.read("config.json")
+        rounds = finished_rounds(folder, config["rounds"], round_)
+        of_run = restored(run.read("trait.json"))
+        return Target(student_after(folder, config, rounds), load_trait(trait) if trait else of_run, True)
+    if round_ is not None:
+        raise UserError(f"--round {round_}: {target!r} is no run folder (it has no {EVENTS})")
+    described = folder / "adapter_config.json"
+    if described.is_file():
+        try:
+            base = model.path or json.loads(described.read_text("utf-8"))["base_model_name_or_path"]
+        except (ValueError, KeyError) as error:
+            raise UserError(f"{str(described)!r} cannot be read ({error}): name the base with --base") from error
+        if not (folder / "adapter_model.safetensors").is_file():
+            raise UserError(f"{target!r} has no adapter_model.safetensors: pickles are not loaded, convert it")
+        student = Student(load(replace(model, path=base)))
+        try:
+            student.load_round(folder)
+        except (RuntimeError, ValueError, KeyError, SafetensorError) as error:
+            said = " ".join(str(error).split())
+            raise UserError(
+                f"adapter {target!r} does not fit {base!r}: name its base with --base ({said[:200]})"
+            ) from error
+        student.fold()
+        return Target(student, load_trait(trait or "love"), True)
+    return Target(Student(load(replace(model, path=target))), load_trait(trait or "love"), False)

@@ -1,0 +1,38 @@
+"""A run's result for others: an adapter that plain PEFT loads, or a whole model that plain transformers loads."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from steer_heal.config import UserError
+from steer_heal.files import write_text
+from steer_heal.report.card import model_card
+from steer_heal.runs.reading import load as read_run
+from steer_heal.runs.resume import opened
+from steer_heal.runs.student import finished_rounds, student_after
+
+
+def export(folder: Path, to: Path, round_: int | None, merge: bool) -> None:
+    """Write the student after `round_` (the last one if None) into `to`, with a model card.
+
+    An adapter belongs on the run's base model. Merged, the update is added to the base's float weights in the run's
+    dtype, also when the run trained on NF4 ones.
+
+    Raises UserError when the folder is no run, the round was not finished, or `to` is not empty.
+    """
+    opened(folder)
+    if to.exists() and (not to.is_dir() or any(to.iterdir())):
+        raise UserError(f"--to {str(to)!r} is not an empty folder: choose a new one")
+    run = read_run(folder)
+    rounds = finished_rounds(folder, run.config["rounds"], round_)
+    student = student_after(folder, run.config, rounds, float_weights=merge)
+    to.parent.mkdir(parents=True, exist_ok=True)
+    if to.exists():
+        to.rmdir()  # it is empty; the adapter's folder is renamed into place
+    if merge:
+        student.merged().save_pretrained(to)
+        student.lm.tokenizer.save_pretrained(to)
+    else:
+        student.save(to, student.history)
+    trait = opened(folder).read("trait.json")
+    write_text(to / "README.md", model_card(run.summary, run.config, trait, rounds, merge))

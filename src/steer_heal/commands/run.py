@@ -1,0 +1,121 @@
+"""The verb `run`: everything that can be wrong is checked first, then the loop, and what ends it early is explained."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+import torch
+
+from steer_heal import data, loop
+from steer_heal.config import ModelConfig, RunConfig, UserError, check
+from steer_heal.eval.foundations import check_profile
+from steer_heal.heal.train import check_optimiser
+from steer_heal.model.lm import LM
+from steer_heal.model.loading import load
+from steer_heal.runs.environment import block_network, environment
+from steer_heal.runs.folder import Damaged, RunDir
+from steer_heal.runs.resume import check_place, create, described, reopened, require_surroundings, trait_of
+from steer_heal.runs.tracking import check_tracker, follower
+from steer_heal.steer import lite
+
+DECODING = ("anchor.jsonl", "dose.json", "completions.jsonl")
+
+
+def run(config: RunConfig, preset: str, argv: list[str]) -> tuple[RunDir, dict]:
+    """Do a run, or go on with one; returns its folder and summary. `argv` is how it was asked for.
+
+    Raises UserError for what the user can mend, and KeyboardInterrupt, with the command that goes on, when stopped.
+    """
+    check(config)
+    if config.steer.method.startswith(lite.PREFIX):
+        lite.check_method(config.steer.method)
+    check_profile(config.eval)
+    check_tracker(config.track)
+    if not config.resume:
+        check_place(Path(config.out))
+        trait = data.load_trait(config.trait)
+        lm = loaded(config.model)  # before a folder is made: a model that cannot be loaded leaves nothing behind
+        check_optimiser(config.heal, lm.device)
+        folder = create(config, preset, trait, environment(lm), argv)
+        with folder.held():
+            return folder, loop_of(config, preset, folder, trait, lm)
+    here = config.trait in data.BUILT_IN or Path(config.trait).expanduser().exists()
+    given = data.load_trait(config.trait) if here else None
+    with reopened(config, preset) as folder:
+        trait = trait_of(folder, config, given)
+        if "env.json" not in config.recompute:
+            torch.set_num_threads(folder.read("env.json")["threads"])  # sums come out otherwise with another number
+        lm = loaded(config.model)
+        check_optimiser(config.heal, lm.device)
+        require_surroundings(folder, config, environment(lm))
+        folder.event("resume", argv=argv)
+        return folder, loop_of(config, preset, folder, trait, lm)
+
+
+def loaded(config: ModelConfig) -> LM:
+    try:
+        return load(config)
+    except (torch.OutOfMemoryError, RuntimeError) as error:
+        if (wanted := _wanted(error)) is None:
+            raise
+        raise UserError(
+            f"out of memory while loading {config.path} ({wanted} more were wanted): choose --model.quant nf4, "
+            "--model.dtype bfloat16 or a smaller model"
+        ) from error
+
+
+def loop_of(config: RunConfig, preset: str, folder: RunDir, trait: data.Trait, lm: LM) -> dict:
+    """The loop, with a word on how to go on when it ends early."""
+    if os.environ.get("STEER_HEAL_BLOCK_NETWORK") == "1":  # in the fast-dev run: with the model there, nothing is asked
+        block_network()
+    folder.follow = follower(config.track, folder.path.name, described(config))
+    try:
+        return loop.run(config, preset, folder, trait, lm)
+    except Damaged:
+        raise
+    except UserError as error:
+        raise UserError(f"{error}. What is done is kept, go on with: {folder.resuming}") from error
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"what is done is kept, go on with: {folder.resuming}") from None
+    except (torch.OutOfMemoryError, RuntimeError) as error:
+        if (wanted := _wanted(error)) is None:
+            raise
+        raise UserError(out_of_memory(folder, config, wanted)) from error
+
+
+def _wanted(error: RuntimeError) -> str | None:
+    """How much memory could not be had, from torch's words on a GPU or a CPU; None when that is not what went wrong."""
+    said = re.search(r"[Tt]ried to allocate ([\d.]+ (?:[KMG]iB|bytes))", str(error))
+    return said and said[1]
+
+
+def out_of_memory(folder: RunDir, config: RunConfig, wanted: str) -> str:
+    """Where memory ended, how much was wanted, and the command that goes on with less."""
+    where = f"out of memory while making {folder.doing} ({wanted} more were wanted)"
+    smaller = _smaller(folder, config)
+    if not smaller:
+        return (
+            f"{where}, and no batch is left to make smaller: start a new run with a smaller --heal.max-len, with "
+            f"--model.quant nf4 or with a smaller model. What is done is kept in {folder.path}"
+        )
+    flags = " ".join(f"--{key.replace('_', '-')} {value}".rstrip() for key, value in smaller.items())
+    return f"{where}. What is done is kept, go on with: {folder.resuming} {flags} --allow-change {' '.join(smaller)}"
+
+
+def _smaller(folder: RunDir, config: RunConfig) -> dict[str, int | str]:
+    """Flags with which the stage that failed takes less memory and gives the same result."""
+    heal, name = config.heal, Path(folder.doing).name
+    if name == "adapter" and heal.train_bs > 1:
+        rows = heal.train_bs // 2 if heal.train_bs % 2 == 0 else 1
+        return {"heal.train_bs": rows, "heal.grad_accum": heal.grad_accum * heal.train_bs // rows}
+    if name == "adapter":
+        return {} if heal.checkpointing else {"heal.checkpointing": ""}
+    if name in DECODING:
+        key, rows = "distil.batch_size", config.distil.batch_size
+        rows = folder.read("batch_size.json") if rows == "auto" else rows
+    else:
+        section = "steer" if name == "vector" else "eval"
+        key, rows = f"{section}.batch_size", getattr(config, section).batch_size
+    return {key: rows // 2} if rows > 1 else {}

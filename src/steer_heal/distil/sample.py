@@ -1,0 +1,122 @@
+"""From a vector and a dose to a training set: steered completions, the filter, and those of the base that anchor it."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable
+
+import torch
+
+from steer_heal.bake.student import Student
+from steer_heal.coherence import judge
+from steer_heal.config import DistilConfig, FilterConfig, UserError
+from steer_heal.model.decode import Sampling, decode
+from steer_heal.model.lm import Row
+from steer_heal.model.steering import AnyVector, Steering
+
+Progress = Callable[[int], None]
+
+
+class Exhausted(UserError):
+    """Steering no longer gives text to train on. In round 0 the user's matter, later the end of the loop."""
+
+
+def distil(
+    student: Student,
+    vector: AnyVector,
+    dose: float,
+    prompts: list[str],
+    config: DistilConfig,
+    limits: FilterConfig,
+    key: tuple,
+    expected: float = 1.0,
+    on_kept: Progress = lambda rows: None,
+) -> list[dict]:
+    """Completions of the steered previous student, every one with its scores and why it was dropped.
+
+    Batches are sampled until `n_keep` have survived or `budget` is spent; the first is as large as the `expected`
+    survival makes it. Prompts and the doses around `dose` take turns, so that each has a fair share. A text that was
+    written before is dropped as "duplicate", survivors beyond `n_keep` as "surplus".
+    """
+    doses = [dose * (1 + side * config.dose_spread) for side in ((0, -1, 1) if config.dose_spread else (0,))]
+    completions: list[dict] = []
+    kept, texts = 0, set()
+    while kept < config.n_keep and len(completions) < config.budget:
+        done = len(completions)
+        share = kept / done if done else expected  # of the batches before, passed
+        rows = min(math.ceil((config.n_keep - kept) / max(share, 0.01)), config.budget - done)
+        turns = range(done, done + rows)
+        # A step of one dose a pass over the prompts, so that no prompt is always asked at the same dose.
+        plan = [(doses[(i + i // len(prompts)) % len(doses)], prompts[i % len(prompts)]) for i in turns]
+        before = kept
+        for completion in sample(student, vector, plan, config, limits, (*key, done)):
+            text = " ".join(completion["text"].lower().split())
+            if not completion["dropped"]:
+                completion["dropped"] = "duplicate" if text in texts else "surplus" if kept == config.n_keep else ""
+                kept += not completion["dropped"]
+            texts.add(text)
+            completions.append(completion)
+        on_kept(kept - before)
+    return completions
+
+
+def require_training_set(completions: list[dict], dose: dict, config: DistilConfig) -> None:
+    """Raise Exhausted, the survival table in its text, when too few completions survived to train on."""
+    kept = sum(not c["dropped"] for c in completions)
+    if kept >= config.min_train:
+        return
+    reasons = Counter(c["dropped"] for c in completions if c["dropped"])
+    dropped = ", ".join(f"{reason} {count}" for reason, count in reasons.most_common())
+    curve = ", ".join(f"{p['dose']:.2f}: {p['survival']:.0%}" for p in dose["curve"])
+    raise Exhausted(
+        f"only {kept} of {len(completions)} completions passed the filter at dose {dose['dose']:.2f}, training needs "
+        f"{config.min_train} (dropped: {dropped}; dose: survival {curve}): raise --distil.budget or --dose.survival, "
+        "or loosen --filter.*"
+    )
+
+
+def sample(
+    student: Student,
+    vector: AnyVector,
+    plan: list[tuple[float, str]],
+    config: DistilConfig,
+    limits: FilterConfig,
+    key: tuple,
+    on_rows: Progress = lambda rows: None,
+) -> list[dict]:
+    """Decode (dose, prompt) pairs from the steered previous student and judge each under the pristine base."""
+    lm = student.lm
+    tokens = [lm.prompt(prompt) for _, prompt in plan]
+    steering_ = Steering(vector, torch.tensor([dose for dose, _ in plan]))
+    sampling = Sampling(key, config.temperature, config.top_k, config.top_p)
+    with student.view(now=0.0):
+        written = decode(lm, tokens, config.max_new_tokens, config.batch_size, steering_, sampling, on_rows)
+    rows = [Row(p, c.ids) for p, c in zip(tokens, written, strict=True)]
+    with student.view(history=0.0, now=0.0):
+        judged = judge(lm, rows, limits, config.batch_size)
+    return [
+        {"prompt": prompt, "dose": dose, "ids": c.ids, "ended": c.ended, **scores}
+        for (dose, prompt), c, scores in zip(plan, written, judged, strict=True)
+    ]
+
+
+def kept_rows(student: Student, completions: list[dict]) -> tuple[list[Row], list[float]]:
+    """The survivors as training rows, and the dose each was written at."""
+    kept = [c for c in completions if not c["dropped"]]
+    return [Row(student.lm.prompt(c["prompt"]), c["ids"]) for c in kept], [c["dose"] for c in kept]
+
+
+def anchor_completions(
+    student: Student, prompts: list[str], config: DistilConfig, key: tuple, on_rows: Progress = lambda rows: None
+) -> list[dict]:
+    """Completions of mundane prompts by the pristine base, on which a healed model should not move."""
+    lm = student.lm
+    tokens = [lm.prompt(prompt) for prompt in prompts]
+    sampling = Sampling(key, config.temperature, config.top_k, config.top_p)
+    with student.view(history=0.0, now=0.0):
+        written = decode(lm, tokens, config.max_new_tokens, config.batch_size, None, sampling, on_rows)
+    return [
+        {"prompt": prompt, "dose": 0.0, "ids": c.ids, "ended": c.ended, "text": lm.text(c.ids), "dropped": ""}
+        for prompt, c in zip(prompts, written, strict=True)
+    ]

@@ -1,0 +1,24 @@
+"""An arm: one view of the model that is measured, perhaps with a system prompt or a steering vector."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from steer_heal.model.steering import AnyVector, Steering
+
+
+@dataclass(frozen=True)
+class Arm:
+    """Which model is measured: gate of the adapter history, system prompt, steering vector and dose."""
+
+    name: str
+    history: float = 1.0
+    now: float = 1.0
+    system: str | None = None
+    vector: AnyVector | None = None
+    dose: float = 0.0
+
+    def steering(self, rows: int) -> Steering | None:
+        return None if self.vector is None else Steering(self.vector, torch.full((rows,), self.dose))

@@ -1,0 +1,82 @@
+"""Where a round moved the model: along its teacher's vector or elsewhere, and how far from the base.
+
+The shift is read as the vector is, at the last prompt token in the vector's band, but without any persona: the mean
+over contexts of the student's hidden state minus that of the model before.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from steer_heal.bake.student import Student
+from steer_heal.model.forward import last_token_states, states
+from steer_heal.model.likelihood import token_kl
+from steer_heal.model.lm import Row
+from steer_heal.model.steering import AnyVector, ForeignVector, Vector
+
+
+class Base(NamedTuple):
+    """What later rounds are compared with; the same in all of them."""
+
+    mean: Float[Tensor, "l d"]
+    """mean over contexts of the base's hidden states at the last prompt token"""
+    states: list[Float[Tensor, "_ d"]]
+    """of fixed text, before the head"""
+
+
+def read_base(
+    student: Student, contexts: list[str], fixed: list[Row], layers: tuple[int, ...], batch_size: int
+) -> Base:
+    with student.view(history=0.0, now=0.0):
+        return Base(_mean(student, contexts, layers, batch_size), states(student.lm, fixed, batch_size))
+
+
+def geometry(
+    student: Student,
+    contexts: list[str],
+    fixed: list[Row],
+    vector: AnyVector,
+    first: AnyVector,
+    base: Base,
+    batch_size: int,
+) -> dict:
+    """Of the current round, before it is folded.
+
+    "cos_shift_vector": cosine of the round's shift with its teacher's vector, mean over the band. "cos_total_first":
+    of the shift since base with the first round's vector. "kl_to_base_nats", "kl_to_base_rmse_nats": KL(student ||
+    base) over the tokens of fixed text, mean and root mean square. Cosines are None for a foreign vector.
+    """
+    with student.view(now=0.0):
+        before = _mean(student, contexts, vector.layers, batch_size)
+    with student.view():
+        now = _mean(student, contexts, vector.layers, batch_size)
+        hidden = states(student.lm, fixed, batch_size)
+    kl = torch.cat(token_kl(student.lm.head, hidden, base.states)).double()
+    return {
+        "cos_shift_vector": _cosine(now - before, vector),
+        "cos_total_first": _cosine(now - base.mean, first),
+        "kl_to_base_nats": kl.mean().item(),
+        "kl_to_base_rmse_nats": kl.square().mean().sqrt().item(),
+    }
+
+
+def _mean(student: Student, contexts: list[str], layers: tuple[int, ...], batch_size: int) -> Float[Tensor, "l d"]:
+    prompts = [student.lm.prompt(text) for text in contexts]
+    return last_token_states(student.lm, prompts, layers, batch_size).mean(0)
+
+
+def _cosine(shift: Float[Tensor, "l d"], vector: AnyVector) -> float | None:
+    if not isinstance(vector, Vector):
+        return None
+    return torch.cosine_similarity(shift, vector.direction.to(shift), dim=-1).mean().item()
+
+
+def cosine(a: AnyVector, b: AnyVector) -> float | None:
+    """Mean over layers of the cosine between two vectors of the same band; None for another library's."""
+    if isinstance(a, ForeignVector) or isinstance(b, ForeignVector):
+        return None
+    return float(torch.cosine_similarity(a.direction, b.direction, dim=-1).mean())

@@ -1,0 +1,235 @@
+"""Instruments: did the trait move, did coherence hold, did other traits stay put.
+
+All are deterministic, read log-probabilities or greedy text, and compare arms (base, prompted, steered, healed) on the
+same items.
+
+* Contrast (primary): a question with two answers that differ in the trait alone; the score is the log-probability per
+  token of the trait answer minus that of its opposite, in nats per token. It needs no instruction following, so it
+  works from 135M parameters up.
+* Yes/no self-report (secondary): log-odds of yes against no times the question's polarity, in nats. The probability
+  mass on the two answers is a canary for coherence whatever the trait does.
+* Off target: contrast probes of traits that have no business to move, far and near, in the same unit.
+* Coherence: greedy demo answers judged like completions but by limits of their own (`eval.judge`), perplexity of
+  neutral text, plain questions with one answer.
+* Profile: see `foundations`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Iterable
+
+import numpy as np
+
+from steer_heal import data
+from steer_heal.bake.student import Student
+from steer_heal.coherence import LOOPS, STYLES, judge
+from steer_heal.config import EvalConfig
+from steer_heal.data import Contrast, Trait, YesNo, bystanders, canary, neutral
+from steer_heal.eval.arms import Arm
+from steer_heal.eval.foundations import Reading, described, read_profile
+from steer_heal.eval.intervals import interval
+from steer_heal.model.answers import choice_log_probs
+from steer_heal.model.decode import decode
+from steer_heal.model.likelihood import row_nll
+from steer_heal.model.lm import LM, Row
+from steer_heal.model.packing import packed
+from steer_heal.terminal import progress
+
+CORE = ("contrast", "yes_no", "neutral", "demos")
+EXTRA = ("off_target", "canary", "profile")
+YES = ("Yes", "yes", "YES", " Yes", " yes", " YES")
+NO = ("No", "no", "NO", " No", " no", " NO")
+YES_NO_FORM = "{question} Answer with one word, yes or no."
+
+
+def instruments(config: EvalConfig, at_end: bool) -> tuple[str, ...]:
+    """What is read on an arm: everything on base, on prompted and after the last round; less in between."""
+    off = {"off_target": config.off_target == 0, "canary": config.canary == 0, "profile": config.profile == "none"}
+    return CORE + tuple(name for name in EXTRA if not off[name] and (at_end or name not in config.ends_only))
+
+
+def evaluate(
+    student: Student,
+    arm: Arm,
+    trait: Trait,
+    config: EvalConfig,
+    which: Iterable[str] = CORE,
+    on_read: Callable[[int], None] = lambda instruments: None,
+) -> dict:
+    """Some instruments on one arm.
+
+    Returns the arm's means with 95% intervals; under "items" the score of every item and under "asked" a fingerprint
+    of the items, so that later arms are compared item by item or not at all; and the demo answers under "demos".
+    """
+    found: dict = {"arm": arm.name, "instrument": trait.instrument, "dose": arm.dose, "items": {}, "asked": {}}
+    with packed(student.lm) as lm:
+        for name in which:
+            with student.view(history=arm.history, now=arm.now):
+                read = _read(lm, arm, trait, config, name)
+            if name == "demos":
+                with student.view(history=0.0, now=0.0):
+                    found["demos"] = judged_demos(lm, trait, config, read)
+                read = demo_items(found["demos"])
+            elif name == "profile":
+                found["profile"] = described(read, config.profile)
+                read = {"profile": (read.p, read.scenes)}
+            for key, (scores, questions) in read.items():
+                found["items"][key], found["asked"][key] = scores.tolist(), fingerprint(questions)
+            on_read(1)
+    return found | measures(found)
+
+
+Read = dict[str, tuple[np.ndarray, list[str]]]  # items of an instrument: their scores, and what was asked
+
+
+def _read(lm: LM, arm: Arm, trait: Trait, config: EvalConfig, name: str) -> Read | Reading | list[list[int]]:
+    """One instrument on the model as it stands; of the demos, the answers' tokens."""
+    size = config.batch_size
+    match name:
+        case "contrast":
+            probes = trait.contrast[: config.contrast]
+            return {name: (trait.direction * contrast_scores(lm, arm, probes, size), pair_texts(probes))}
+        case "yes_no":
+            asked = trait.yes_no[: config.yes_no]
+            log_odds, mass = yes_no_scores(lm, arm, asked, size)
+            texts = [p.question for p in asked]
+            return {name: (trait.direction * log_odds, texts), "mass": (mass, texts)}
+        case "neutral":
+            return {"neutral_nll": (neutral_scores(lm, arm, config), list(neutral()[: config.neutral]))}
+        case "off_target":
+            found = bystanders(trait.name, config.off_target)
+            probes = tuple(probe for some in found.values() for probe in some)
+            scores = np.split(contrast_scores(lm, arm, probes, size), np.cumsum([*map(len, found.values())])[:-1])
+            named = zip(found.items(), scores, strict=True)
+            return {f"off:{other}": (part, pair_texts(some)) for (other, some), part in named}
+        case "canary":
+            asked = spread(canary(), config.canary)
+            texts = [q["question"] for q in asked]
+            right, log_odds = canary_scores(lm, arm, asked, size)
+            return {name: (right, texts), "canary_log_odds": (log_odds, texts)}
+        case "profile":
+            return read_profile(lm, arm, config)
+        case "demos":
+            prompts = [lm.prompt(p, arm.system) for p in trait.demo_prompts[: config.demos]]
+            return [a.ids for a in decode(lm, prompts, config.demo_tokens, size, arm.steering(len(prompts)))]
+
+
+def pair_texts(probes: tuple[Contrast, ...]) -> list[str]:
+    return [f"{p.question}|{p.trait}|{p.opposite}" for p in probes]
+
+
+MEANS = {
+    "contrast": "contrast_nats",
+    "yes_no": "yes_no_nats",
+    "mass": "answer_mass",
+    "canary": "canary_share",
+    "canary_log_odds": "canary_log_odds_nats",
+    "demo_coherent": "coherent_share",
+    "demo_looped": "looped_share",
+    "demo_styled": "styled_share",
+}
+PERPLEXITIES = {"neutral_nll": "neutral_ppl", "demo_log_ppl": "demo_ppl"}
+
+
+def measures(found: dict) -> dict:
+    """Means of what was read, with 95% intervals ("trait_ci" belongs to "trait_nats", and so on)."""
+    items = {name: np.array(scores) for name, scores in found["items"].items()}
+    means = {key: items[name] for name, key in MEANS.items() if name in items}
+    if found["instrument"] in items:
+        means["trait_nats"] = items[found["instrument"]]
+    out = {key: float(scores.mean()) for key, scores in means.items()}
+    out |= {interval_key(key): interval(scores) for key, scores in means.items()}
+    with np.errstate(over="ignore"):  # infinite for a model that has collapsed
+        return out | {key: float(np.exp(items[name].mean())) for name, key in PERPLEXITIES.items() if name in items}
+
+
+def interval_key(key: str) -> str:
+    return f"{key.removesuffix('_nats').removesuffix('_share')}_ci"
+
+
+def contrast_scores(lm: LM, arm: Arm, probes: tuple[Contrast, ...], batch_size: int) -> np.ndarray:
+    """Log-probability per token of the trait answer minus its opposite, nats per token, one a probe."""
+    prompts = [lm.prompt(p.question, arm.system) for p in probes]
+    answers = [[lm.answer(p.trait), lm.answer(p.opposite)] for p in probes]
+    scored = choice_log_probs(lm, prompts, answers, batch_size, arm.steering(len(probes)))
+    per_token = np.array([[answer.double().mean().item() for answer in pair] for pair in scored])
+    return per_token[:, 0] - per_token[:, 1]
+
+
+def yes_no_scores(lm: LM, arm: Arm, probes: tuple[YesNo, ...], batch_size: int) -> tuple[np.ndarray, np.ndarray]:
+    """(polarity * log-odds of yes in nats, probability mass on yes and no), one each a probe.
+
+    An answer's probability is the sum over its spellings, each by all of its tokens.
+    """
+    prompts = [lm.prompt(YES_NO_FORM.format(question=p.question), arm.system) for p in probes]
+    spelled = [[list(ids) for ids in dict.fromkeys(tuple(lm.answer(s)) for s in word)] for word in (YES, NO)]
+    either = [[*spelled[0], *spelled[1]]] * len(prompts)
+    scored = choice_log_probs(lm, prompts, either, batch_size, arm.steering(len(prompts)))
+    log_p = np.array([[answer.double().sum().item() for answer in options] for options in scored])
+    with np.errstate(invalid="ignore"):  # a broken model's NaN is told by the verdict
+        yes, no = (np.logaddexp.reduce(part, axis=1) for part in np.split(log_p, [len(spelled[0])], axis=1))
+    polarity = np.array([1.0 if p.trait_answer == "yes" else -1.0 for p in probes])
+    return polarity * (yes - no), np.exp(yes) + np.exp(no)
+
+
+def neutral_scores(lm: LM, arm: Arm, config: EvalConfig) -> np.ndarray:
+    """Mean NLL per token of each neutral text, nats; read as plain text after the first token, without a chat frame."""
+    rows = neutral_rows(lm, config.neutral)
+    nll = row_nll(lm, rows, config.batch_size, arm.steering(len(rows)))
+    return np.array([row.double().mean().item() for row in nll])
+
+
+def neutral_rows(lm: LM, texts: int) -> list[Row]:
+    """Neutral texts as rows whose prompt is the first token (a BOS where the model has one)."""
+    return [Row(ids[:1], ids[1:]) for ids in (lm.tokenizer(text).input_ids for text in neutral()[:texts])]
+
+
+def canary_scores(lm: LM, arm: Arm, questions: list[dict], batch_size: int) -> tuple[np.ndarray, np.ndarray]:
+    """(1 where the right answer is the likeliest of the four, 0 where it is not, NaN where none can be told; log-odds
+    of the right one against the three others together, nats), one each a question."""
+    prompts = [lm.prompt(q["question"], arm.system) for q in questions]
+    answers = [[lm.answer(a) for a in (q["right"], *q["wrong"])] for q in questions]
+    scored = choice_log_probs(lm, prompts, answers, batch_size, arm.steering(len(prompts)))
+    log_p = np.array([[answer.double().sum().item() for answer in options] for options in scored])
+    right = np.where(np.isfinite(log_p).all(1), (log_p[:, :1] > log_p[:, 1:]).all(1), np.nan)
+    return right, log_p[:, 0] - np.logaddexp.reduce(log_p[:, 1:], axis=1)
+
+
+def spread(rows: tuple[dict, ...], count: int) -> list[dict]:
+    """`count` rows at equal distances, so that every kind is among them."""
+    return [rows[i * len(rows) // count] for i in range(min(count, len(rows)))]
+
+
+def judged_demos(lm: LM, trait: Trait, config: EvalConfig, answers: list[list[int]]) -> list[dict]:
+    """Greedy answers with what `config.judge` and `lm`, which must be the base view, make of them, after their prompt
+    without a persona."""
+    prompts = trait.demo_prompts[: config.demos]
+    rows = [Row(lm.prompt(p), ids) for p, ids in zip(prompts, answers, strict=True)]
+    judged = judge(lm, rows, config.judge, config.batch_size)
+    return [{"prompt": p, **d} for p, d in zip(prompts, judged, strict=True)]
+
+
+def demo_items(demos: list[dict]) -> Read:
+    """Per answer: whether it is coherent, whether it loops, whether it talks about itself instead of answering (style,
+    not damage), log of its perplexity under base."""
+    scores = {
+        "demo_coherent": [float(d["dropped"] in ("", *STYLES)) for d in demos],
+        "demo_looped": [float(d["dropped"] in LOOPS) for d in demos],
+        "demo_styled": [float(d["dropped"] in STYLES) for d in demos],
+        "demo_log_ppl": [math.log(d["ppl"]) for d in demos],
+    }
+    return {name: (np.array(values), [d["prompt"] for d in demos]) for name, values in scores.items()}
+
+
+def fingerprint(texts: Iterable[str]) -> str:
+    """Names a list of items: arms are compared on equal ones only."""
+    return hashlib.blake2b("\n".join(texts).encode(), digest_size=6).hexdigest()
+
+
+def read_arm(
+    label: str, student: Student, arm: Arm, trait: data.Trait, config: EvalConfig, which: tuple[str, ...]
+) -> dict:
+    with progress(label, len(which), "instrument") as done:
+        return evaluate(student, arm, trait, config, which, done)

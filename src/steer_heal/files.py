@@ -1,0 +1,88 @@
+"""Files that are there whole or not at all, whatever ends the process that writes them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+from steer_heal.config import UserError
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Raises UserError when the system will not let `path` be written."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}") from error
+    except SafetensorError as error:
+        reason = re.sub(r".*I/O error: | \(os error \d+\)", "", str(error))
+        raise UserError(f"cannot write {path}: {reason}") from error
+
+
+def write_text(path: Path, text: str, before_rename: Callable[[Path], None] = lambda scratch: None) -> None:
+    """Write a file whole or not at all. Raises UserError when it cannot be written."""
+    with writing(path):
+        scratch = scratch_of(path)
+        try:
+            scratch.write_text(text, "utf-8")
+            sync(scratch)
+            before_rename(scratch)
+            os.rename(scratch, path)
+        finally:
+            scratch.unlink(missing_ok=True)
+        sync(path.parent)
+
+
+def read_jsonl(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+
+
+def remove(path: Path) -> None:
+    """A file or a folder with all it holds, if it is there."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def scratch_of(target: Path) -> Path:
+    scratch = target.with_name(f".{target.name}.part")
+    remove(scratch)  # of a process that was killed
+    return scratch
+
+
+def read_json(path: Path) -> Any:
+    return json.loads(path.read_text("utf-8"))
+
+
+def json_text(value: Any) -> str:
+    return json.dumps(value, indent=1)
+
+
+def jsonl_text(rows: list[dict]) -> str:
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def sync(path: Path) -> None:
+    """Flush a file, or a folder and what lies in it, to the disk."""
+    for part in [*path.rglob("*"), path] if path.is_dir() else [path]:
+        handle = os.open(part, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)

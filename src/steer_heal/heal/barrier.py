@@ -1,0 +1,204 @@
+"""Cross-entropy and divergence over completion tokens, in a fixed room for logits however many tokens there are.
+
+L = mean NLL + lam * relu(D - tau), D = agg over positions of KL_i (nats).
+
+gemma has 262,144 tokens: the logits of a batch of 3 x 1024 in float32 take 3 GB a copy, and a plain loss keeps
+several. Here the hidden states of the completion positions go through the head a chunk at a time. In the forward pass
+each chunk yields nll_i, kl_i and both gradients with respect to h_i; the backward pass only combines the two with the
+weights that the aggregate gives to each position. That works because position i's gradient depends on the other
+positions through scalars alone.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from steer_heal.model.lm import Head
+
+KL_EPS = 1e-12  # under the root of rmse: sqrt has no gradient at the KL of exactly 0 where a fresh adapter starts
+CHUNK_ELEMENTS = {"cpu": 1 << 24, "cuda": 1 << 28}  # logits held at once: 67 MB in float32, 1 GB on a GPU
+CHUNK_ROWS = 64  # positions at least: with fewer a product reads the head's weights for too little work
+BLOCK_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 28}  # of these in the arithmetic between two products: 1 MB, a cache
+HEAD_BLOCK = 2048  # rows of the head multiplied at once on a CPU: of all of them the product is a third slower
+
+Reg = Literal["nll", "kl_fwd", "kl_rev"]
+Agg = Literal["mean", "rmse", "p95", "max"]
+
+
+class _Fused(torch.autograd.Function):
+    """(objective_i, kl_i) for every position, and their gradients with respect to h_i, in one pass over the head.
+
+    objective_i is the NLL of the target, or with `teacher` states the KL(teacher || student); 0 with neither.
+    kl_i is KL(student || reference) for kl_rev and KL(reference || student) for kl_fwd; 0 without a reference.
+
+    One product gives the logits of a chunk of positions under all models, one product takes both gradients back
+    through the head. What lies between is done in blocks that fit a cache, and leaves the gradients with respect to
+    the logits in the place of the logits.
+    """
+
+    @staticmethod
+    def forward(ctx, states, head, targets, teacher, reference, reg):
+        wide = torch.float64 if states.dtype == torch.float64 else torch.float32
+        like = {"dtype": wide, "device": states.device}
+        models = [h for h in (states, teacher, reference) if h is not None]
+        sampled = teacher is None and targets is not None
+        kinds = [
+            name for name, on in (("objective", sampled or teacher is not None), ("kl", reference is not None)) if on
+        ]
+        n, vocab = len(states), len(head.weight)
+        step = min(n, max(CHUNK_ROWS, CHUNK_ELEMENTS[states.device.type] // (vocab * len(models))))
+        block = min(step, max(1, BLOCK_ELEMENTS[states.device.type] // vocab))
+        room = torch.empty(len(models) * step, vocab, **like)
+        scratch = [torch.empty(block, vocab, **like) for _ in range(3)]
+        objective, kl = torch.zeros(n, **like), torch.zeros(n, **like)
+        grads = torch.empty(len(kinds), *states.shape, **like) if states.requires_grad else None
+        for start in range(0, n, step):
+            rows = min(step, n - start)
+            chunk = slice(start, start + rows)
+            flat = room[: len(models) * rows]
+            _logits(head, torch.cat([h[chunk] for h in models]), flat)
+            logits = flat.view(len(models), rows, vocab)
+            for top in range(0, rows, block):
+                inside = slice(top, min(top + block, rows))
+                at = slice(start + inside.start, start + inside.stop)
+                z, *others = logits[:, inside]
+                p, q, bend = (buffer[: len(z)] for buffer in scratch)
+                lse = _softmax(z, p)
+                slope = None if head.softcap is None else _slope(z, head.softcap, bend)
+                if reference is not None:
+                    kl[at] = (_reverse if reg == "kl_rev" else _forward)(z, lse, p, others[-1], q, slope)
+                if teacher is not None:
+                    objective[at] = _forward(z, lse, p, others[0], q, slope)
+                elif sampled:  # last, since its gradient takes the place of z
+                    objective[at] = _nll(z, lse, p, targets[at, None], slope)
+            if grads is not None:
+                back = flat.to(head.weight.dtype)[0 if sampled else rows :] @ head.weight
+                grads[:, chunk] = back.view(len(kinds), rows, -1).to(wide)
+        ctx.save_for_backward(grads)
+        ctx.kinds, ctx.dtype = kinds, states.dtype
+        return objective, kl
+
+    @staticmethod
+    def backward(ctx, weight_objective, weight_kl):
+        (grads,) = ctx.saved_tensors
+        weights = {"objective": weight_objective, "kl": weight_kl}
+        grad = sum(weights[kind][:, None] * g for kind, g in zip(ctx.kinds, grads, strict=True))
+        return grad.to(ctx.dtype), None, None, None, None, None
+
+
+def _nll(z: Tensor, lse: Tensor, p: Tensor, target: Tensor, slope: Tensor | None) -> Tensor:
+    """NLL of each row's target; z becomes the gradient with respect to z."""
+    nll = (lse - z.gather(1, target))[:, 0]
+    z.copy_(p).scatter_add_(1, target, torch.full_like(lse, -1.0))
+    _bent(z, slope)
+    return nll
+
+
+def _forward(z: Tensor, lse: Tensor, p: Tensor, other: Tensor, q: Tensor, slope: Tensor | None) -> Tensor:
+    """KL(other || z) of each row, from logits; `other` becomes the gradient with respect to z."""
+    other_lse = _softmax(other, q)
+    gap = other.sub_(z).add_(lse - other_lse)
+    kl = _row_dot(q, gap)
+    _bent(torch.sub(p, q, out=other), slope)
+    return kl
+
+
+def _reverse(z: Tensor, lse: Tensor, p: Tensor, other: Tensor, q: Tensor, slope: Tensor | None) -> Tensor:
+    """KL(z || other) of each row, from logits; `other` becomes the gradient with respect to z."""
+    other_lse = _log_normaliser(other, q)
+    gap = torch.sub(z, other, out=other).add_(other_lse - lse)
+    kl = _row_dot(p, gap)
+    _bent(gap.sub_(kl[:, None]).mul_(p), slope)
+    return kl
+
+
+def _slope(z: Tensor, softcap: float, out: Tensor) -> Tensor:
+    """Derivative of the capped logits with respect to the plain ones, from the capped ones."""
+    return torch.div(z, softcap, out=out).square_().neg_().add_(1.0)
+
+
+def _bent(gradient: Tensor, slope: Tensor | None) -> None:
+    if slope is not None:
+        gradient.mul_(slope)
+
+
+def _logits(head: Head, states: Tensor, out: Tensor) -> None:
+    """Capped logits into `out`. Narrower states are multiplied with sums in out's precision that are not rounded
+    back: a bf16 logit of 20 would be off by up to 0.06, and a softmax shows that."""
+    if states.is_cuda and out.dtype == torch.float32 != states.dtype:
+        torch.mm(states, head.weight.T, out_dtype=out.dtype, out=out)
+    elif states.is_cuda:
+        torch.mm(states, head.weight.T, out=out)
+    else:
+        wide = states.to(out.dtype)
+        for start in range(0, len(head.weight), HEAD_BLOCK):
+            part = slice(start, start + HEAD_BLOCK)
+            torch.mm(wide, head.weight[part].to(out.dtype).T, out=out[:, part])
+    if head.softcap is not None:
+        out.div_(head.softcap).tanh_().mul_(head.softcap)
+
+
+def _softmax(z: Tensor, out: Tensor) -> Tensor:
+    """Softmax of each row of z into `out`; returns the log of its normaliser, [n, 1]."""
+    top = z.amax(1, keepdim=True)
+    total = torch.sub(z, top, out=out).exp_().sum(1, keepdim=True)
+    out.div_(total)
+    return top + total.log()
+
+
+def _log_normaliser(z: Tensor, scratch: Tensor) -> Tensor:
+    top = z.amax(1, keepdim=True)
+    return top + torch.sub(z, top, out=scratch).exp_().sum(1, keepdim=True).log()
+
+
+def _row_dot(a: Tensor, b: Tensor) -> Tensor:
+    return torch.bmm(a[:, None, :], b[:, :, None])[:, 0, 0]
+
+
+def position_losses(
+    head: Head,
+    states: Float[Tensor, "n d"],
+    targets: Int[Tensor, "n"] | None,
+    reference: Float[Tensor, "n d"] | None,
+    reg: Reg,
+    teacher: Float[Tensor, "n d"] | None = None,
+) -> tuple[Float[Tensor, "n"], Float[Tensor, "n"]]:
+    """Objective and divergence of every position, in nats, differentiable with respect to `states`.
+
+    Args:
+        states: hidden states before the head that predict `targets`; without targets or teacher the objective is 0.
+        reference: the same positions under the reference model, or None for no divergence.
+        teacher: the same positions under the steered teacher; the objective is then KL(teacher || student).
+    """
+    return _Fused.apply(states, head, targets, teacher, reference, reg)
+
+
+def aggregate(kl: Float[Tensor, "n"], agg: Agg) -> Float[Tensor, ""]:
+    """One divergence from the per-position ones, in nats."""
+    match agg:
+        case "mean":
+            return kl.mean()
+        case "rmse":
+            return rmse(kl)
+        case "p95":
+            return torch.quantile(kl, 0.95)
+        case "max":
+            return kl.max()
+
+
+def rmse(kl: Float[Tensor, "n"]) -> Float[Tensor, ""]:
+    """Root mean square of the per-position KL, in nats.
+
+    Incoherence sits in a few positions. The mean dilutes them; the rmse does not, and unlike the maximum it sends
+    gradient to every position.
+    """
+    return (kl.square().mean() + KL_EPS).sqrt()
+
+
+def hinge(divergence: Float[Tensor, ""], tau: float) -> Float[Tensor, ""]:
+    """The barrier: how far the divergence is above tau, 0 below."""
+    return torch.relu(divergence - tau)

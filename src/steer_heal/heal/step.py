@@ -1,0 +1,167 @@
+"""The gradient of one step: objective, barrier and anchor over the whole effective batch.
+
+A step's loss is defined over all completion tokens of its effective batch (train_bs * grad_accum rows). The
+aggregate of the barrier is not a sum over micro-batches, so with grad_accum > 1 a first pass without gradient reads
+every position's losses, the loss of the whole batch gives each position its weight, and a second pass sends
+the weights back: the same gradient in less memory.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from steer_heal.config import HealConfig
+from steer_heal.heal.barrier import aggregate, hinge, position_losses
+from steer_heal.heal.examples import Example, length
+from steer_heal.model.batching import shared_prefix
+from steer_heal.model.forward import forward
+from steer_heal.model.lm import LM
+
+DUAL_PULL = 2.0  # dual: weight added at once when D is twice tau; a round is too short to wait for the multiplier alone
+
+
+@dataclass
+class Multipliers:
+    """Weights of the barrier's two divergences."""
+
+    own: float
+    anchor: float
+
+    def ascend(self, record: dict, config: HealConfig) -> None:
+        """One step of dual ascent: a divergence above its bound makes itself dearer, one below cheaper."""
+        self.own = max(0.0, self.own + config.dual_lr * (record["divergence"] / config.tau - 1))
+        if "anchor_divergence" in record:
+            excess = record["anchor_divergence"] / config.anchor_tau - 1
+            self.anchor = max(0.0, self.anchor + config.dual_lr * excess)
+
+
+def accumulate(
+    lm: LM,
+    batch: list[Example],
+    config: HealConfig,
+    lam: Multipliers,
+    log_norms: list[torch.nn.Parameter] | None = None,
+) -> dict:
+    """Gradient of the effective batch's loss into the adapter; returns its terms in nats.
+
+    With `log_norms`, the adapter's parameters, the norms of the objective's and the barrier's gradient are added.
+    """
+    micro = _micro_batches(batch, config.train_bs if config.grad_accum > 1 else len(batch))
+    if len(micro) == 1:
+        losses = [_losses(lm, micro[0], config)]
+    else:
+        with torch.no_grad():
+            losses = [_losses(lm, part, config) for part in micro]
+    objective, kl = (torch.cat(v).detach().requires_grad_() for v in zip(*losses, strict=True))
+    terms = loss_terms(objective, kl, torch.cat([_is_anchor(part) for part in micro]), config, lam)
+    penalty = terms.pop("penalty")
+    on_objective, on_kl = (
+        torch.autograd.grad(term, leaf, allow_unused=True, materialize_grads=True)[0].split([len(v) for v, _ in losses])
+        for term, leaf in ((terms["objective"], objective), (penalty, kl))
+    )
+    norms = _Norms(log_norms)
+    for index, part in enumerate(micro):
+        part_objective, part_kl = losses[index] if len(micro) == 1 else _losses(lm, part, config)
+        norms.backward(on_objective[index] @ part_objective, on_kl[index] @ part_kl)
+    return {name: term.item() for name, term in terms.items()} | {
+        "fired": config.reg != "nll" and terms["divergence"].item() > config.tau,
+        "anchor_fired": bool(terms.get("anchor_divergence", 0.0) > config.anchor_tau),
+        "tau": config.tau,
+        "lam": lam.own,
+        "anchor_lam": lam.anchor,
+        "tokens": sum(len(e.row.completion) for e in batch),
+        **norms.record(),
+    }
+
+
+class _Norms:
+    """Backward passes that, when asked, keep the objective's gradient apart from the barrier's."""
+
+    def __init__(self, parameters: list[torch.nn.Parameter] | None) -> None:
+        self.parameters = parameters
+        self.gradients: dict[str, list[Tensor]] = {}
+
+    def backward(self, objective: Float[Tensor, ""], barrier: Float[Tensor, ""]) -> None:
+        if self.parameters is None:
+            (objective + barrier).backward()
+            return
+        for name, term in (("objective", objective), ("barrier", barrier)):
+            keep = name == "objective"  # the graph, for the other term
+            found = torch.autograd.grad(term, self.parameters, retain_graph=keep, materialize_grads=True)
+            so_far = self.gradients.get(name)
+            self.gradients[name] = (
+                list(found) if so_far is None else [a + b for a, b in zip(so_far, found, strict=True)]
+            )
+            for parameter, gradient in zip(self.parameters, found, strict=True):
+                parameter.grad = gradient.clone() if parameter.grad is None else parameter.grad + gradient
+
+    def record(self) -> dict[str, float]:
+        return {
+            f"grad_norm_{name}": torch.stack([g.float().square().sum() for g in found]).sum().sqrt().item()
+            for name, found in self.gradients.items()
+        }
+
+
+def _micro_batches(batch: list[Example], size: int) -> list[list[Example]]:
+    """Split by length, so that little padding is computed, anchors last in each; the loss does not depend on it."""
+    ordered = sorted(batch, key=length)
+    return [sorted(ordered[i : i + size], key=lambda e: e.anchor) for i in range(0, len(ordered), size)]
+
+
+def _losses(lm: LM, part: list[Example], config: HealConfig) -> tuple[Float[Tensor, "n"], Float[Tensor, "n"]]:
+    """Objective and divergence of every position; anchors come last and have no objective."""
+    rows = [e.row for e in part]
+    # What is recomputed in the backward pass cannot come from a cache.
+    shared = 0 if lm.model.is_activation_checkpointing else shared_prefix([row.prompt for row in rows], multiple=1)
+    states = forward(lm, rows, shared=shared, multiple=1)
+    own = sum(not e.anchor for e in part)
+    losses = []
+    for group, h in ((part[:own], states[:own]), (part[own:], states[own:])):
+        if not group:
+            continue
+        targets, reference, teacher = None, None, None
+        if config.reg != "nll":
+            reference = torch.cat([e.reference for e in group])
+        if not group[0].anchor:
+            targets = torch.tensor([t for e in group for t in e.row.completion], device=lm.device)
+            teacher = torch.cat([e.teacher for e in group]) if config.target != "sampled" else None
+        losses.append(position_losses(lm.head, torch.cat(h), targets, reference, config.reg, teacher))
+    objective, kl = zip(*losses, strict=True)
+    return torch.cat(objective), torch.cat(kl)
+
+
+def _is_anchor(part: list[Example]) -> Tensor:
+    return torch.cat([torch.full((len(e.row.completion),), e.anchor) for e in part])
+
+
+def loss_terms(
+    objective: Float[Tensor, "n"], kl: Float[Tensor, "n"], anchor: Tensor, config: HealConfig, lam: Multipliers
+) -> dict[str, Tensor]:
+    """The step's loss and its parts: objective, D, anchor D, how far they are above their bounds, weighted penalty.
+
+    With an anchor its own hinge is added to the barrier; both are in nats.
+    """
+    anchor = anchor.to(kl.device)
+    mean = objective[~anchor].mean()
+    divergence = aggregate(kl[~anchor], config.agg)
+    terms = {"objective": mean, "divergence": divergence}
+    bounded = [(divergence, config.tau, lam.own)] if config.reg != "nll" else []
+    if anchor.any():
+        terms["anchor_divergence"] = aggregate(kl[anchor], config.agg)
+        bounded.append((terms["anchor_divergence"], config.anchor_tau, lam.anchor))
+    zero = 0.0 * kl.sum()
+    barrier = sum((hinge(d, bound) for d, bound, _ in bounded), zero)
+    if config.barrier == "fixed":
+        penalty = sum((weight * hinge(d, bound) for d, bound, weight in bounded), zero)
+    else:
+        penalty = sum((_dual_weight(d, bound, weight) * (d - bound) for d, bound, weight in bounded), zero)
+    return {**terms, "barrier": barrier, "penalty": penalty, "loss": mean + penalty}
+
+
+def _dual_weight(divergence: Float[Tensor, ""], bound: float, multiplier: float) -> Float[Tensor, ""]:
+    """Slope of the augmented Lagrangian: the multiplier, more above the bound, less below it, never below 0."""
+    return torch.relu(multiplier + DUAL_PULL * (divergence.detach() / bound - 1))

@@ -1,0 +1,141 @@
+"""Rows in, hidden states out: before the head at the completion's positions, or after chosen blocks at the last token.
+
+No logits are made here; who needs them asks the head for a chunk of positions at a time (`likelihood`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+
+from steer_heal.model.batching import ROUND, batches, rounded, shared_prefix
+from steer_heal.model.lm import LM, Row
+from steer_heal.model.steering import Dial, Steering, steering
+
+
+def states(lm: LM, rows: list[Row], batch_size: int, steering_: Steering | None = None) -> list[Float[Tensor, "n d"]]:
+    """Hidden states that predict each completion token, one tensor [len(completion), d] a row, without gradient.
+
+    Rows are batched by width; right padding needs no mask under causal attention, so results do not depend
+    on the batch they were computed in beyond float rounding.
+    """
+    out: list[Tensor | None] = [None] * len(rows)
+    with torch.no_grad(), steering(lm, steering_) as dial:
+        shared = shared_prefix([row.prompt for row in rows])
+        widths = [rounded(len(row.prompt) + len(row.completion) - 1 - shared) for row in rows]
+        for chunk in batches(widths, batch_size, steering_):
+            batch = [rows[i] for i in chunk]
+            dose = None if steering_ is None else steering_.dose[chunk].to(lm.device)
+            for i, hidden in zip(chunk, forward(lm, batch, dial, dose, shared), strict=True):
+                out[i] = hidden.clone()
+    return out
+
+
+def forward(
+    lm: LM,
+    rows: list[Row],
+    dial: Dial | None = None,
+    dose: Float[Tensor, "b"] | None = None,
+    shared: int = 0,
+    multiple: int = ROUND,
+) -> list[Float[Tensor, "n d"]]:
+    """Hidden states before the head at each row's completion positions, with gradient when it is enabled.
+
+    The keys and values of the first `shared` tokens, which all prompts have in common, are computed once. The
+    rows are padded to a `multiple`, see `rounded`.
+    """
+    cache = None
+    if shared:
+        start = prefix(lm, rows[0].prompt[:shared], dial, dose)
+        cache = Cache(layers=[SharedPrefix(layer) for layer in start.layers])
+    sequences = [(row.prompt + row.completion[:-1])[shared:] for row in rows]
+    longest = rounded(max(map(len, sequences)), multiple)
+    ids = torch.tensor([s + s[-1:] * (longest - len(s)) for s in sequences], device=lm.device)
+    if dose is not None:
+        dial.turn(dose)
+    hidden = lm.decoder(input_ids=ids, past_key_values=cache, use_cache=cache is not None).last_hidden_state
+    return [
+        h[len(row.prompt) - 1 - shared : len(row.prompt) - 1 - shared + len(row.completion)]
+        for h, row in zip(hidden, rows, strict=True)
+    ]
+
+
+def prefix(lm: LM, ids: list[int], dial: Dial | None, dose: Float[Tensor, "b"] | None) -> Cache:
+    """Keys and values of a text that begins every row: [1, ...], or [b, ...] when the rows' doses differ."""
+    cache, where = DynamicCache(), None
+    rows = 1
+    if dose is not None:
+        doses, where = dose.unique(return_inverse=True)
+        rows = len(doses)
+        dial.turn(doses)
+    lm.decoder(input_ids=torch.tensor([ids] * rows, device=lm.device), past_key_values=cache, use_cache=True)
+    if where is not None:
+        cache.batch_select_indices(where)
+    return cache
+
+
+class SharedPrefix(DynamicLayer):
+    """Cache layer for one forward pass: keys and values of the shared prefix ahead of each row's own."""
+
+    def __init__(self, prefix: DynamicLayer) -> None:
+        super().__init__()
+        self.keys, self.values, self.is_initialized = prefix.keys, prefix.values, True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        rows = len(key_states)
+        return tuple(
+            torch.cat([before.expand(rows, -1, -1, -1), new], dim=2)
+            for before, new in ((self.keys, key_states), (self.values, value_states))
+        )
+
+
+@contextmanager
+def first_blocks(lm: LM, count: int) -> Iterator[None]:
+    """The decoder runs its first `count` blocks only; what lies above costs nothing."""
+    config = lm.decoder.config
+    whole, config.num_hidden_layers = config.num_hidden_layers, count
+    try:
+        yield
+    finally:
+        config.num_hidden_layers = whole
+
+
+def last_token_states(
+    lm: LM,
+    prompts: list[list[int]],
+    layers: tuple[int, ...],
+    batch_size: int,
+    on_prompts: Callable[[int], None] = lambda prompts: None,
+) -> Float[Tensor, "n l d"]:
+    """Residual stream after each of `layers` at the last token of each prompt, float32, on the CPU.
+
+    Batched by width; the pass stops after the last layer wanted, so the rest of the model costs nothing.
+    """
+    out = torch.empty(len(prompts), len(layers), lm.model.config.get_text_config().hidden_size)
+    seen: dict[int, Tensor] = {}
+
+    def read(index: int) -> Callable:
+        def hook(_module: nn.Module, _args: tuple, output: Tensor) -> None:
+            seen[index] = output
+
+        return hook
+
+    handles = [lm.blocks[layer].register_forward_hook(read(index)) for index, layer in enumerate(layers)]
+    try:
+        with torch.no_grad(), first_blocks(lm, layers[-1] + 1):
+            shared = shared_prefix(prompts)
+            for chunk in batches([rounded(len(prompt) - shared) for prompt in prompts], batch_size):
+                forward(lm, [Row(prompts[i], [0]) for i in chunk], shared=shared)
+                last = torch.tensor([len(prompts[i]) for i in chunk]) - shared - 1
+                for index, stream in seen.items():
+                    out[chunk, index] = stream[range(len(chunk)), last].float().cpu()
+                on_prompts(len(chunk))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return out

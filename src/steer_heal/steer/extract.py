@@ -1,0 +1,184 @@
+"""The teacher vector and its dose in nats.
+
+v_l = mean over contexts of h_l(positive persona + context) - h_l(negative persona + context), the residual stream
+after block l at the last prompt token (the assistant tag), raw and not normalised. The two prompts differ in the
+system persona alone. Other ways to get a direction from the same states are in METHODS.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from steer_heal.config import SteerConfig
+from steer_heal.model.forward import last_token_states
+from steer_heal.model.lm import LM
+from steer_heal.model.steering import AnyVector, Vector
+from steer_heal.steer import lite
+from steer_heal.steer.lite import LiteVector
+
+States = Float[Tensor, "n l d"]
+
+
+def mean_diff(positive: States, negative: States, plain: States) -> Float[Tensor, "l d"]:
+    """Mean over contexts of positive minus negative. Rimsky et al., "Steering Llama 2 via Contrastive Activation
+    Addition", arXiv:2312.06681; the persona form and the assistant tag as reading point follow vgel/repeng."""
+    return (positive - negative).mean(0)
+
+
+def pca(positive: States, negative: States, plain: States) -> Float[Tensor, "l d"]:
+    """First principal component of the pair differences (not centred), with the sign and the length of the mean
+    difference along it, so that a dose means the same. Zou et al., "Representation Engineering", arXiv:2310.01405."""
+    difference = (positive - negative).transpose(0, 1)
+    component = torch.linalg.svd(difference, full_matrices=False).Vh[:, 0]
+    return component * torch.linalg.vecdot(component, difference.mean(1))[:, None]
+
+
+def ablation(positive: States, negative: States, plain: States) -> Float[Tensor, "l d"]:
+    """Unit direction that the negative persona adds to no persona at all; it is projected out of the residual stream
+    (dose 1: wholly). Arditi et al., "Refusal in Language Models Is Mediated by a Single Direction", arXiv:2406.11717.
+    """
+    return torch.nn.functional.normalize((negative - plain).mean(0), dim=-1)
+
+
+class Method(NamedTuple):
+    direction: Callable[[States, States, States], Float[Tensor, "l d"]]
+    operation: str
+    """what the hook does with the direction: see `model.steering.Vector`"""
+
+
+METHODS = {
+    "mean_diff": Method(mean_diff, "add"),
+    "pca": Method(pca, "add"),
+    "ablation": Method(ablation, "project_out"),
+}
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """How well one layer tells the personas apart."""
+
+    layer: int
+    depth: float
+    """block index as a share of the last"""
+    relative_norm: float
+    """norm of the mean difference over the mean norm of the residual stream"""
+    split_half: float
+    """cosine between the mean differences of two random halves of the contexts"""
+    auc: float
+    """chance that the mean difference of one half ranks a positive prompt of the other half above a negative one"""
+
+
+class Extraction(NamedTuple):
+    vector: AnyVector
+    report: list[dict]
+    """`LayerReport` of every layer that was read, as dictionaries, with "steered": whether the vector acts there"""
+
+
+def extract(
+    lm: LM,
+    positive: str,
+    negative: str,
+    contexts: list[str],
+    config: SteerConfig,
+    layers: tuple[int, ...] | None = None,
+    on_prompts: Callable[[int], None] = lambda prompts: None,
+) -> Extraction:
+    """Vector of the model as it stands (its active adapters included).
+
+    Args:
+        positive, negative: the system personas.
+        contexts: user messages; each is asked under both personas.
+        layers: blocks to steer; None takes them from `config.band`, where "auto" reads all blocks and chooses.
+    """
+    method = METHODS["mean_diff" if config.method.startswith(lite.PREFIX) else config.method]
+    read = layers or (tuple(range(len(lm.blocks))) if config.band == "auto" else lm.band(config.band))
+    personas = [positive, negative] + [None] * (method.operation == "project_out")
+    states = [
+        last_token_states(lm, [lm.prompt(text, persona) for text in contexts], read, config.batch_size, on_prompts)
+        for persona in personas
+    ]
+    report = [_report(lm, layer, states[0][:, i], states[1][:, i]) for i, layer in enumerate(read)]
+    chosen = auto_band(report, len(lm.blocks)) if layers is None and config.band == "auto" else read
+    described = [{**asdict(r), "steered": r.layer in chosen} for r in report]
+    if config.method.startswith(lite.PREFIX):
+        trained = lite.train(lm, config.method, positive, negative, contexts, chosen, config.batch_size)
+        return Extraction(trained, described)
+    direction = method.direction(states[0], states[1], states[-1])[[read.index(layer) for layer in chosen]]
+    return Extraction(Vector(chosen, direction, method.operation), described)
+
+
+AUTO_DEPTHS = (0.2, 0.8)  # earlier blocks still assemble words, later ones already write the answer
+AUTO_WIDTH = 0.1  # of the depth; a wide band destroys text sooner
+
+
+def auto_band(report: list[LayerReport], blocks: int) -> tuple[int, ...]:
+    """The window of blocks in which the vector is longest where it is also reliable and tells the personas apart.
+
+    Mean over the window of relative norm x split-half cosine x (2 AUC - 1); each factor is 0 for a useless layer.
+    """
+    width = round(AUTO_WIDTH * (blocks - 1)) + 1
+    inside = [r for r in report if AUTO_DEPTHS[0] <= r.depth <= AUTO_DEPTHS[1]]
+    worth = [r.relative_norm * r.split_half * (2 * r.auc - 1) for r in inside]
+    start = max(range(len(inside) - width + 1), key=lambda i: sum(worth[i : i + width]))
+    return tuple(r.layer for r in inside[start : start + width])
+
+
+def prompts_read(config: SteerConfig) -> int:
+    """Prompts that `extract` reads for each context."""
+    return 3 if config.method == "ablation" else 2
+
+
+def _report(lm: LM, layer: int, positive: Float[Tensor, "n d"], negative: Float[Tensor, "n d"]) -> LayerReport:
+    difference = positive - negative
+    order = torch.randperm(len(difference), generator=torch.Generator().manual_seed(layer))
+    halves = order[: len(order) // 2], order[len(order) // 2 :]
+    a, b = (difference[half].mean(0) for half in halves)
+    stream = (positive.norm(dim=-1).mean() + negative.norm(dim=-1).mean()) / 2
+    aucs = [auc(positive[held] @ v, negative[held] @ v) for v, held in ((a, halves[1]), (b, halves[0]))]
+    return LayerReport(
+        layer=layer,
+        depth=layer / max(1, len(lm.blocks) - 1),
+        relative_norm=(difference.mean(0).norm() / stream).item(),
+        split_half=torch.cosine_similarity(a, b, dim=0).item(),
+        auc=sum(aucs) / 2,
+    )
+
+
+def auc(high: Float[Tensor, "n"], low: Float[Tensor, "m"]) -> float:
+    """Probability that one of `high` exceeds one of `low`, ties counted half."""
+    difference = high[:, None] - low[None, :]
+    return ((difference > 0).double().mean() + (difference == 0).double().mean() / 2).item()
+
+
+def write_vector(path: Path, extraction: Extraction) -> None:
+    """A folder: the vector, and what was seen of each layer."""
+    path.mkdir()
+    vector, report = extraction
+    (path / "layers.json").write_text(json.dumps(report, indent=1), "utf-8")
+    if isinstance(vector, LiteVector):
+        lite.save(path / "lite.safetensors", vector)
+        return
+    described = json.dumps({"layers": vector.layers, "operation": vector.operation})
+    # One key: safetensors writes several in random order, and the file would be another one each time.
+    save_file({"direction": vector.direction.contiguous()}, path / "vector.safetensors", {"vector": described})
+
+
+def read_vector(path: Path) -> Extraction:
+    """A round's vector and its layer report, from its folder."""
+    report = json.loads((path / "layers.json").read_text("utf-8"))
+    if (path / "lite.safetensors").exists():
+        return Extraction(lite.load(path / "lite.safetensors"), report)
+    with safe_open(path / "vector.safetensors", "pt") as stored:
+        described = json.loads(stored.metadata()["vector"])
+        vector = Vector(tuple(described["layers"]), stored.get_tensor("direction"), described["operation"])
+        return Extraction(vector, report)

@@ -1,0 +1,102 @@
+"""Runs on the disk, known by what they are a run of and not by their names. No torch."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from functools import reduce
+from pathlib import Path
+
+import numpy as np
+
+from steer_heal.config import UserError
+from steer_heal.eval.intervals import paired
+from steer_heal.runs.folder import EVENTS, Damaged, RunDir
+
+FILES = {"prompted": "prompted.json", "base": "base.json"}
+FILES |= {name: "{}/" + name + ".json" for name in ("steered", "healed", "same_trait")} | {
+    "equal cost": "{}/equal.json"
+}
+
+
+@dataclass(frozen=True)
+class Found:
+    """A run folder; `summary` is None while it is unfinished."""
+
+    folder: Path
+    config: dict
+    summary: dict | None
+
+    @property
+    def trait(self) -> dict:
+        return RunDir(self.folder).read("trait.json")
+
+    @property
+    def instrument(self) -> str:
+        return self.summary["instrument"]
+
+    @property
+    def rounds(self) -> str:
+        done, asked = len(self.summary["rounds"]), self.config["rounds"]
+        return str(done) if done == asked else f"{done} of {asked}"
+
+    def value(self, flag: str) -> str:
+        return value_of(self.config, flag)
+
+    def arm(self, name: str, round_: int = -1) -> dict | None:
+        """An arm as it was measured in a round, the last one when not given; None where there is none."""
+        return RunDir(self.folder).read(FILES[name].format(f"r{round_ % len(self.summary['rounds']):02d}"))
+
+    def changes(self, name: str, round_: int = -1, key: str = "", over: str = "base") -> np.ndarray | None:
+        """Item by item, how far an arm is above another, on the trait's instrument or on other items."""
+        one, other = self.arm(name, round_), self.arm(over, round_)
+        key = key or self.instrument
+        return paired(one, other, key) if one and other and key in one["items"] and key in other["items"] else None
+
+
+def scan(out: Path) -> list[Found]:
+    """Every run folder under `out`, newest first."""
+    if not out.is_dir():
+        raise UserError(f"no folder {str(out)!r}: give the one that holds run folders with --out")
+    found = []
+    for folder in sorted({log.parent for log in out.rglob(EVENTS)}, key=lambda path: path.name, reverse=True):
+        if folder.name.startswith("."):
+            continue  # of a run that was killed while it was made
+        run = RunDir(folder)
+        try:
+            for name in run.record.files:  # a table of damaged figures would not say so
+                if name.endswith(".json"):
+                    run.find(name)
+            found.append(Found(folder, run.read("config.json"), run.read("summary.json")))
+        except Damaged as error:
+            print(f"left out: {error}")
+    return found
+
+
+def grouped(runs: list[Found]) -> list[list[Found]]:
+    """Finished runs that differ in their seed alone; of a seed that was run twice, the newest."""
+    groups: dict[str, list[Found]] = {}
+    for run in runs:
+        if run.summary:
+            group = groups.setdefault(json.dumps([run.config | {"seed": None}, run.trait], sort_keys=True), [])
+            if run.config["seed"] not in {other.config["seed"] for other in group}:
+                group.append(run)
+    return [sorted(group, key=lambda run: run.config["seed"]) for group in groups.values()]
+
+
+RECORD = "sweep.json"  # in the sweep's folder: what was asked, and why
+
+
+def value_of(config: dict, flag: str) -> str:
+    """A config's value, as config.json holds it, under a flag's name, e.g. heal.lam-round-pow."""
+    try:
+        return str(reduce(lambda table, key: table[key], flag.replace("-", "_").split("."), config))
+    except (KeyError, TypeError):
+        raise UserError(f"--by {flag!r} is no flag of `run`: see steer-heal run --help") from None
+
+
+def identity(config: dict, trait: dict | None) -> str:
+    """A run is its config and what its trait's file says."""
+    described = json.dumps([config | {"preset": None}, trait], sort_keys=True)
+    return hashlib.blake2b(described.encode(), digest_size=12).hexdigest()

@@ -1,0 +1,85 @@
+"""Runs that differ in their seed alone as one page: the report's figures on means, with intervals over the seeds."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+
+import numpy as np
+import polars as pl
+
+from steer_heal.config import flat
+from steer_heal.eval.intervals import across_seeds
+from steer_heal.eval.verdict import COHERENCE
+from steer_heal.report.figures import coherence_figure, frontier_figure, paths_figure, trajectory_figure
+from steer_heal.report.html import filled, panel, safe, section, stacked, table_of
+from steer_heal.sweep.disk import Found
+
+WHY = """Means over the seeds. Bars and bands: 95% intervals over seeds and items. Against plain steering: the base
+    steered by the first vector, dose by dose, and the student after every round; up is more trait, left is less
+    damage."""
+
+PATHS = """One line a group of runs, from the base through its rounds (larger dots are later); named by what sets it
+    apart from most others. Up is more trait, left is less of the answers that were asked for."""
+
+
+def averaged(group: list[Found]) -> dict:
+    """A summary as the figures read it, of the rounds that all runs of the group have done."""
+    summaries = [run.summary for run in group]
+
+    def mean(records: list[dict]) -> dict:
+        keys = [key for key, value in records[0].items() if isinstance(value, int | float)]
+        return {key: float(np.mean([r[key] for r in records])) for key in keys if all(key in r for r in records)}
+
+    def arm(name: str, records: list[dict], index: int = -1) -> dict:
+        changes = np.array([run.changes(name, index) for run in group])
+        return mean(records) | {"trait_over_base_ci": across_seeds(changes)["ci"]}
+
+    rounds = []
+    for index, of_round in enumerate(zip(*(s["rounds"] for s in summaries), strict=False)):
+        names = {"steered": "steered", "equal": "equal cost", "healed": "healed"}
+        there = {key: name for key, name in names.items() if all(key in r for r in of_round)}
+        rounds.append({key: arm(name, [r[key] for r in of_round], index) for key, name in there.items()})
+    return {
+        "unit": summaries[0]["unit"],
+        "base": summaries[0]["base"],
+        "prompted": arm("prompted", [s["prompted"] for s in summaries]),
+        "plain": [mean(list(arms)) for arms in zip(*(s["plain"] for s in summaries), strict=True)],
+        "rounds": rounds,
+    }
+
+
+def names(groups: list[list[Found]]) -> list[str]:
+    """What sets every group apart: its flags that are not as in more than half of them."""
+    flags = [
+        {key: str(value) for key, value in flat(group[0].config) if key not in ("preset", "seed")} for group in groups
+    ]
+    times = Counter(pair for table in flags for pair in table.items())
+    apart = [[f"{k} {v}" for k, v in table.items() if times[k, v] <= len(groups) / 2] for table in flags]
+    return [", ".join(own) or "as most others are" for own in apart]
+
+
+def page(groups: dict[str, tuple[list[Found], pl.DataFrame]]) -> str:
+    """The whole page: all groups in one figure, then a section a group with its figures and its table of rounds."""
+    summaries = {title: averaged(group) for title, (group, _) in groups.items()}
+    sections = []
+    if len(groups) > 1:
+        named = list(zip(names([group for group, _ in groups.values()]), summaries.values(), strict=True))
+        units = dict.fromkeys(summary["unit"] for _, summary in named)
+        panels = [panel("", paths_figure([path for path in named if path[1]["unit"] == unit])) for unit in units]
+        sections.append(section("Trait against answer mass", PATHS, "".join(panels)))
+    for title, (_, table) in groups.items():
+        summary = summaries[title]
+        panels = [panel("Trait", trajectory_figure(summary))]
+        if summary["plain"]:
+            panels.append(panel("Against plain steering", frontier_figure(summary)))
+        coherence = [panel(name, coherence_figure(summary, key, bound)) for key, name, bound, _ in COHERENCE]
+        body = f'<div class="panels">{"".join(panels)}</div><div class="panels three">{"".join(coherence)}</div>'
+        shown = stacked(table_of(map(safe, table.columns), map(_cells, table.rows())))
+        sections.append(section(safe(title), WHY, body + shown))
+    return filled("Runs, averaged over seeds", "\n".join(sections))
+
+
+def _cells(row: tuple) -> list[str]:
+    texts = ("" if cell is None else safe(str(cell)) for cell in row)
+    return [re.sub(r"(\[.*\])", r'<span class="ci">\1</span>', text) for text in texts]

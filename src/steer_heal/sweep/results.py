@@ -1,0 +1,210 @@
+"""All runs under a folder as tables: one row a run, or one row an arm with its mean and interval over seeds."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+
+from steer_heal.eval.intervals import across_seeds, paired, ratio, relative
+from steer_heal.runs.folder import RunDir
+from steer_heal.sweep.disk import RECORD, Found, grouped, identity, scan
+
+ARMS = ("prompted", "steered", "equal cost", "healed")
+MEASURES = {"mass": "answer mass", "demo_coherent": "coherent share", "neutral_nll": "log neutral ppl"}
+
+
+def run_table(runs: list[Found], out: Path) -> pl.DataFrame:
+    """One row a finished run."""
+    return pl.DataFrame([{"run": str(run.folder.relative_to(out)), **_measures([run])} for run in runs if run.summary])
+
+
+def arm_table(runs: list[Found], flags: list[str]) -> pl.DataFrame:
+    """One row for every combination of the flags' values: means over seeds, intervals over seeds and probes.
+
+    Runs that differ in anything but the flags and the seed never share a row.
+    """
+    rows = []
+    for group in grouped(runs):
+        values = {flag: group[0].value(flag) for flag in flags}
+        rows.append({**values, "seeds": len(group), **_measures(group)})
+    return pl.DataFrame(rows).sort(flags) if rows and flags else pl.DataFrame(rows)
+
+
+def difference_table(runs: list[Found], flags: list[str], arms: list[dict], every_round: bool = False) -> pl.DataFrame:
+    """Every arm's healed student minus the first arm's, seed by seed and item by item, after the last round that all
+    of these runs have done, or after each."""
+    groups = {tuple(group[0].value(flag) for flag in flags): group for group in grouped(runs)}
+    ordered = [groups.get(tuple(arm[flag] for flag in flags)) for arm in arms]
+    if ordered[:1] == [None] or len([group for group in ordered if group]) < 2:
+        return pl.DataFrame()
+    rows = []
+    for arm, group in zip(arms[1:], ordered[1:], strict=True):
+        pairs = [(a, b) for a in group or [] for b in ordered[0] if a.config["seed"] == b.config["seed"]]
+        if pairs:
+            keys = {"trait": pairs[0][0].instrument, **{name: key for key, name in MEASURES.items()}}
+            done = min(len(run.summary["rounds"]) for pair in pairs for run in pair)
+            for round_ in range(0 if every_round else done - 1, done):
+                healed = [(a.arm("healed", round_), b.arm("healed", round_)) for a, b in pairs]
+                changes = {name: np.array([paired(a, b, key) for a, b in healed]) for name, key in keys.items()}
+                found = {name: _estimate(values) for name, values in changes.items()}
+                rows.append({**arm, "seeds": len(pairs), "round": round_} | found)
+    return pl.DataFrame(rows)
+
+
+def round_table(group: list[Found]) -> pl.DataFrame:
+    """One row a round of runs that differ in their seed alone: the arms over base, the student against the others."""
+    rows = []
+    for index in range(min(len(run.summary["rounds"]) for run in group)):
+        lasts = [(run.summary["base"], run.summary["rounds"][index]) for run in group]
+        row = {"round": index, "dose": f"{np.mean([last['dose'] for _, last in lasts]):.2f}"}
+        for arm in ("steered", "equal cost", "healed"):
+            row |= _column(arm, [run.changes(arm, index) for run in group])
+        row |= _column("over equal cost", [run.changes("healed", index, over="equal cost") for run in group])
+        healed, prompted = (np.array([run.changes(arm, index) for run in group]) for arm in ("healed", "prompted"))
+        row["times the prompt"] = "{:.1f} [{:.1f}, {:.1f}]".format(*ratio(healed, prompted))
+        row |= _ratios(lasts)
+        row |= _column("questions right", [run.changes("healed", index, "canary") for run in group])
+        row |= _column("right, log-odds", [run.changes("healed", index, "canary_log_odds") for run in group])
+        rows.append(row)
+    return pl.DataFrame(rows)
+
+
+def _column(name: str, values: list[np.ndarray | None]) -> dict[str, str]:
+    return {} if values[0] is None else {name: _estimate(np.array(values))}
+
+
+RATIOS: dict[str, Callable[[dict, dict], float]] = {
+    "mass/base": lambda base, healed: healed["answer_mass"] / base["answer_mass"],
+    "coherent/base": lambda base, healed: relative(healed["coherent_share"], base["coherent_share"]),
+    "ppl/base": lambda base, healed: healed["neutral_ppl"] / base["neutral_ppl"],
+}
+
+
+def _ratios(rounds: list[tuple[dict, dict]]) -> dict[str, str]:
+    """Of pairs of base and round: what the student keeps of the base's coherence, mean over the runs."""
+    return {name: f"{np.mean([of(base, last['healed']) for base, last in rounds]):.3f}" for name, of in RATIOS.items()}
+
+
+def _measures(group: list[Found]) -> dict:
+    """What a row says of runs that differ in their seed alone."""
+    lasts = [(run.summary["base"], run.summary["rounds"][-1]) for run in group]
+    row = {"model": group[0].config["model"]["path"].split("/")[-1], "trait": group[0].trait["name"]}
+    row["rounds"] = ", ".join(dict.fromkeys(run.rounds for run in group))
+    for arm in ARMS:
+        changes = [run.changes(arm) for run in group]
+        if changes[0] is not None:
+            row[arm] = f"{np.mean(changes):+.3f}"
+    low, high = across_seeds(np.array(changes))["ci"]  # of the last arm, healed
+    row["95% interval"] = f"[{low:+.3f}, {high:+.3f}]"
+    row |= _ratios(lasts)
+    row["verdict"] = ", ".join(dict.fromkeys(last["verdict"]["word"] for _, last in lasts))
+    row["minutes"] = f"{np.mean([run.summary['seconds'] for run in group]) / 60:.1f}"
+    return row
+
+
+def _estimate(values: np.ndarray) -> str:
+    """Mean and 95% interval: over probes, and over seeds where there are several."""
+    found = across_seeds(values)
+    return "{:+.3f} [{:+.3f}, {:+.3f}]".format(found["mean"], *found["ci"])
+
+
+def show(
+    out: Path,
+    by: tuple[str, ...],
+    rounds: bool,
+    csv: str | None,
+    as_json: str | None,
+    markdown: str | None,
+    html: str | None = None,
+) -> None:
+    """Print the tables, sweeps under their hypotheses; trait columns are nats per token over base, last round."""
+    runs = scan(out)
+    if not any(run.summary for run in runs):
+        print(f"no finished run under {out}")
+        tables = {}
+    elif rounds:
+        tables = {_title(group, by): round_table(group) for group in grouped(runs)}
+        for sweep, own in _sweeps(runs, out):
+            tables |= _differences(sweep, own, every_round=True)
+        print("trait over base (nats per token on contrast probes, nats on yes/no), 95% intervals over seeds and items")
+    else:
+        tables = {"": arm_table(runs, list(by))} if by else _under_hypotheses(runs, out)
+        print("trait over base after the last round (nats per token on contrast probes, nats on yes/no); 95% interval")
+        print("of healed, over seeds and probes")
+    tables = {title: frame for title, frame in tables.items() if len(frame)}
+    for title, frame in tables.items():
+        print(f"\n{title}\n{_printed(frame)}" if title else _printed(frame))
+    if html:
+        from steer_heal.sweep import overview
+
+        groups = {_title(group, by): (group, round_table(group)) for group in grouped(runs)}
+        Path(html).write_text(overview.page(groups), "utf-8")
+    if tables:
+        _write(tables, csv, as_json, markdown)
+    for run in runs:
+        if run.summary is None:
+            print(f"unfinished: {RunDir(run.folder).resuming}")
+
+
+def _title(group: list[Found], flags: tuple[str, ...]) -> str:
+    seeds = ", ".join(str(run.config["seed"]) for run in group)
+    values = "".join(f", {flag} {group[0].value(flag)}" for flag in flags)
+    folders = ", ".join(run.folder.name for run in group)
+    return f"{group[0].trait['name']}{values}, seeds {seeds} ({folders})"
+
+
+def _sweeps(runs: list[Found], out: Path) -> list[tuple[dict, list[Found]]]:
+    """What every sweep asked, and its runs. Sweeps of one name in two folders are told apart by the folder."""
+    found = []
+    for path in sorted(out.rglob(RECORD)):
+        sweep, under = json.loads(path.read_text("utf-8")), path.parent.parent
+        if under not in (out, out.parent):
+            sweep["name"] += f" in {under.relative_to(out).as_posix()}"
+        found.append((sweep, [run for run in runs if identity(run.config, run.trait) in sweep["runs"]]))
+    return found
+
+
+def _under_hypotheses(runs: list[Found], out: Path) -> dict[str, pl.DataFrame]:
+    tables, of_sweeps = {}, set()
+    for sweep, own in _sweeps(runs, out):
+        of_sweeps |= {run.folder for run in own}
+        tables[f"sweep {sweep['name']}\nH: {sweep['hypothesis'] or '(none given)'}"] = arm_table(own, sweep["flags"])
+        tables |= _differences(sweep, own)
+    tables["runs"] = run_table([run for run in runs if run.folder not in of_sweeps], out)
+    return tables
+
+
+def _differences(sweep: dict, own: list[Found], every_round: bool = False) -> dict[str, pl.DataFrame]:
+    first = ", ".join(sweep["arms"][0].values()) if sweep["arms"] and sweep["flags"] else ""
+    title = f"sweep {sweep['name']}: each arm minus the first ({first}), on the same items"
+    return {title: difference_table(own, sweep["flags"], sweep["arms"], every_round)}
+
+
+def _printed(frame: pl.DataFrame, width: int = 200, cell: int = 80) -> str:
+    with pl.Config(
+        tbl_hide_dataframe_shape=True,
+        tbl_hide_column_data_types=True,
+        tbl_rows=-1,
+        tbl_cols=-1,
+        tbl_width_chars=width,
+        fmt_str_lengths=cell,
+    ):
+        return str(frame.with_columns(pl.col(pl.String).fill_null("")))
+
+
+def _write(tables: dict[str, pl.DataFrame], csv: str | None, as_json: str | None, markdown: str | None) -> None:
+    """Markdown has each table under its title; a row of the other two says in its first column which it is of."""
+    titled = {title: [pl.lit(title).alias("table")] if title else [] for title in tables}
+    together = pl.concat((frame.select(*titled[title], pl.all()) for title, frame in tables.items()), how="diagonal")
+    if csv:
+        together.write_csv(csv)
+    if as_json:
+        Path(as_json).write_text(json.dumps(together.to_dicts(), indent=1), "utf-8")
+    if markdown:
+        with pl.Config(tbl_formatting="MARKDOWN"):
+            shown = (f"{title}\n\n{_printed(frame, 10_000, 10_000)}\n" for title, frame in tables.items())
+            Path(markdown).write_text("\n".join(shown).lstrip(), "utf-8")
