@@ -163,7 +163,7 @@ def app(
         folder, summary = carry_out(config, preset, argv)
         page = reporting.build(folder.path)
         print(
-            f"done in {summary['seconds'] / 60:.1f} minutes of stages. The report: {page}\n\n"
+            f"done in {summary.seconds / 60:.1f} minutes of stages. The report: {page}\n\n"
             "What to do next:\n"
             f"  1. talk to it, base and student side by side:  {program()} chat {folder.path}\n"
             f"  2. load it without steer-heal:  PeftModel.from_pretrained(base_model, '{folder.path}/adapter')\n"

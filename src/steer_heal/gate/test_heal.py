@@ -158,7 +158,7 @@ def test_training_is_reproducible(lm, vector):
     for _ in range(2):
         student, _, examples, _ = student_with_update(lm, vector, config, scale=0.0)
         records = heal(fresh(student, config, 7), examples, [], config, round_=1, seed=3)
-        runs.append(([p.detach().clone() for p in student.trainable()], records[-1]["val_nll"]))
+        runs.append(([p.detach().clone() for p in student.trainable()], records[-1].val_nll))
         student.peft.unload()
     assert all(torch.equal(a, b) for a, b in zip(runs[0][0], runs[1][0], strict=True))
     assert runs[0][1] == runs[1][1]
@@ -213,13 +213,13 @@ def test_tau_auto_is_a_share_of_what_the_teacher_diverges(lm, vector, agg):
 def test_the_dual_barrier_ends_at_tau_wherever_it_starts(lm, vector, start):
     free = replace(BASE, lam=0.0, tau=1e9, epochs=60, lr=5e-3, val_share=0.0, lam_round_pow=0.0)
     student, _, examples, _ = student_with_update(lm, vector, free, scale=0.0)
-    unconstrained = heal(fresh(student, free), examples, [], free, round_=0, seed=0)[-1]["divergence"]
+    unconstrained = heal(fresh(student, free), examples, [], free, round_=0, seed=0)[-1].divergence
     tau = 0.3 * unconstrained
     config = replace(free, barrier="dual", lam=start, tau=tau, dual_lr=0.5)
     records = heal(fresh(student, config), examples, [], config, round_=0, seed=0)
-    last = [r["divergence"] for r in records[-15:]]
+    last = [r.divergence for r in records[-15:]]
     assert sum(last) / len(last) == pytest.approx(tau, rel=0.25)
-    assert records[0]["lam"] == start and records[-1]["lam"] > 0
+    assert records[0].lam == start and records[-1].lam > 0
 
 
 @pytest.mark.parametrize("multiplier", [0.0, 0.5, 3.0])
@@ -244,17 +244,18 @@ def test_multipliers_of_a_distance_from_base_go_on_and_others_start_anew(lm, vec
     student, _, examples, _ = student_with_update(lm, vector, dual, scale=0.0)
     anchors = [replace(examples[0], teacher=None, anchor=True)]
     budget = replace(dual, reference="base")
+    step = heal(fresh(student, dual), examples, anchors, dual, 0, 0)[0]
     for config, *expected in ((dual, 1.0, 7.5), (budget, 3.5, 7.5), (replace(budget, barrier="fixed"), 1.0, 1.0)):
-        before = [{"lam": 3.5, "anchor_lam": 7.5}]
+        before = [replace(step, lam=3.5, anchor_lam=7.5)]
         first = heal(fresh(student, config), examples, anchors, config, 1, 0, before=before)[0]
-        assert [first["lam"], first["anchor_lam"]] == expected
+        assert [first.lam, first.anchor_lam] == expected
 
 
 def test_later_rounds_take_smaller_steps(lm, vector):
     config = replace(BASE, lr=4e-3, lr_round_pow=-0.5)
     student, _, examples, _ = student_with_update(lm, vector, config, scale=0.0)
     first, fourth = (heal(fresh(student, config), examples, [], config, round_, seed=0) for round_ in (0, 3))
-    assert [r["lr"] for r in fourth] == pytest.approx([r["lr"] / 2 for r in first]) and first[0]["lr"] > 0
+    assert [r.lr for r in fourth] == pytest.approx([r.lr / 2 for r in first]) and first[0].lr > 0
 
 
 def test_every_example_comes_once_an_epoch_and_length_biases_nothing(lm, vector):
@@ -290,7 +291,7 @@ def test_early_stopping_keeps_the_best_epoch(lm, vector, monkeypatch):
 
     monkeypatch.setattr(heal_module, "_validation_nll", validation)
     records = heal(fresh(student, config), examples, [], config, round_=0, seed=0)
-    assert [r["val_nll"] for r in records if "val_nll" in r] == [3.0, 2.0, 2.5, 2.6]
+    assert [r.val_nll for r in records if r.val_nll is not None] == [3.0, 2.0, 2.5, 2.6]
     assert all(torch.equal(p, best) for p, best in zip(student.trainable(), seen[1], strict=True))
     assert not torch.equal(seen[1][1], seen[3][1])
 
@@ -321,7 +322,7 @@ def test_the_operator_norm_penalty_keeps_a_trained_update_small(lm, vector):
         student, _, examples, _ = student_with_update(lm, vector, config, scale=0.0)
         records = heal(fresh(student, config), examples, [], config, round_=0, seed=0)
         norms[weight] = max(torch.linalg.matrix_norm(f.scale * f.b @ f.a, 2).item() for f in student.factors())
-        assert ("squared_op_norm" in records[0]) == (weight > 0)
+        assert (records[0].squared_op_norm is not None) == (weight > 0)
         student.peft.unload()
     assert norms[30.0] < 0.5 * norms[0.0]
 
@@ -345,8 +346,8 @@ def test_paged_8_bit_adamw_goes_where_adamw_goes(lm, vector):
         config = replace(BASE, optimiser=optimiser, lam=0.0, epochs=12, lr=5e-3, val_share=0.0)
         student, _, examples, _ = student_with_update(lm, vector, config, scale=0.0)
         records = heal(fresh(student, config), examples, [], config, round_=0, seed=0)
-        ends[optimiser] = records[-1]["objective"]
-        assert ends[optimiser] < records[0]["objective"] - 0.05
+        ends[optimiser] = records[-1].objective
+        assert ends[optimiser] < records[0].objective - 0.05
         student.peft.unload()
     assert ends["paged_adamw_8bit"] == pytest.approx(ends["adamw"], rel=0.05)
 

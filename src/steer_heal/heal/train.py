@@ -22,6 +22,7 @@ from steer_heal.bake.student import Student
 from steer_heal.config import HealConfig, UserError
 from steer_heal.heal.examples import Example, length
 from steer_heal.heal.step import Multipliers, accumulate
+from steer_heal.heal.steps import HealStep
 from steer_heal.model.likelihood import row_nll
 from steer_heal.model.lm import LM
 
@@ -42,8 +43,8 @@ def heal(
     round_: int,
     seed: int,
     on_rows: Callable[[int], None] = lambda rows: None,
-    before: list[dict] | None = None,
-) -> list[dict]:
+    before: list[HealStep] | None = None,
+) -> list[HealStep]:
     """Train the current round's adapter in place; `config.tau` must be a number (`with_tau`).
 
     `before` is what the round before returned: a dual multiplier of a distance from the pristine base goes on as it
@@ -65,9 +66,9 @@ def heal(
     weight = config.lam * (1 + round_) ** config.lam_round_pow
     lam = Multipliers(weight, weight)
     if before and config.barrier == "dual":
-        lam.anchor = before[-1]["anchor_lam"]
+        lam.anchor = before[-1].anchor_lam
         if config.reference == "base":
-            lam.own = before[-1]["lam"]
+            lam.own = before[-1].lam
     parameters = student.trainable()
     optimiser = _optimiser(parameters, replace(config, lr=config.lr * (1 + round_) ** config.lr_round_pow))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: _cosine(step, total, config.warmup))
@@ -107,7 +108,7 @@ def heal(
                     )
                     break
     best.restore()
-    return history
+    return [HealStep(**record) for record in history]
 
 
 class _Best:

@@ -1,12 +1,15 @@
-"""What freed memory of this process is good for: within a stage it serves the next tensor, between stages it goes
-back to the system. Where the C library is not glibc nothing changes.
+"""The memory of this process. What is freed within a stage serves the next tensor; between stages it goes back to the
+system. Where the C library is not glibc nothing of that changes.
 """
 
 from __future__ import annotations
 
 import ctypes
 import platform
+import resource
 from functools import cache
+
+import torch
 
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # of malloc.h
 
@@ -25,6 +28,13 @@ def give_back_freed_memory() -> None:
     request does not always fit the hole that its like has left."""
     if libc := _glibc():
         libc.malloc_trim(ctypes.c_size_t(0))
+
+
+def peak_memory(device: torch.device) -> int:
+    """Most memory held so far, bytes: on the GPU when the model is there, else by the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 @cache
