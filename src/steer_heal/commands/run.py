@@ -17,10 +17,12 @@ from steer_heal.model.loading import load
 from steer_heal.runs.environment import block_network, environment
 from steer_heal.runs.folder import Damaged, RunDir
 from steer_heal.runs.resume import check_place, create, described, reopened, require_surroundings, trait_of
+from steer_heal.runs.rounds import InRound
 from steer_heal.runs.tracking import check_tracker, follower
+from steer_heal.stages import Work
 from steer_heal.steer import lite
 
-DECODING = ("anchor.jsonl", "dose.json", "completions.jsonl")
+DECODING = ("anchor.jsonl", InRound.DOSE, InRound.COMPLETIONS)
 
 
 def run(config: RunConfig, preset: str, argv: list[str]) -> tuple[RunDir, dict]:
@@ -72,7 +74,7 @@ def loop_of(config: RunConfig, preset: str, folder: RunDir, trait: data.Trait, l
         block_network()
     folder.follow = follower(config.track, folder.path.name, described(config))
     try:
-        return loop.run(config, preset, folder, trait, lm)
+        return loop.run(Work.begun(config, preset, folder, trait, lm))
     except Damaged:
         raise
     except UserError as error:
@@ -107,15 +109,15 @@ def out_of_memory(folder: RunDir, config: RunConfig, wanted: str) -> str:
 def _smaller(folder: RunDir, config: RunConfig) -> dict[str, int | str]:
     """Flags with which the stage that failed takes less memory and gives the same result."""
     heal, name = config.heal, Path(folder.doing).name
-    if name == "adapter" and heal.train_bs > 1:
+    if name == InRound.ADAPTER and heal.train_bs > 1:
         rows = heal.train_bs // 2 if heal.train_bs % 2 == 0 else 1
         return {"heal.train_bs": rows, "heal.grad_accum": heal.grad_accum * heal.train_bs // rows}
-    if name == "adapter":
+    if name == InRound.ADAPTER:
         return {} if heal.checkpointing else {"heal.checkpointing": ""}
     if name in DECODING:
         key, rows = "distil.batch_size", config.distil.batch_size
         rows = folder.read("batch_size.json") if rows == "auto" else rows
     else:
-        section = "steer" if name == "vector" else "eval"
+        section = "steer" if name == InRound.VECTOR else "eval"
         key, rows = f"{section}.batch_size", getattr(config, section).batch_size
     return {key: rows // 2} if rows > 1 else {}
