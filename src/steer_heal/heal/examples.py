@@ -81,9 +81,10 @@ def with_tau(lm: LM, examples: list[Example], config: HealConfig) -> HealConfig:
         return config
     if config.reg == "nll":
         return replace(config, tau=0.0)  # nothing is held at it
+    teacher, reference = (torch.cat(h) for h in zip(*((e.teacher, e.reference) for e in examples), strict=True))
     with torch.no_grad():
-        kl = [position_losses(lm.head, e.teacher, None, e.reference, config.reg)[1] for e in examples]
-    tau = config.tau_share * aggregate(torch.cat(kl), config.agg).item()
+        _, kl = position_losses(lm.head, teacher, None, reference, config.reg)
+    tau = config.tau_share * aggregate(kl, config.agg).item()
     logger.info(f"tau {tau:.3g} nats: {config.tau_share:g} of the {config.agg} divergence of the steered teacher")
     return replace(config, tau=tau)
 
