@@ -34,7 +34,7 @@ from steer_heal.eval.opponents import (
     plain_doses,
 )
 from steer_heal.heal.examples import Example, prepare, prepare_anchors, with_tau
-from steer_heal.heal.train import heal
+from steer_heal.heal.train import heal, trained_on
 from steer_heal.model.decode import MOST_ROWS, rows_that_fit
 from steer_heal.model.lm import LM, Row
 from steer_heal.model.memory import give_back_freed_memory
@@ -289,8 +289,8 @@ def heal_stage(
         student.begin_round(config.heal, seed)
         steering = Steering(vector, torch.tensor(doses))
         examples = prepare(student, rows, steering, config.heal, config.eval.batch_size)
-        with progress(f"{where} heal", config.heal.epochs * len(rows), "row") as done:
-            settled = with_tau(student.lm, examples, config.heal)
+        with progress(f"{where} heal", config.heal.epochs * trained_on(len(rows), config.heal), "row") as done:
+            settled = with_tau(student.lm, examples, config.heal, before)
             return heal(student, examples, anchors(), settled, round_, seed, done, before)
 
     def write(path: Path, records: list[dict]) -> None:

@@ -1,6 +1,7 @@
 """The whole loop: resumed runs end in the same bits, the record is complete, mistakes end in one line."""
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -98,8 +99,14 @@ def test_a_loop_that_steering_exhausts_ends_with_what_it_has(tmp_path, monkeypat
 
 
 @pytest.mark.parametrize("source", ["student", "base"])
-def test_the_base_has_the_same_vector_in_every_round(tmp_path, source):
-    folder, _ = do(TINY, out=str(tmp_path), steer=replace(TINY.steer, source=source))
+def test_what_the_base_fixes_is_the_same_in_every_round(tmp_path, source, capsys):
+    """With `source base` the vector. With `reference base` the budget tau, and the multiplier goes on."""
+    heal = replace(TINY.heal, reference="base", tau="auto", barrier="dual")
+    folder, _ = do(TINY, out=str(tmp_path), steer=replace(TINY.steer, source=source), heal=heal)
+    records = [read_jsonl(folder.path / f"r{i:02d}" / "heal.jsonl") for i in range(2)]
+    assert len({record["tau"] for of_round in records for record in of_round}) == 1
+    assert records[1][0]["lam"] == records[0][-1]["next_lam"]
+    assert re.findall(r"r01 heal +: +100%", capsys.readouterr().err)
     files = [folder.path / f"r{i:02d}" / "vector" / "vector.safetensors" for i in range(2)]
     first, second = (load_file(file)["direction"] for file in files)
     assert torch.equal(first, second) == (source == "base")
