@@ -47,6 +47,8 @@ T = TypeVar("T")
 FIXED_TEXTS = 12  # neutral texts on which the divergence from base is read, about a thousand tokens
 FIXED_CONTEXTS = 32  # contexts over which the student's shift is averaged
 
+READING, TRAINING = "reading what it is trained on", "training"  # parts of the stage "adapter"
+
 
 def freeing(compute: Callable[[], T]) -> Callable[[], T]:
     """The computation of an artefact, after which the memory that it freed goes back to the system."""
@@ -288,10 +290,13 @@ def heal_stage(
         seed = stage_seed(config, round_, "heal")
         student.begin_round(config.heal, seed)
         steering = Steering(vector, torch.tensor(doses))
+        folder.part = READING
         examples = prepare(student, rows, steering, config.heal, config.eval.batch_size)
         with progress(f"{where} heal", config.heal.epochs * trained_on(len(rows), config.heal), "row") as done:
             settled = with_tau(student.lm, examples, config.heal, before)
-            return heal(student, examples, anchors(), settled, round_, seed, done, before)
+            held = anchors()
+            folder.part = TRAINING
+            return heal(student, examples, held, settled, round_, seed, done, before)
 
     def write(path: Path, records: list[dict]) -> None:
         folder.write_jsonl(log, records)  # before the adapter, whose existence says that all is done

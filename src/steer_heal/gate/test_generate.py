@@ -13,6 +13,7 @@ from steer_heal.model import decode as generate
 from steer_heal.model.decode import Sampling, choose, decode, uniforms
 from steer_heal.model.likelihood import row_nll
 from steer_heal.model.lm import LM, Row
+from steer_heal.model.memory import free_main_memory
 from steer_heal.model.steering import Steering, steering
 
 pytestmark = pytest.mark.device
@@ -165,6 +166,53 @@ def test_the_batch_grows_with_free_memory_and_shrinks_with_length(lm, monkeypatc
     assert 1 < rows(0.01) < rows(0.02) < rows(50.0) == generate.MOST_ROWS[DEVICE]
     assert rows(0.02, new_tokens=1000) < rows(0.02)
     assert rows(0.02, prompt_tokens=1000) < rows(0.02)
+
+
+GIB = 2**30
+
+
+@pytest.mark.parametrize(
+    ("membership", "files", "left"),
+    [
+        ("0::/\n", {}, 8),  # no limit at all
+        ("0::/\n", {"memory.max": "max", "memory.current": 5 * GIB}, 8),
+        ("0::/\n", {"memory.max": 4 * GIB, "memory.current": GIB}, 3),  # v2, a namespace of its own
+        ("0::/\n", {"memory.max": GIB, "memory.current": 2 * GIB}, 0),
+        (
+            "0::/\n",
+            {"memory.max": 4 * GIB, "memory.current": 4 * GIB, "memory.stat": f"anon 1\ninactive_file {GIB}"},
+            1,
+        ),
+        (
+            "0::/jobs/mine\n",  # v2, nested: the group around it has less left
+            {"jobs/mine/memory.max": 6 * GIB, "jobs/mine/memory.current": GIB}
+            | {"jobs/memory.max": 9 * GIB, "jobs/memory.current": 7 * GIB},
+            2,
+        ),
+        ("0::/../../other\n", {"memory.max": 4 * GIB, "memory.current": GIB}, 3),  # outside of what is seen here
+        (
+            "5:cpu:/a\n4:memory:/a/b\n0::/\n",  # v1
+            {"memory/a/b/memory.limit_in_bytes": 3 * GIB, "memory/a/b/memory.usage_in_bytes": GIB}
+            | {"memory/a/b/memory.stat": f"inactive_file 7\ntotal_inactive_file {GIB // 2}\n"}
+            | {"memory/memory.limit_in_bytes": 2**63 - 4096, "memory/memory.usage_in_bytes": 9 * GIB},
+            2.5,
+        ),
+        (
+            "4:memory:/docker/0123\n",  # v1, known to the host by a path that is not seen here
+            {"memory/memory.limit_in_bytes": 2 * GIB, "memory/memory.usage_in_bytes": GIB},
+            1,
+        ),
+    ],
+)
+def test_free_memory_is_no_more_than_every_container_around_leaves(tmp_path, membership, files, left):
+    (tmp_path / "proc" / "self").mkdir(parents=True)
+    (tmp_path / "proc" / "meminfo").write_text(f"MemTotal: 99 kB\nMemAvailable:    {8 * GIB // 1024} kB\n")
+    (tmp_path / "proc" / "self" / "cgroup").write_text(membership)
+    for name, value in files.items():
+        path = tmp_path / "cgroup" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"{value}\n")
+    assert free_main_memory(tmp_path / "proc", tmp_path / "cgroup") == left * GIB
 
 
 def test_free_memory_is_what_the_machine_says(lm):

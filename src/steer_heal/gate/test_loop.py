@@ -2,11 +2,13 @@
 
 import json
 import re
+import resource
 import signal
 import subprocess
 import sys
 import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ from steer_heal import data, loop, stages
 from steer_heal.cli import main
 from steer_heal.config import HealConfig, ModelConfig, UserError
 from steer_heal.distil.sample import Exhausted
+from steer_heal.eval.summary import peak_memory
 from steer_heal.files import read_jsonl
 from steer_heal.gate.soak import timeless
 from steer_heal.model.loading import load
@@ -120,6 +123,14 @@ def test_batch_sizes_change_no_bit(tmp_path):
     assert timeless(again) == timeless(summary)
     a, b = (load_file(run.path / "adapter" / "adapter_model.safetensors") for run in (whole, other))
     assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+@pytest.mark.parametrize(("platform", "unit"), [("linux", 1024), ("darwin", 1)])
+def test_peak_memory_is_in_bytes_on_every_system(monkeypatch, platform, unit):
+    """`getrusage` counts in kilobytes on Linux and in bytes on macOS."""
+    monkeypatch.setattr(sys, "platform", platform)
+    monkeypatch.setattr(resource, "getrusage", lambda who: SimpleNamespace(ru_maxrss=3_000_000))
+    assert peak_memory(torch.device("cpu")) == 3_000_000 * unit
 
 
 def test_a_barrier_that_never_fires_is_loud(capsys):
