@@ -86,7 +86,8 @@ def _near(cost: float, allowed: float) -> bool:
 
 def dose_at_trait(plain: list[dict], base: dict, healed: dict) -> tuple[float, bool]:
     """The smallest dose at which plain steering moves the trait as far as the student, straight between the doses
-    measured; where none does, the dose that moves it furthest, and False. Doses whose trait is not finite are left out."""
+    measured. Where none does, the dose that moves it furthest, and False. A dose whose trait is not finite is left out.
+    """
     wanted = trait_over(healed, base)["trait_over_base"]
     points = [(0.0, 0.0), *((arm["dose"], trait_over(arm, base)["trait_over_base"]) for arm in plain)]
     points = [(dose, trait) for dose, trait in points if math.isfinite(trait)]
