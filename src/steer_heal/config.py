@@ -172,9 +172,9 @@ class HealConfig:
     warmup: float = 0.1
     """share of steps with rising learning rate; cosine afterwards"""
     val_share: float = 0.125
-    """completions held out for the validation NLL"""
+    """share of the completions held out: the trained objective is read on them"""
     patience: int = 0
-    """epochs without a better validation NLL after which training stops and its best epoch is kept; 0: never"""
+    """epochs without a better validation objective after which training stops and its best epoch is kept; 0: never"""
     max_len: int = 1024
     """tokens of prompt and completion that are trained on; the rest of a completion is cut"""
     log_every: int = 10
@@ -321,7 +321,7 @@ ALLOWED = {  # intervals; what is not finite lies in none
     "heal.grad_accum": "[1, inf)",
     "heal.weight_decay": "[0, inf)",
     "heal.warmup": "[0, 1]",
-    "heal.val_share": "[0, 1)",
+    "heal.val_share": "[0, 0.5]",
     "heal.patience": "[0, inf)",
     "heal.max_len": "[2, inf)",
     "heal.log_every": "[1, inf)",

@@ -39,7 +39,7 @@ from steer_heal.eval.opponents import (
 from steer_heal.eval.reading import ArmReading, Geometry, side_by_side
 from steer_heal.heal.examples import Example, prepare, prepare_anchors, with_tau
 from steer_heal.heal.steps import HealStep
-from steer_heal.heal.train import heal
+from steer_heal.heal.train import heal, trained_on
 from steer_heal.model.decode import MOST_ROWS, rows_that_fit
 from steer_heal.model.lm import LM
 from steer_heal.model.memory import give_back_freed_memory, peak_memory
@@ -55,6 +55,8 @@ T = TypeVar("T")
 FIXED_TEXTS = 12  # neutral texts on which the divergence from base is read, about a thousand tokens
 FIXED_CONTEXTS = 32  # contexts over which the student's shift is averaged
 PLAIN = ("contrast", "yes_no", "neutral")  # what is read of the base plainly steered, dose by dose
+
+READING, TRAINING = "reading what it is trained on", "training"  # parts of the stage "adapter"
 
 
 def freeing(compute: Callable[[], T]) -> Callable[[], T]:
@@ -291,11 +293,14 @@ class RoundStages:
             seed = self.seed("heal")
             student.begin_round(config.heal, seed)
             steering = Steering(vector, torch.tensor([completion.dose for completion in kept]))
+            before = self.before[-1].steps if self.before else None
+            folder.part = READING
             examples = prepare(student, rows, steering, config.heal, config.eval.batch_size)
-            with progress(f"{self.name} heal", config.heal.epochs * len(rows), "row") as done:
-                settled = with_tau(student.lm, examples, config.heal)
-                before = self.before[-1].steps if self.before else None
-                return heal(student, examples, anchors(), settled, self.number, seed, done, before)
+            with progress(f"{self.name} heal", config.heal.epochs * trained_on(len(rows), config.heal), "row") as done:
+                settled = with_tau(student.lm, examples, config.heal, before)
+                held = anchors()
+                folder.part = TRAINING
+                return heal(student, examples, held, settled, self.number, seed, done, before)
 
         def write(path: Path, steps: list[HealStep]) -> None:
             folder.write_jsonl(log, steps)  # before the adapter, whose existence says that all is done

@@ -20,7 +20,7 @@ from steer_heal.runs.resume import check_place, create, described, reopened, req
 from steer_heal.runs.rounds import InRound
 from steer_heal.runs.summary import Summary
 from steer_heal.runs.tracking import check_tracker, follower
-from steer_heal.stages import Work
+from steer_heal.stages import READING, Work
 from steer_heal.steer import lite
 
 DECODING = ("anchor.jsonl", InRound.DOSE, InRound.COMPLETIONS)
@@ -96,7 +96,8 @@ def _wanted(error: RuntimeError) -> str | None:
 
 def out_of_memory(folder: RunDir, config: RunConfig, wanted: str) -> str:
     """Where memory ended, how much was wanted, and the command that goes on with less."""
-    where = f"out of memory while making {folder.doing} ({wanted} more were wanted)"
+    doing = f"{folder.doing}, {folder.part}" if folder.part else folder.doing
+    where = f"out of memory while making {doing} ({wanted} more were wanted)"
     smaller = _smaller(folder, config)
     if not smaller:
         return (
@@ -108,12 +109,15 @@ def out_of_memory(folder: RunDir, config: RunConfig, wanted: str) -> str:
 
 
 def _smaller(folder: RunDir, config: RunConfig) -> dict[str, int | str]:
-    """Flags with which the stage that failed takes less memory and gives the same result."""
+    """Flags with which what was being computed takes less memory and gives the same result."""
     heal, name = config.heal, Path(folder.doing).name
-    if name == InRound.ADAPTER and heal.train_bs > 1:
+    training = name == InRound.ADAPTER and folder.part != READING
+    if folder.doing == "adapter":  # all rounds folded, only to be written
+        return {}
+    if training and heal.train_bs > 1:
         rows = heal.train_bs // 2 if heal.train_bs % 2 == 0 else 1
         return {"heal.train_bs": rows, "heal.grad_accum": heal.grad_accum * heal.train_bs // rows}
-    if name == InRound.ADAPTER:
+    if training:
         return {} if heal.checkpointing else {"heal.checkpointing": ""}
     if name in DECODING:
         key, rows = "distil.batch_size", config.distil.batch_size

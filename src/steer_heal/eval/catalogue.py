@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from steer_heal.eval.intervals import relative
+from steer_heal.eval.reading import Measures
+
 OFF_TARGET = "off:"  # begins the name of the items of every trait that should stay put
 
 
@@ -41,6 +44,10 @@ class Instrument:
     def interval(self) -> str:
         """The field of `Measures` that holds the interval of the mean."""
         return f"{self.measure.removesuffix('_nats').removesuffix('_share')}_ci"
+
+    def over(self, arm: Measures, base: Measures) -> float:
+        """The arm's measure as a share of the base's; NaN where the base has none."""
+        return relative(getattr(arm, self.measure), getattr(base, self.measure))
 
     def worse(self, value: float, other: float) -> bool:
         return self.damage * value > self.damage * other

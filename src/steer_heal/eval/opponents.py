@@ -34,9 +34,9 @@ class Cost(NamedTuple):
 def coherence_cost(arm: ArmReading, base: ArmReading) -> float:
     """The larger of the share of answer mass lost and the share of neutral perplexity gained; below 0 is a gain.
 
-    Infinite for scores that are not finite.
+    A base without any answer mass has none to lose. Infinite for scores that are not finite.
     """
-    lost = 1 - arm.answer_mass / base.answer_mass
+    lost = 1 - arm.answer_mass / base.answer_mass if base.answer_mass else 0.0 * arm.answer_mass
     gained = arm.neutral_ppl / base.neutral_ppl - 1
     return max(lost, gained) if math.isfinite(lost + gained) else math.inf
 
@@ -56,7 +56,7 @@ def dose_at_cost(curve: list[Cost], allowed: float) -> float:
     """The largest dose that costs no more than `allowed`, the curve taken as straight between its points.
 
     The largest one, not the first: where the curve falls again, steering gets the benefit. `curve` may be in any
-    order; dose 0 costs nothing.
+    order; dose 0 costs nothing. Where any cost is allowed, that is the largest dose measured.
     """
     points = sorted([Cost(0.0, 0.0), *curve])
     for (low, low_cost), (high, high_cost) in reversed(list(pairwise(points))):
@@ -88,15 +88,18 @@ def fitting(arms: list[ArmReading], base: ArmReading, allowed: float) -> ArmRead
 
 
 def _near(cost: float, allowed: float) -> bool:
-    return abs(cost - allowed) <= NEAR * allowed
+    """Nothing is near an infinite cost, which is that of a student whose scores are not finite."""
+    return math.isfinite(allowed) and abs(cost - allowed) <= NEAR * allowed
 
 
 def dose_at_trait(plain: list[ArmReading], base: ArmReading, healed: ArmReading) -> tuple[float, bool]:
     """The smallest dose at which plain steering moves the trait as far as the student, straight between the doses
-    measured; where none does, the dose that moves it furthest, and False."""
+    measured. Where none does, the dose that moves it furthest, and False. A dose whose trait is not finite is left out.
+    """
     wanted = trait_over(healed, base).mean
     points = [(0.0, 0.0), *((arm.dose, trait_over(arm, base).mean) for arm in plain)]
+    points = [(dose, trait) for dose, trait in points if math.isfinite(trait)]
     for (low, before), (high, after) in pairwise(points):
         if after >= wanted:
             return (high if wanted <= before else low + (high - low) * (wanted - before) / (after - before)), True
-    return max(points[1:], key=lambda point: point[1])[0], False
+    return max(points[1:] or points, key=lambda point: point[1])[0], False

@@ -53,6 +53,9 @@ def verdict(base: ArmReading, steered: ArmReading, healed: ArmReading, valid: bo
     In this order: broken (beyond an absolute bound of coherence, or damaged relative to base), unreadable (the
     instrument is not valid on this model), undone (steering moved the trait and healing lost it), unmoved (neither
     did), broad (an off-target trait moved as far as this one on the contrast probes: one unit for both), moved.
+
+    A trait that is read on yes/no questions may not move on the contrast probes. Then it is not called broad: there is
+    no unit in which to compare it with the others.
     """
     if damage := damages(healed, base):
         return Verdict("broken", "; ".join(damage))
@@ -66,13 +69,17 @@ def verdict(base: ArmReading, steered: ArmReading, healed: ArmReading, valid: bo
         if before.ci[0] > 0:
             return Verdict("undone", f"steering moved the trait by {before.mean:+.3f}, the student stands {seen}")
         return Verdict("unmoved", f"the student stands {seen}, steering moved it by {before.mean:+.3f}")
-    contrast = float(paired(healed, base, CONTRAST.name).mean())
-    wide = [(name, move) for name, move in off_target_moves(healed, base).items() if abs(move) >= contrast]
+    own = _moves(healed, base, CONTRAST.name)
+    wide = [(name, move) for name, move in off_target_moves(healed, base).items() if own and abs(move) >= abs(own)]
     if wide:
         also = ", ".join(f"{name} {move:+.3f}" for name, move in wide)
         return Verdict("broad", f"the trait stands {seen}, but others moved as far: {also}")
-    read = any(key.startswith(OFF_TARGET) for key in healed.items)
-    others = "no off-target trait moved as far" if read else "other traits were not read"
+    if not any(key.startswith(OFF_TARGET) for key in healed.items):
+        others = "other traits were not read"
+    elif not own:
+        others = "contrast probes do not show it, so off-target traits, which they measure, were not compared"
+    else:
+        others = "no off-target trait moved as far"
     return Verdict("moved", f"the trait stands {seen}, coherence held, {others}")
 
 
@@ -98,8 +105,14 @@ def _beyond(one: Instrument, value: float) -> str:
 def off_target_moves(arm: ArmReading, base: ArmReading) -> dict[str, float]:
     """Changes over base, nats per token, of the off-target traits whose interval leaves out zero."""
     asked = [key for key in arm.items if key.startswith(OFF_TARGET)]
-    moves = {key.removeprefix(OFF_TARGET): change_of(paired(arm, base, key)) for key in asked}
-    return {name: move.mean for name, move in moves.items() if not move.ci[0] <= 0 <= move.ci[1]}
+    moves = {key.removeprefix(OFF_TARGET): _moves(arm, base, key) for key in asked}
+    return {name: move for name, move in moves.items() if move}
+
+
+def _moves(arm: ArmReading, base: ArmReading, key: str) -> float:
+    """Mean change over base on these items, 0 where its interval holds zero."""
+    change = change_of(paired(arm, base, key))
+    return 0.0 if change.ci[0] <= 0 <= change.ci[1] else change.mean
 
 
 def expressible(arms: list[ArmReading], instrument: str) -> bool:

@@ -10,12 +10,12 @@ import torch
 from steer_heal.bake.lowrank import Factors, OperatorNorm
 from steer_heal.bake.student import Student
 from steer_heal.bench import heal as healbench
-from steer_heal.config import UserError
+from steer_heal.config import UserError, check
 from steer_heal.gate.conftest import DEVICE
 from steer_heal.heal import train as heal_module
 from steer_heal.heal.examples import prepare, prepare_anchors, with_tau
 from steer_heal.heal.step import Multipliers, accumulate, loss_terms
-from steer_heal.heal.train import NonFinite, _epoch_batches, check_optimiser, heal, recomputation
+from steer_heal.heal.train import NonFinite, _epoch_batches, check_optimiser, heal, recomputation, trained_on
 from steer_heal.model.lm import Row
 from steer_heal.model.steering import Steering
 from steer_heal.presets import PRESETS
@@ -158,7 +158,7 @@ def test_training_is_reproducible(lm, vector):
     for _ in range(2):
         student, _, examples, _ = student_with_update(lm, vector, config, scale=0.0)
         records = heal(fresh(student, config, 7), examples, [], config, round_=1, seed=3)
-        runs.append(([p.detach().clone() for p in student.trainable()], records[-1].val_nll))
+        runs.append(([p.detach().clone() for p in student.trainable()], records[-1].val_objective))
         student.peft.unload()
     assert all(torch.equal(a, b) for a, b in zip(runs[0][0], runs[1][0], strict=True))
     assert runs[0][1] == runs[1][1]
@@ -240,15 +240,56 @@ def test_the_dual_weight_acts_at_once_and_pulls_no_further_than_the_bound(multip
 
 
 def test_multipliers_of_a_distance_from_base_go_on_and_others_start_anew(lm, vector):
+    """They go on from where the last step of the round before moved them, by hand: lam + dual_lr * (D / tau - 1)."""
     dual = replace(BASE, barrier="dual", tau=0.1, anchor_tau=0.1, lam=2.0, lam_round_pow=-1.0)
     student, _, examples, _ = student_with_update(lm, vector, dual, scale=0.0)
     anchors = [replace(examples[0], teacher=None, anchor=True)]
     budget = replace(dual, reference="base")
-    step = heal(fresh(student, dual), examples, anchors, dual, 0, 0)[0]
-    for config, *expected in ((dual, 1.0, 7.5), (budget, 3.5, 7.5), (replace(budget, barrier="fixed"), 1.0, 1.0)):
-        before = [replace(step, lam=3.5, anchor_lam=7.5)]
+    before = heal(student, examples, anchors, budget, 0, 0)
+    own, anchor = (
+        max(0.0, getattr(before[-1], lam) + dual.dual_lr * (getattr(before[-1], divergence) / 0.1 - 1))
+        for lam, divergence in (("lam", "divergence"), ("anchor_lam", "anchor_divergence"))
+    )
+    assert own != before[-1].lam and anchor != before[-1].anchor_lam
+    for config, *expected in ((dual, 1.0, anchor), (budget, own, anchor), (replace(budget, barrier="fixed"), 1.0, 1.0)):
         first = heal(fresh(student, config), examples, anchors, config, 1, 0, before=before)[0]
-        assert [first.lam, first.anchor_lam] == expected
+        assert [first.lam, first.anchor_lam] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("target", ["sampled", "soft", "mirrored"])
+def test_validation_reads_the_objective_that_is_trained(lm, vector, target):
+    """Against all logits of the rows that were held out, with distributions in full."""
+    config = replace(BASE, target=target, val_share=0.34, epochs=1, lam=0.0)
+    student, rows, examples, _ = student_with_update(lm, vector, config, scale=0.0)
+    trained = []
+    last = heal(fresh(student, config), examples, [], config, 0, 0, on_rows=trained.append)[-1]
+    (held_out,) = random.Random(0).sample(range(3), 1)
+    objective, _ = naive_loss(student, [rows[held_out]], Steering(vector, torch.full((1,), 0.1)), config)
+    assert last.val_objective == pytest.approx(objective.item(), rel=1e-4)
+    assert sum(trained) == 2 == trained_on(3, config)
+
+
+def test_a_share_of_validation_that_leaves_nothing_to_train_on_is_a_users_mistake():
+    for rows in range(1, 40):
+        assert trained_on(rows, replace(BASE, val_share=0.5)) >= 1
+    config = PRESETS["tiny-random"]
+    with pytest.raises(UserError, match=r"heal\.val_share is 0\.97: it must lie in \[0, 0\.5\]"):
+        check(replace(config, heal=replace(config.heal, val_share=0.97)))
+
+
+def test_tau_auto_to_the_base_is_the_budget_of_round_0(lm, vector):
+    """Measured anew in a later round it would grow with what the rounds before have moved."""
+    config = replace(BASE, tau="auto", reference="base")
+    student, rows, examples, _ = student_with_update(lm, vector, config)
+    first = with_tau(lm, examples, config).tau
+    student.fold()
+    student.begin_round(config, 1)
+    later = prepare(student, rows[:3], Steering(vector, torch.full((3,), 0.1)), config, 2)
+    assert with_tau(lm, later, config).tau > 1.5 * first > 0
+    before = [replace(heal(student, examples, [], replace(config, tau=1.0), 0, 0)[0], tau=first)]
+    assert with_tau(lm, later, config, before).tau == first
+    near = replace(config, reference="prev")
+    assert with_tau(lm, later, near, before).tau == with_tau(lm, later, near).tau != first
 
 
 def test_later_rounds_take_smaller_steps(lm, vector):
@@ -285,13 +326,13 @@ def test_early_stopping_keeps_the_best_epoch(lm, vector, monkeypatch):
     student, _, examples, _ = student_with_update(lm, vector, config, scale=0.0)
     readings, seen = iter([3.0, 2.0, 2.5, 2.6, 1.0]), []
 
-    def validation(student, examples):
+    def validation(student, examples, config):
         seen.append([p.detach().clone() for p in student.trainable()])
         return next(readings)
 
-    monkeypatch.setattr(heal_module, "_validation_nll", validation)
+    monkeypatch.setattr(heal_module, "_validation", validation)
     records = heal(fresh(student, config), examples, [], config, round_=0, seed=0)
-    assert [r.val_nll for r in records if r.val_nll is not None] == [3.0, 2.0, 2.5, 2.6]
+    assert [r.val_objective for r in records if r.val_objective is not None] == [3.0, 2.0, 2.5, 2.6]
     assert all(torch.equal(p, best) for p, best in zip(student.trainable(), seen[1], strict=True))
     assert not torch.equal(seen[1][1], seen[3][1])
 

@@ -126,7 +126,7 @@ def write_run(folder: Path, rounds: int = 2, **healed_scores: float) -> Path:
         completions = [written | {"dropped": "empty" * (i % 3 == 0)} for i in range(120)]
         (where / "completions.jsonl").write_text("".join(json.dumps(c) + "\n" for c in completions), "utf-8")
         steps = [STEP | {"step": i, "divergence": 0.02 * i, "fired": i > 2, "anchor_fired": i > 3} for i in range(5)]
-        steps[-1]["val_nll"] = 2.5
+        steps[-1]["val_objective"] = 2.5
         (where / "heal.jsonl").write_text("".join(json.dumps(s) + "\n" for s in steps), "utf-8")
         (where / "adapter").write_text("adapter")
         (where / "vector").mkdir()

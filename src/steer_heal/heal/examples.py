@@ -16,6 +16,7 @@ from torch import Tensor
 from steer_heal.bake.student import Student
 from steer_heal.config import HealConfig, UserError
 from steer_heal.heal.barrier import aggregate, position_losses
+from steer_heal.heal.steps import HealStep
 from steer_heal.model.forward import states
 from steer_heal.model.lm import LM, Row
 from steer_heal.model.steering import Steering
@@ -75,15 +76,22 @@ def _cut(row: Row, max_len: int) -> Row:
     return Row(row.prompt, row.completion[: max_len - len(row.prompt)])
 
 
-def with_tau(lm: LM, examples: list[Example], config: HealConfig) -> HealConfig:
-    """The config with `tau` a number: for `auto` a share of the divergence that the teacher itself has here."""
+def with_tau(lm: LM, examples: list[Example], config: HealConfig, before: list[HealStep] | None = None) -> HealConfig:
+    """The config with `tau` a number: for `auto` a share of the divergence that the teacher itself has here.
+
+    With `reference base` tau is the budget of the whole loop, so round 0 settles it. The teacher of a later round
+    already holds the rounds before and would raise it. `before` is the training record of the round before.
+    """
     if config.tau != "auto":
         return config
     if config.reg == "nll":
         return replace(config, tau=0.0)  # nothing is held at it
+    if before and config.reference == "base":
+        return replace(config, tau=before[-1].tau)
+    teacher, reference = (torch.cat(h) for h in zip(*((e.teacher, e.reference) for e in examples), strict=True))
     with torch.no_grad():
-        kl = [position_losses(lm.head, e.teacher, None, e.reference, config.reg)[1] for e in examples]
-    tau = config.tau_share * aggregate(torch.cat(kl), config.agg).item()
+        _, kl = position_losses(lm.head, teacher, None, reference, config.reg)
+    tau = config.tau_share * aggregate(kl, config.agg).item()
     logger.info(f"tau {tau:.3g} nats: {config.tau_share:g} of the {config.agg} divergence of the steered teacher")
     return replace(config, tau=tau)
 

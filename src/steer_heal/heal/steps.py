@@ -39,8 +39,11 @@ class HealStep:
     lr: float
     step_seconds: float
     tokens_per_s: float
-    val_nll: float | None = None
-    """at the end of an epoch, when it is read"""
+    next_lam: float | None = None
+    """dual: the barrier's weight in the step that follows"""
+    next_anchor_lam: float | None = None
+    val_objective: float | None = None
+    """at the end of an epoch, when it is read: the objective on the completions held out"""
 
 
 class FiredShares(NamedTuple):

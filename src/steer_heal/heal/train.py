@@ -1,4 +1,4 @@
-"""One round's training: keep what the survivors agree on, hold back what is improbable under the reference.
+"""One round's training: train on the kept completions, penalise divergence from the reference.
 
 One objective (NLL of the sampled token, or KL from the steered teacher) and one barrier, lam_r * relu(D - tau), or with
 `barrier dual` one constraint, D <= tau, by the method of multipliers (Hestenes 1969, Powell 1969).
@@ -21,9 +21,8 @@ from steer_heal.bake.lowrank import OperatorNorm
 from steer_heal.bake.student import Student
 from steer_heal.config import HealConfig, UserError
 from steer_heal.heal.examples import Example, length
-from steer_heal.heal.step import Multipliers, accumulate
+from steer_heal.heal.step import Multipliers, accumulate, losses, micro_batches
 from steer_heal.heal.steps import HealStep
-from steer_heal.model.likelihood import row_nll
 from steer_heal.model.lm import LM
 
 BETAS = (0.9, 0.95)  # a round is a few hundred steps at most; 0.999 would never warm up
@@ -47,17 +46,19 @@ def heal(
 ) -> list[HealStep]:
     """Train the current round's adapter in place; `config.tau` must be a number (`with_tau`).
 
-    `before` is what the round before returned: a dual multiplier of a distance from the pristine base goes on as it
-    was, because that constraint is the same one in every round.
+    `before` is what the round before returned. A dual multiplier of a distance from the pristine base goes on from
+    its last value, because that constraint is the same one in every round.
 
-    Returns one record per optimiser step: the terms of the loss in nats, whether the barrier fired, lam, learning
-    rate, norm of the gradient before clipping, tokens per second; every `log_every` steps the norms of the objective's
-    and the barrier's own gradients; at an epoch's end, when it is read, the validation NLL.
+    Returns one record per optimiser step: the terms of the loss in nats, whether the barrier fired, lam, with
+    `barrier dual` the lam that follows from the step (`next_lam`), learning rate, norm of the gradient before
+    clipping, tokens per second; every `log_every` steps the norms of the objective's and the barrier's own gradients;
+    at an epoch's end, when it is read, the objective on the completions held out (`val_objective`).
 
     Raises NonFinite with the step, the batch and the term that produced it.
     """
     shuffle = random.Random(seed)
-    held_out = set(shuffle.sample(range(len(examples)), round(config.val_share * len(examples))))
+    validating = len(examples) - trained_on(len(examples), config)
+    held_out = set(shuffle.sample(range(len(examples)), validating))
     training = [e for i, e in enumerate(examples) if i not in held_out]
     validation = [examples[i] for i in sorted(held_out)]
     per_step = config.train_bs * config.grad_accum
@@ -66,9 +67,9 @@ def heal(
     weight = config.lam * (1 + round_) ** config.lam_round_pow
     lam = Multipliers(weight, weight)
     if before and config.barrier == "dual":
-        lam.anchor = before[-1].anchor_lam
+        lam.anchor = before[-1].next_anchor_lam
         if config.reference == "base":
-            lam.own = before[-1].lam
+            lam.own = before[-1].next_lam
     parameters = student.trainable()
     optimiser = _optimiser(parameters, replace(config, lr=config.lr * (1 + round_) ** config.lr_round_pow))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: _cosine(step, total, config.warmup))
@@ -96,30 +97,36 @@ def heal(
             optimiser.zero_grad(set_to_none=True)
             if config.barrier == "dual":
                 lam.ascend(record, config)
+                record |= {"next_lam": lam.own, "next_anchor_lam": lam.anchor}
             record["step_seconds"] = time.perf_counter() - began
             record["tokens_per_s"] = record["tokens"] / record["step_seconds"]
             history.append(record)
             on_rows(sum(not e.anchor for e in batch))
             if validation and (step + 1 == total or config.patience) and (step + 1) % steps_an_epoch == 0:
-                record["val_nll"] = _validation_nll(student, validation)
-                if best.stop(record["val_nll"]):
+                record["val_objective"] = _validation(student, validation, config)
+                if best.stop(record["val_objective"]):
                     logger.info(
-                        f"no better validation NLL for {config.patience} epochs: stopped after {step + 1} steps"
+                        f"no better validation objective for {config.patience} epochs: stopped after {step + 1} steps"
                     )
                     break
     best.restore()
     return [HealStep(**record) for record in history]
 
 
+def trained_on(rows: int, config: HealConfig) -> int:
+    """How many of a round's completions are trained on; the others are held out for validation."""
+    return rows - round(config.val_share * rows)
+
+
 class _Best:
-    """Early stopping: the weights of the epoch with the best validation NLL."""
+    """Early stopping: the weights of the epoch with the best validation objective."""
 
     def __init__(self, parameters: list[torch.nn.Parameter], patience: int) -> None:
         self.parameters, self.patience = parameters, patience
         self.nll, self.kept, self.waited = math.inf, None, 0
 
     def stop(self, nll: float) -> bool:
-        """Note an epoch's validation NLL; True when `patience` epochs have brought nothing better."""
+        """Note an epoch's validation objective; True when `patience` epochs have brought nothing better."""
         if not self.patience:
             return False
         if nll < self.nll:
@@ -197,6 +204,8 @@ def _check_finite(record: dict, round_: int, batch: list[int]) -> None:
             )
 
 
-def _validation_nll(student: Student, examples: list[Example]) -> float:
-    rows = [e.row for e in examples]
-    return torch.cat(row_nll(student.lm, rows, batch_size=8)).mean().item()
+def _validation(student: Student, examples: list[Example], config: HealConfig) -> float:
+    """The objective that is trained, read on examples that are not: its mean over their tokens, in nats."""
+    with torch.no_grad():
+        parts = [losses(student.lm, part, config)[0] for part in micro_batches(examples, config.train_bs)]
+    return torch.cat(parts).mean().item()

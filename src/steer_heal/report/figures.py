@@ -136,8 +136,7 @@ def coherence_figure(summary: Summary, one: Instrument) -> go.Figure:
     rounds = list(range(len(summary.rounds)))
     ends = [-0.4, len(rounds) - 0.6]
     for arm in ("steered", "healed"):
-        base = getattr(summary.base, one.measure)
-        shares = [relative(getattr(getattr(r, arm), one.measure), base) for r in summary.rounds]
+        shares = [one.over(getattr(r, arm), summary.base) for r in summary.rounds]
         _arm(fig, rounds, shares, arm, hovertemplate=f"round %{{x}} {arm} %{{y:.1%}} of base<extra></extra>")
     for level, dash in ((1, "solid"), (one.bound, "dot")):
         _line(fig, ends, [level] * 2, COLOURS["base"], "", dash, 1.5, showlegend=False, hoverinfo="skip")

@@ -45,17 +45,18 @@ def dose_section(run: Run) -> str:
 
 def heal_section(run: Run) -> str:
     heal = run.config["heal"]
-    head = ("round", "steps", "barrier fired", "anchor fired", "tau, nats", "median D, nats", "validation NLL, nats")
+    head = ("round", "steps", "barrier fired", "anchor fired", "tau, nats", "median D, nats", "validation, nats")
     rows, silent = [], []
     for r, sums in zip(run.rounds, run.summary.rounds, strict=True):
-        own, anchor, val_nll = sums.barrier_fired_share, sums.anchor_fired_share, sums.val_nll
+        own, anchor, held_out = sums.barrier_fired_share, sums.anchor_fired_share, sums.val_objective
         nats = f"{sums.tau_nats:.3g}", f"{sums.operating_kl_nats:.3g}"
-        cells = f"{own:.0%}", f"{anchor:.0%}", *nats, "" if val_nll is None else f"{val_nll:.3f}"
+        cells = f"{own:.0%}", f"{anchor:.0%}", *nats, "" if held_out is None else f"{held_out:.3f}"
         rows.append((r.number, len(r.steps), *cells))
         silent += [str(r.number)] * (max(own, anchor) < FIRED_FLOOR and heal["reg"] != "nll")
     held = "within the loop's budget" if heal["reference"] == "base" else "plain fine-tuning"
     why = f"Training of each round, in nats. D is the {heal['agg']} of {heal['reg']} over tokens; the barrier acts "
     why += "where D exceeds its tau (dotted), and diamonds mark the steps on which it fired."
+    why += " Validation is the objective on the completions that were held out."
     if silent:
         why += f" In round {', '.join(silent)} it fired on fewer than 5% of the steps: that was {held}."
     panels = "".join(panel(f"Round {r.number}", heal_figure(r.steps, heal)) for r in run.rounds)

@@ -7,23 +7,21 @@ on where the first stopped.
 
 from __future__ import annotations
 
-import io
 import itertools
 import re
 from collections.abc import Iterable
-from contextlib import redirect_stderr
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
 
 from steer_heal.config import RunConfig, UserError, check
 from steer_heal.data import load_trait
+from steer_heal.flags import read
 from steer_heal.presets import PRESETS
 from steer_heal.runs.folder import EVENTS, RunDir
 from steer_heal.runs.resume import described, recorded
 from steer_heal.runs.rounds import rounds_done
 from steer_heal.sweep.disk import identity
-from steer_heal.terminal import condensed
 
 
 @dataclass(frozen=True)
@@ -99,18 +97,7 @@ def _words(flag: str, value: str) -> list[str]:
 
 def parsed(words: tuple[str, ...], default: RunConfig | None = None) -> RunConfig:
     """The config of a preset and flags, as `steer-heal run` reads them; `default` takes the place of the preset's."""
-    import tyro
-
-    said = io.StringIO()
-    try:
-        with redirect_stderr(said):
-            return tyro.cli(
-                RunConfig, default=default or PRESETS[words[0]], args=list(words[1:]), prog="steer-heal run"
-            )
-    except SystemExit as end:
-        if end.code == 0:  # --help
-            raise
-        raise UserError(condensed(said.getvalue())) from None
+    return read(RunConfig, list(words[1:]), "steer-heal run", default or PRESETS[words[0]])
 
 
 def found(folder: Path) -> dict[str, Path]:

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 
-from steer_heal.eval.catalogue import COHERENCE, RIGHT, RIGHT_LOG_ODDS, Instrument
-from steer_heal.eval.intervals import across_seeds, ratio, relative
+from steer_heal.eval.catalogue import COHERENCE, RIGHT, RIGHT_LOG_ODDS
+from steer_heal.eval.intervals import across_seeds, ratio
 from steer_heal.eval.reading import paired, printed
 from steer_heal.runs.folder import RunDir
 from steer_heal.sweep.disk import RECORD, Found, grouped, identity, scan
@@ -78,12 +78,8 @@ def _column(name: str, values: list[np.ndarray | None]) -> dict[str, str]:
 
 def _ratios(group: list[Found], index: int = -1) -> dict[str, str]:
     """What the student keeps of the base's coherence, mean over the runs."""
-
-    def kept(run: Found, one: Instrument) -> float:
-        student, base = run.summary.rounds[index].healed, run.summary.base
-        return relative(getattr(student, one.measure), getattr(base, one.measure))
-
-    return {f"{one.short}/base": f"{np.mean([kept(run, one) for run in group]):.3f}" for one in COHERENCE}
+    pairs = [(run.summary.rounds[index].healed, run.summary.base) for run in group]
+    return {f"{one.short}/base": f"{np.mean([one.over(*pair) for pair in pairs]):.3f}" for one in COHERENCE}
 
 
 def _measures(group: list[Found]) -> dict:

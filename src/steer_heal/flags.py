@@ -1,0 +1,54 @@
+"""How flags are read: tyro does it from a frozen dataclass, and a mistake is one line."""
+
+from __future__ import annotations
+
+import difflib
+import io
+import re
+from contextlib import redirect_stderr
+from typing import Any
+
+from steer_heal.config import UserError
+
+
+def read(form: Any, words: list[str], prog: str, default: Any = None) -> Any:
+    """The dataclass `form` filled from the command line's words; `default` gives the values of flags not named.
+
+    tyro prints its complaints as a box on stderr. The box is caught here because tyro's own hook for errors is private.
+
+    Raises UserError for words that cannot be read, and SystemExit when help was asked for.
+    """
+    import tyro
+
+    said = io.StringIO()
+    given = {} if default is None else {"default": default}
+    try:
+        with redirect_stderr(said):
+            return tyro.cli(form, args=words, prog=prog, **given)
+    except SystemExit as end:
+        if not end.code:
+            raise
+        raise UserError(condensed(said.getvalue())) from None
+
+
+def condensed(box: str) -> str:
+    """tyro's message without its title and frame; of several similar flags the nearest is kept."""
+    _, *rows = re.sub(r"\[/?bold\]", "", box).splitlines()
+    text = "\n".join(row.strip(" │╭╮╰╯") for row in rows)
+    parts = [" ".join(part.split()) for part in re.split(r"^[─-]{9,}$", text, flags=re.MULTILINE)]
+    what, *more = filter(None, parts)
+    hints = "".join(_hint(what, part) for part in more)
+    help_ = re.findall(r"steer-heal(?: \w+)? --help", box)
+    return f"{what.rstrip('.')}{hints}: see {help_[0] if help_ else 'steer-heal --help'}"
+
+
+def _hint(what: str, part: str) -> str:
+    if part.startswith("Perhaps you meant") and (flag := re.search(r"--[\w.-]+", part)):
+        return f" (did you mean {flag[0]}?)"
+    if part.startswith("Available subcommands"):
+        verbs = part.partition(": ")[2].split(", ")
+        close = difflib.get_close_matches(what.split()[-1], verbs, 1)
+        return (f" (did you mean {close[0]}?)" if close else "") + f", choose {', '.join(verbs)}"
+    if part.startswith("Argument helptext"):
+        return f" ({part.partition(': ')[2]})"
+    return ""
