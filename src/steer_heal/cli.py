@@ -60,6 +60,10 @@ def carry_out(argv: list[str]) -> None:
     if argv[:1] == ["sweep"] and "--" in argv:
         cut = argv.index("--")
         argv, shared = argv[:cut], argv[cut + 1 :]
+    if argv[:1] == ["run"] and {"--help", "-h"} & {*argv}:
+        argv = [word for word in argv if word not in ("--help", "-h")]
+        flags.short_help(_chosen(argv).config)
+    argv = ["--help" if word == "--help-all" else word for word in argv]
     chosen = _chosen(argv)
     asked = flags.read(_verbs(chosen), argv, "steer-heal")
     match asked:

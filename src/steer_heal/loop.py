@@ -33,7 +33,7 @@ from steer_heal.stages import (
     measure,
     negative_stage,
     plain_stage,
-    with_batch_size,
+    with_decode_rows,
 )
 
 
@@ -43,7 +43,7 @@ def run(config: RunConfig, preset: str, folder: RunDir, trait: data.Trait, lm: L
     student = Student(lm)
     logger.info(f"model {config.model.path}, trait {trait.name!r}, {config.rounds} rounds, folder {folder.path}")
 
-    config = with_batch_size(folder, config, trait, lm)
+    lm = with_decode_rows(folder, config, trait, lm)
     base = measure(folder, "base.json", student, Arm("base", history=0.0, now=0.0), trait, config, at_end=True)
     prompted_arm = Arm("prompted", history=0.0, now=0.0, system=trait.positive)
     prompted = measure(folder, "prompted.json", student, prompted_arm, trait, config, at_end=True)
@@ -75,7 +75,7 @@ def run(config: RunConfig, preset: str, folder: RunDir, trait: data.Trait, lm: L
         records = heal_stage(folder, where, student, vector, completions, anchors, before, config, round_)
         teachers = [vector, rounds[0]["vector"] if rounds else vector]
         moved = geometry_stage(folder, where, student, *teachers, of_base, config)
-        fold(folder, student, config.heal.fold_rank, round_)
+        fold(folder, student, config.heal.lora.fold_rank, round_)
         last = round_ == config.rounds - 1
         healed = measure(folder, f"{where}/healed.json", student, Arm("healed"), trait, config, at_end=last)
         earlier = [done["equal"] for done in rounds]

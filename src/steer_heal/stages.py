@@ -59,19 +59,19 @@ def freeing(compute: Callable[[], T]) -> Callable[[], T]:
     return computed
 
 
-def with_batch_size(folder: RunDir, config: RunConfig, trait: data.Trait, lm: LM) -> RunConfig:
-    """The config with `distil.batch_size` a number, the same one when the run is resumed."""
-    if config.distil.batch_size != "auto":
-        return config
+def with_decode_rows(folder: RunDir, config: RunConfig, trait: data.Trait, lm: LM) -> LM:
+    """The model with the number of rows that it decodes together, the same one when the run is resumed."""
+    if config.model.decode_rows != "auto":
+        return replace(lm, decode_rows=config.model.decode_rows)
 
     @freeing
     def compute() -> int:
         longest = max(len(lm.prompt(prompt)) for prompt in trait.generation_prompts)
         return rows_that_fit(lm, longest, config.distil.max_new_tokens)
 
-    rows = folder.json("batch_size.json", compute)
+    rows = folder.json("decode_rows.json", compute)
     logger.info(f"up to {rows} rows are decoded together: what free memory holds, {MOST_ROWS[lm.device.type]} at most")
-    return replace(config, distil=replace(config.distil, batch_size=rows))
+    return replace(lm, decode_rows=rows)
 
 
 def measure(
@@ -88,7 +88,7 @@ def measure(
 def negative_stage(folder: RunDir, student: Student, trait: data.Trait, config: RunConfig) -> dict:
     """The negative persona as system prompt, on what measures the trait: see `verdict.validity`."""
     arm = Arm("negative", history=0.0, now=0.0, system=trait.negative)
-    which = ("contrast", "yes_no", "neutral") + ("profile",) * (config.eval.profile != "none")
+    which = ("contrast", "yes_no", "neutral") + ("profile",) * ("profile" not in config.eval.leave_out)
     return folder.json(
         "negative.json", freeing(lambda: read_arm("eval negative", student, arm, trait, config.eval, which))
     )
@@ -96,12 +96,12 @@ def negative_stage(folder: RunDir, student: Student, trait: data.Trait, config: 
 
 def base_stage(student: Student, config: RunConfig) -> Callable[[tuple[int, ...]], Base]:
     """What geometry compares with, read of the base when it is first asked for."""
-    return cache(lambda layers: read_base(student, *_where_read(student, config), layers, config.eval.batch_size))
+    return cache(lambda layers: read_base(student, *_where_read(student, config), layers, student.lm.read_rows))
 
 
 def _where_read(student: Student, config: RunConfig) -> tuple[list[str], list[Row]]:
     contexts = list(data.contexts()[: min(FIXED_CONTEXTS, config.steer.n_contexts)])
-    return contexts, neutral_rows(student.lm, min(FIXED_TEXTS, config.eval.neutral))
+    return contexts, neutral_rows(student.lm, min(FIXED_TEXTS, config.eval.counts.neutral))
 
 
 def geometry_stage(
@@ -116,7 +116,7 @@ def geometry_stage(
     @freeing
     def compute() -> dict:
         asked = _where_read(student, config)
-        return geometry(student, *asked, vector, first, of_base(vector.layers), config.eval.batch_size)
+        return geometry(student, *asked, vector, first, of_base(vector.layers), student.lm.read_rows)
 
     return folder.json(f"{where}/geometry.json", compute)
 
@@ -128,7 +128,7 @@ def plain_arm(name: str, first: AnyVector, dose: float) -> Arm:
 def plain_stage(folder: RunDir, student: Student, first: AnyVector, trait: data.Trait, config: RunConfig) -> list[dict]:
     """The base steered by the first round's vector, dose by dose."""
     found, which = [], ("contrast", "yes_no", "neutral")
-    for index, dose in enumerate(plain_doses(config.dose, config.eval.plain_doses)):
+    for index, dose in enumerate(plain_doses(config.eval)):
         arm = plain_arm("plain", first, dose)
         read = partial(read_arm, f"plain steering {dose:.2f}", student, arm, trait, config.eval, which)
         found.append(folder.json(f"plain/d{index}.json", freeing(read)))
@@ -181,17 +181,17 @@ def equal_stages(
 
 def anchor_stage(folder: RunDir, student: Student, config: RunConfig) -> Callable[[], list[Example]]:
     """Base completions of mundane prompts; what is returned gives the anchor examples, their states read once."""
-    if config.heal.anchor == "none":
+    if config.heal.anchor.prompts == 0:
         return list
 
     @freeing
     def compute() -> list[dict]:
-        with progress("anchor", config.heal.anchor_prompts, "row") as done:
-            prompts = list(data.mundane()[: config.heal.anchor_prompts])
+        with progress("anchor", config.heal.anchor.prompts, "row") as done:
+            prompts = list(data.mundane()[: config.heal.anchor.prompts])
             return anchor_completions(student, prompts, config.distil, stage_key(config, -1, "anchor"), done)
 
     rows, _ = kept_rows(student, folder.jsonl("anchor.jsonl", compute))
-    return cache(lambda: prepare_anchors(student, rows, config.eval.batch_size))
+    return cache(lambda: prepare_anchors(student, rows))
 
 
 def extract_stage(
@@ -286,10 +286,10 @@ def heal_stage(
     @freeing
     def compute() -> list[dict]:
         seed = stage_seed(config, round_, "heal")
-        student.begin_round(config.heal, seed)
+        student.begin_round(config.heal.lora, seed)
         steering = Steering(vector, torch.tensor(doses))
-        examples = prepare(student, rows, steering, config.heal, config.eval.batch_size)
-        with progress(f"{where} heal", config.heal.epochs * len(rows), "row") as done:
+        examples = prepare(student, rows, steering, config.heal)
+        with progress(f"{where} heal", config.heal.training.epochs * len(rows), "row") as done:
             settled = with_tau(student.lm, examples, config.heal)
             return heal(student, examples, anchors(), settled, round_, seed, done, before)
 

@@ -37,7 +37,7 @@ def run(config: RunConfig, preset: str, argv: list[str]) -> tuple[RunDir, dict]:
         check_place(Path(config.out))
         trait = data.load_trait(config.trait)
         lm = loaded(config.model)  # before a folder is made: a model that cannot be loaded leaves nothing behind
-        check_optimiser(config.heal, lm.device)
+        check_optimiser(config.heal.training, lm.device)
         folder = create(config, preset, trait, environment(lm), argv)
         with folder.held():
             return folder, loop_of(config, preset, folder, trait, lm)
@@ -48,7 +48,7 @@ def run(config: RunConfig, preset: str, argv: list[str]) -> tuple[RunDir, dict]:
         if "env.json" not in config.recompute:
             torch.set_num_threads(folder.read("env.json")["threads"])  # sums come out otherwise with another number
         lm = loaded(config.model)
-        check_optimiser(config.heal, lm.device)
+        check_optimiser(config.heal.training, lm.device)
         require_surroundings(folder, config, environment(lm))
         folder.event("resume", argv=argv)
         return folder, loop_of(config, preset, folder, trait, lm)
@@ -97,8 +97,8 @@ def out_of_memory(folder: RunDir, config: RunConfig, wanted: str) -> str:
     smaller = _smaller(folder, config)
     if not smaller:
         return (
-            f"{where}, and no batch is left to make smaller: start a new run with a smaller --heal.max-len, with "
-            f"--model.quant nf4 or with a smaller model. What is done is kept in {folder.path}"
+            f"{where}, and no batch is left to make smaller: start a new run with a smaller --heal.training.max-len, "
+            f"with --model.quant nf4 or with a smaller model. What is done is kept in {folder.path}"
         )
     flags = " ".join(f"--{key.replace('_', '-')} {value}".rstrip() for key, value in smaller.items())
     return f"{where}. What is done is kept, go on with: {folder.resuming} {flags} --allow-change {' '.join(smaller)}"
@@ -106,16 +106,13 @@ def out_of_memory(folder: RunDir, config: RunConfig, wanted: str) -> str:
 
 def _smaller(folder: RunDir, config: RunConfig) -> dict[str, int | str]:
     """Flags with which the stage that failed takes less memory and gives the same result."""
-    heal, name = config.heal, Path(folder.doing).name
-    if name == "adapter" and heal.train_bs > 1:
-        rows = heal.train_bs // 2 if heal.train_bs % 2 == 0 else 1
-        return {"heal.train_bs": rows, "heal.grad_accum": heal.grad_accum * heal.train_bs // rows}
+    training, name = config.heal.training, Path(folder.doing).name
+    if name == "adapter" and training.pass_rows > 1:
+        return {"heal.training.pass_rows": training.pass_rows // 2}
     if name == "adapter":
-        return {} if heal.checkpointing else {"heal.checkpointing": ""}
+        return {} if training.checkpointing else {"heal.training.checkpointing": ""}
+    key, rows = "model.read_rows", config.model.read_rows
     if name in DECODING:
-        key, rows = "distil.batch_size", config.distil.batch_size
-        rows = folder.read("batch_size.json") if rows == "auto" else rows
-    else:
-        section = "steer" if name == "vector" else "eval"
-        key, rows = f"{section}.batch_size", getattr(config, section).batch_size
+        key, rows = "model.decode_rows", config.model.decode_rows
+        rows = folder.read("decode_rows.json") if rows == "auto" else rows
     return {key: rows // 2} if rows > 1 else {}

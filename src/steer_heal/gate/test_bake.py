@@ -1,7 +1,5 @@
 """The gated history: exact gates, folding, files that plain PEFT reads."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 from bitsandbytes.nn import Linear4bit
@@ -14,7 +12,7 @@ from steer_heal.gate.conftest import DEVICE, tiny
 from steer_heal.presets import PRESETS
 
 pytestmark = pytest.mark.device
-CONFIG = replace(PRESETS["tiny-random"].heal, r=4, alpha=8)
+CONFIG = PRESETS["tiny-random"].heal.lora
 IDS = torch.tensor([[7, 300, 41, 900, 12]], device=DEVICE)
 
 

@@ -104,14 +104,14 @@ def extract(
     read = layers or (tuple(range(len(lm.blocks))) if config.band == "auto" else lm.band(config.band))
     personas = [positive, negative] + [None] * (method.operation == "project_out")
     states = [
-        last_token_states(lm, [lm.prompt(text, persona) for text in contexts], read, config.batch_size, on_prompts)
+        last_token_states(lm, [lm.prompt(text, persona) for text in contexts], read, lm.read_rows, on_prompts)
         for persona in personas
     ]
     report = [_report(lm, layer, states[0][:, i], states[1][:, i]) for i, layer in enumerate(read)]
     chosen = auto_band(report, len(lm.blocks)) if layers is None and config.band == "auto" else read
     described = [{**asdict(r), "steered": r.layer in chosen} for r in report]
     if config.method.startswith(lite.PREFIX):
-        trained = lite.train(lm, config.method, positive, negative, contexts, chosen, config.batch_size)
+        trained = lite.train(lm, config.method, positive, negative, contexts, chosen, lm.read_rows)
         return Extraction(trained, described)
     direction = method.direction(states[0], states[1], states[-1])[[read.index(layer) for layer in chosen]]
     return Extraction(Vector(chosen, direction, method.operation), described)
