@@ -67,17 +67,17 @@ def test_all_instruments_equal_one_item_at_a_time(lm, trait, system):
             both.append([p[name] / sum(p.values()) for name in FOUNDATIONS])
         profile.append(np.mean(both, axis=0))
     items = got["items"]
-    assert items["contrast"] == pytest.approx([contrast(p) for p in trait.contrast[: CONFIG.contrast]], abs=1e-4)
+    assert items["contrast"] == pytest.approx([contrast(p) for p in trait.contrast[: CONFIG.counts.contrast]], abs=1e-4)
     assert items["yes_no"] == pytest.approx(log_odds, abs=1e-4)
     assert items["mass"] == pytest.approx(mass, rel=1e-3)
     assert items["neutral_nll"] == pytest.approx(neutral_nll, abs=1e-4)
     assert items["canary"] == right and len(right) == CONFIG.counts.canary
     assert items["canary_log_odds"] == pytest.approx(margin, abs=1e-3)
     assert np.allclose(items["profile"], profile, rtol=1e-3, atol=1e-9)
-    others = bystanders("love", CONFIG.off_target)
+    others = bystanders("love", CONFIG.counts.off_target)
     assert trait.name == "love" and others.keys() == off_target().keys() | {"authority", "calm"}
     for name, probes in others.items():
-        assert len(probes) == CONFIG.off_target
+        assert len(probes) == CONFIG.counts.off_target
         expected = [contrast(p) for p in probes]
         assert items[f"off:{name}"] == pytest.approx(expected, abs=1e-4)
     assert got["answer_mass"] == pytest.approx(np.mean(mass), rel=1e-3)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from steer_heal.bake.student import Student
-from steer_heal.config import EvalConfig
+from steer_heal.config import SIZES, EvalConfig
 from steer_heal.data import FOUNDATIONS, load_trait
 from steer_heal.eval import foundations
 from steer_heal.eval.arms import Arm
@@ -228,7 +228,8 @@ def test_a_liking_for_a_place_in_the_list_cancels(lm, monkeypatch):
         return out
 
     monkeypatch.setattr(foundations, "choice_log_probs", fake)
-    reading = foundations.read_profile(lm, Arm("x"), CONFIG.__class__(scenes=5))
+    monkeypatch.setitem(SIZES, CONFIG.size, replace(CONFIG.counts, scenes=5))
+    reading = foundations.read_profile(lm, Arm("x"), CONFIG)
     names = list(FOUNDATIONS)
     plain = np.array([0.25, 0.1, 0.1, 0.1, 0.1, 0.1, 0.25])
     for scene, p, mass in zip(reading.scenes, reading.p, reading.mass, strict=True):
