@@ -22,7 +22,7 @@ DOSE_SPREAD = 0.15  # a third of the completions each at the chosen dose and thi
 
 
 class Exhausted(UserError):
-    """Steering no longer gives text to train on. In round 0 the user's matter, later the end of the loop."""
+    """Steering no longer gives text to train on. An error in round 0; later the loop stops."""
 
 
 def distil(

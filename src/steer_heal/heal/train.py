@@ -1,4 +1,4 @@
-"""One round's training: keep what the survivors agree on, hold back what is improbable under the reference.
+"""One round's training: train on the kept completions, penalise divergence from the reference.
 
 One objective (NLL of the sampled token, or KL from the steered teacher) and one barrier, lam_r * relu(D - tau), or with
 `barrier.kind dual` one constraint, D <= tau, by the method of multipliers (Hestenes 1969, Powell 1969).
