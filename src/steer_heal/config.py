@@ -177,8 +177,8 @@ class TrainingConfig:
     """AdamW weight decay"""
     op_norm: Annotated[float, NOT_NEGATIVE] = 0.0
     """weight of the mean squared operator norm of the update (its largest singular value); 0: no such penalty"""
-    val_share: Annotated[float, Within("[0, 1)")] = 0.125
-    """share of the completions held out for the validation NLL"""
+    val_share: Annotated[float, Within("[0, 0.5]")] = 0.125
+    """share of the completions held out: the trained objective is read on them"""
     checkpointing: bool = False
     """recompute activations in the backward pass: less memory, more time"""
 

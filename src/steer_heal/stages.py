@@ -34,7 +34,7 @@ from steer_heal.eval.opponents import (
     plain_doses,
 )
 from steer_heal.heal.examples import Example, prepare, prepare_anchors, with_tau
-from steer_heal.heal.train import heal
+from steer_heal.heal.train import heal, trained_on
 from steer_heal.model.decode import MOST_ROWS, rows_that_fit
 from steer_heal.model.lm import LM, Row
 from steer_heal.model.memory import give_back_freed_memory
@@ -46,6 +46,8 @@ from steer_heal.terminal import progress
 T = TypeVar("T")
 FIXED_TEXTS = 12  # neutral texts on which the divergence from base is read, about a thousand tokens
 FIXED_CONTEXTS = 32  # contexts over which the student's shift is averaged
+
+READING, TRAINING = "reading what it is trained on", "training"  # parts of the stage "adapter"
 
 
 def freeing(compute: Callable[[], T]) -> Callable[[], T]:
@@ -288,10 +290,14 @@ def heal_stage(
         seed = stage_seed(config, round_, "heal")
         student.begin_round(config.heal.lora, seed)
         steering = Steering(vector, torch.tensor(doses))
+        folder.part = READING
         examples = prepare(student, rows, steering, config.heal)
-        with progress(f"{where} heal", config.heal.training.epochs * len(rows), "row") as done:
-            settled = with_tau(student.lm, examples, config.heal)
-            return heal(student, examples, anchors(), settled, round_, seed, done, before)
+        trained = config.heal.training.epochs * trained_on(len(rows), config.heal.training)
+        with progress(f"{where} heal", trained, "row") as done:
+            settled = with_tau(student.lm, examples, config.heal, before)
+            held = anchors()
+            folder.part = TRAINING
+            return heal(student, examples, held, settled, round_, seed, done, before)
 
     def write(path: Path, records: list[dict]) -> None:
         folder.write_jsonl(log, records)  # before the adapter, whose existence says that all is done

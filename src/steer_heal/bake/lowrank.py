@@ -49,7 +49,7 @@ def _unit(v: Float[Tensor, "n"]) -> Float[Tensor, "n"]:
 
 
 class Compressed(NamedTuple):
-    """B A of a smaller rank, and what was lost."""
+    """B A of a smaller rank k, and what was lost."""
 
     a: Float[Tensor, "k in"]
     b: Float[Tensor, "out k"]
@@ -60,15 +60,17 @@ class Compressed(NamedTuple):
 
 
 def compress(a: Float[Tensor, "r in"], b: Float[Tensor, "out r"], rank: int) -> Compressed:
-    """The closest matrix of at most `rank` to B A (Eckart and Young, 1936), as factors of equal norm.
+    """The closest matrix of at most `rank` to B A (Eckart and Young, 1936), as `rank` factors of equal norm.
 
-    The singular values of B A are those of the r x r product of the triangular factors of B and A^T.
+    A layer narrower than `rank` has fewer singular values; the factors beyond them are zero. The singular values of
+    B A are those of the r x r product of the triangular factors of B and A^T.
     """
     q_b, r_b = torch.linalg.qr(b.double())
     q_a, r_a = torch.linalg.qr(a.T.double())
     u, s, vt = torch.linalg.svd(r_b @ r_a.T)
     kept = s[:rank].sqrt()
-    new_a = kept[:, None] * (vt[:rank] @ q_a.T)
-    new_b = (q_b @ u[:, :rank]) * kept
+    new_a, new_b = a.new_zeros(rank, a.shape[1], dtype=kept.dtype), b.new_zeros(len(b), rank, dtype=kept.dtype)
+    new_a[: len(kept)] = kept[:, None] * (vt[: len(kept)] @ q_a.T)
+    new_b[:, : len(kept)] = (q_b @ u[:, : len(kept)]) * kept
     lost, total = s[rank:].square().sum().item(), s.square().sum().item()
     return Compressed(new_a.to(a.dtype), new_b.to(b.dtype), lost, total)

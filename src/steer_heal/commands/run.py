@@ -18,6 +18,7 @@ from steer_heal.runs.environment import block_network, environment
 from steer_heal.runs.folder import Damaged, RunDir
 from steer_heal.runs.resume import check_place, create, described, reopened, require_surroundings, trait_of
 from steer_heal.runs.tracking import check_tracker, follower
+from steer_heal.stages import READING
 from steer_heal.steer import lite
 
 DECODING = ("anchor.jsonl", "dose.json", "completions.jsonl")
@@ -93,7 +94,8 @@ def _wanted(error: RuntimeError) -> str | None:
 
 def out_of_memory(folder: RunDir, config: RunConfig, wanted: str) -> str:
     """Where memory ended, how much was wanted, and the command that goes on with less."""
-    where = f"out of memory while making {folder.doing} ({wanted} more were wanted)"
+    doing = f"{folder.doing}, {folder.part}" if folder.part else folder.doing
+    where = f"out of memory while making {doing} ({wanted} more were wanted)"
     smaller = _smaller(folder, config)
     if not smaller:
         return (
@@ -105,11 +107,14 @@ def out_of_memory(folder: RunDir, config: RunConfig, wanted: str) -> str:
 
 
 def _smaller(folder: RunDir, config: RunConfig) -> dict[str, int | str]:
-    """Flags with which the stage that failed takes less memory and gives the same result."""
+    """Flags with which what was being computed takes less memory and gives the same result."""
     training, name = config.heal.training, Path(folder.doing).name
-    if name == "adapter" and training.pass_rows > 1:
+    trains = name == "adapter" and folder.part != READING
+    if folder.doing == "adapter":  # all rounds folded, only to be written
+        return {}
+    if trains and training.pass_rows > 1:
         return {"heal.training.pass_rows": training.pass_rows // 2}
-    if name == "adapter":
+    if trains:
         return {} if training.checkpointing else {"heal.training.checkpointing": ""}
     key, rows = "model.read_rows", config.model.read_rows
     if name in DECODING:

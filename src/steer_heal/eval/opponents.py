@@ -25,9 +25,9 @@ NEAR = 0.15  # share of the allowed cost by which the arm's own cost may miss it
 def coherence_cost(arm: dict, base: dict) -> float:
     """The larger of the share of answer mass lost and the share of neutral perplexity gained; below 0 is a gain.
 
-    Infinite for scores that are not finite.
+    A base without any answer mass has none to lose. Infinite for scores that are not finite.
     """
-    lost = 1 - arm["answer_mass"] / base["answer_mass"]
+    lost = 1 - arm["answer_mass"] / base["answer_mass"] if base["answer_mass"] else 0.0 * arm["answer_mass"]
     gained = arm["neutral_ppl"] / base["neutral_ppl"] - 1
     return max(lost, gained) if math.isfinite(lost + gained) else math.inf
 
@@ -48,7 +48,7 @@ def dose_at_cost(curve: list[dict], allowed: float) -> float:
     """The largest dose that costs no more than `allowed`, the curve taken as straight between its points.
 
     The largest one, not the first: where the curve falls again, steering gets the benefit. `curve` has
-    {"dose", "cost"} in any order; dose 0 costs nothing.
+    {"dose", "cost"} in any order; dose 0 costs nothing. Where any cost is allowed, that is the largest dose measured.
     """
     points = sorted([(0.0, 0.0), *((point["dose"], point["cost"]) for point in curve)])
     for (low, low_cost), (high, high_cost) in reversed(list(pairwise(points))):
@@ -80,15 +80,18 @@ def fitting(arms: list[dict], base: dict, allowed: float) -> dict | None:
 
 
 def _near(cost: float, allowed: float) -> bool:
-    return abs(cost - allowed) <= NEAR * allowed
+    """Nothing is near an infinite cost, which is that of a student whose scores are not finite."""
+    return math.isfinite(allowed) and abs(cost - allowed) <= NEAR * allowed
 
 
 def dose_at_trait(plain: list[dict], base: dict, healed: dict) -> tuple[float, bool]:
     """The smallest dose at which plain steering moves the trait as far as the student, straight between the doses
-    measured; where none does, the dose that moves it furthest, and False."""
+    measured. Where none does, the dose that moves it furthest, and False. A dose whose trait is not finite is left out.
+    """
     wanted = trait_over(healed, base)["trait_over_base"]
     points = [(0.0, 0.0), *((arm["dose"], trait_over(arm, base)["trait_over_base"]) for arm in plain)]
+    points = [(dose, trait) for dose, trait in points if math.isfinite(trait)]
     for (low, before), (high, after) in pairwise(points):
         if after >= wanted:
             return (high if wanted <= before else low + (high - low) * (wanted - before) / (after - before)), True
-    return max(points[1:], key=lambda point: point[1])[0], False
+    return max(points[1:] or points, key=lambda point: point[1])[0], False

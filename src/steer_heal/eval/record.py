@@ -73,7 +73,7 @@ def round_record(index: int, parts: dict, base: dict, valid: bool) -> dict:
         **fired_shares(heal),
         "tau_nats": heal[0]["tau"],
         "operating_kl_nats": statistics.median(r["divergence"] for r in heal),
-        "val_nll": heal[-1].get("val_nll"),
+        "val_objective": heal[-1].get("val_objective"),
         **parts["geometry"],
     }
     for name in ("equal", "same_trait"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import resource
 import statistics
+import sys
 
 import torch
 from loguru import logger
@@ -90,4 +91,5 @@ def peak_memory(device: torch.device) -> int:
     """Most memory held so far, bytes: on the GPU when the model is there, else by the process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak  # bytes on macOS, kilobytes on Linux

@@ -29,6 +29,9 @@ def verdict(base: dict, steered: dict, healed: dict, valid: bool) -> dict[str, s
     In this order: broken (beyond an absolute bound of coherence, or damaged relative to base), unreadable (the
     instrument is not valid on this model), undone (steering moved the trait and healing lost it), unmoved (neither
     did), broad (an off-target trait moved as far as this one on the contrast probes: one unit for both), moved.
+
+    A trait that is read on yes/no questions may not move on the contrast probes. Then it is not called broad: there is
+    no unit in which to compare it with the others.
     """
     if damage := damages(healed, base):
         return {"word": "broken", "why": "; ".join(damage)}
@@ -41,13 +44,17 @@ def verdict(base: dict, steered: dict, healed: dict, valid: bool) -> dict[str, s
         if steered_low > 0:
             return {"word": "undone", "why": f"steering moved the trait by {before:+.3f}, the student stands {seen}"}
         return {"word": "unmoved", "why": f"the student stands {seen}, steering moved it by {before:+.3f}"}
-    contrast = float(paired(healed, base, "contrast").mean())
-    wide = [(name, move) for name, move in off_target_moves(healed, base).items() if abs(move) >= contrast]
+    own = _moves(healed, base, "contrast")
+    wide = [(name, move) for name, move in off_target_moves(healed, base).items() if own and abs(move) >= abs(own)]
     if wide:
         also = ", ".join(f"{name} {move:+.3f}" for name, move in wide)
         return {"word": "broad", "why": f"the trait stands {seen}, but others moved as far: {also}"}
-    read = any(key.startswith("off:") for key in healed["items"])
-    others = "no off-target trait moved as far" if read else "other traits were not read"
+    if not any(key.startswith("off:") for key in healed["items"]):
+        others = "other traits were not read"
+    elif not own:
+        others = "contrast probes do not show it, so off-target traits, which they measure, were not compared"
+    else:
+        others = "no off-target trait moved as far"
     return {"word": "moved", "why": f"the trait stands {seen}, coherence held, {others}"}
 
 
@@ -70,14 +77,15 @@ def damages(arm: dict, base: dict) -> list[str]:
 
 def off_target_moves(arm: dict, base: dict) -> dict[str, float]:
     """Changes over base, nats per token, of the off-target traits whose interval leaves out zero."""
-    moves = {}
-    for key in arm["items"]:
-        if key.startswith("off:"):
-            change = paired(arm, base, key)
-            low, high = interval(change)
-            if not low <= 0 <= high:
-                moves[key.removeprefix("off:")] = float(change.mean())
-    return moves
+    moves = {key.removeprefix("off:"): _moves(arm, base, key) for key in arm["items"] if key.startswith("off:")}
+    return {name: move for name, move in moves.items() if move}
+
+
+def _moves(arm: dict, base: dict, key: str) -> float:
+    """Mean change over base on these items, 0 where its interval holds zero."""
+    change = paired(arm, base, key)
+    low, high = interval(change)
+    return 0.0 if low <= 0 <= high else float(change.mean())
 
 
 def expressible(arms: list[dict], instrument: str) -> bool:

@@ -146,6 +146,29 @@ def test_compression_is_the_truncated_svd_of_the_dense_update(rank):
     assert small.total == pytest.approx(s.square().sum().item(), rel=1e-5)
 
 
+@pytest.mark.parametrize(("inner", "outer"), [(40, 3), (3, 25), (4, 4)])
+def test_a_rank_above_a_layers_width_loses_nothing(inner, outer):
+    """A key projection may be narrower than the rank that the history is compressed to."""
+    draw = torch.Generator().manual_seed(0)
+    a, b = torch.randn(8, inner, generator=draw), torch.randn(outer, 8, generator=draw)
+    small = compress(a, b, 6)
+    assert small.a.shape == (6, inner) and small.b.shape == (outer, 6)
+    torch.testing.assert_close(small.b @ small.a, b @ a, rtol=1e-4, atol=1e-4)
+    assert small.lost < 1e-9 * small.total
+
+
+def test_a_history_is_folded_to_a_rank_above_a_layers_width(lm):
+    narrow = min(min(m.weight.shape) for m in lm.blocks.modules() if type(m) is torch.nn.Linear)
+    student = Student(lm)
+    wide = replace(CONFIG, r=narrow)
+    for seed in range(2):
+        add_round(student, seed, wide)
+        before = logits(student)
+        student.fold(rank=narrow + 1)
+    assert student.peft.peft_config[student.history].r == narrow + 1
+    assert not torch.equal(logits(student), before)
+
+
 def test_a_folded_history_of_fixed_rank_says_what_it_lost(lm):
     student = Student(lm)
     for seed in range(3):

@@ -1,5 +1,6 @@
 """Batched decoding against one row at a time through plain full forward passes."""
 
+import math
 import os
 
 import numpy as np
@@ -7,16 +8,32 @@ import pytest
 import torch
 
 from steer_heal.gate.conftest import DEVICE
-from steer_heal.model import batching, packing
+from steer_heal.model import batching, forward, packing
 from steer_heal.model import decode as generate
 from steer_heal.model.decode import Sampling, choose, decode, uniforms
 from steer_heal.model.likelihood import row_nll
 from steer_heal.model.lm import LM, Row
+from steer_heal.model.memory import free_main_memory
 from steer_heal.model.steering import Steering, steering
 
 pytestmark = pytest.mark.device
 TOKENS = 12
 DOSES = torch.tensor([0.0, 0.5, 1.0, 2.0, -1.0])
+
+
+def after_a_persona(lm):
+    """Prompts of very different lengths that all begin with the same persona."""
+    texts = ["Hi.", "How long should I boil an egg?", "Name a tree.", "Why do people cry? " * 9, "Go on"]
+    return [
+        lm.prompt(text, system="You are somebody who loves every living thing, and says so. " * 3) for text in texts
+    ]
+
+
+def watched(monkeypatch, module):
+    """The shared prefixes that `module` computes from now on."""
+    seen, prefix = [], module.prefix
+    monkeypatch.setattr(module, "prefix", lambda lm, ids, *rest: seen.append(ids) or prefix(lm, ids, *rest))
+    return seen
 
 
 def slow_greedy(lm, prompt, vector, dose, tokens):
@@ -40,16 +57,19 @@ def slow_greedy(lm, prompt, vector, dose, tokens):
 
 
 @pytest.mark.parametrize("batch_size", [2, 5])
-@pytest.mark.parametrize("share_from", [1, 10**9], ids=["shared prefix", "no sharing"])
+@pytest.mark.parametrize("common", [True, False], ids=["shared prefix", "no sharing"])
 @pytest.mark.parametrize("windowed", [True, False])
-def test_batched_steered_decoding_equals_one_at_a_time(
-    lm, prompts, vector, batch_size, share_from, windowed, monkeypatch
-):
-    monkeypatch.setattr(batching, "ROUND", share_from)
+def test_batched_steered_decoding_equals_one_at_a_time(lm, prompts, vector, batch_size, common, windowed, monkeypatch):
+    """What all prompts begin with is computed once a batch, but not where a window would lose it behind padding."""
+    if common:
+        prompts = after_a_persona(lm)
     if not windowed:
         lm.model.config.layer_types = ["full_attention"] * 4
     assert max(map(len, prompts)) > 2 * lm.model.config.sliding_window
+    prefixes = watched(monkeypatch, generate)
     batched = decode(lm, prompts, TOKENS, batch_size, Steering(vector, DOSES))
+    assert len(prefixes) == (math.ceil(len(prompts) / batch_size) if common and not windowed else 0)
+    assert all(len(ids) >= batching.ROUND for ids in prefixes)
     alone = [slow_greedy(lm, p, vector, float(c), TOKENS) for p, c in zip(prompts, DOSES, strict=True)]
     assert [c.ids for c in batched] == alone
     assert len({tuple(ids) for ids in alone}) > 1
@@ -101,13 +121,16 @@ def test_noise_is_uniform_and_differs_by_key_row_and_step():
         assert abs(np.corrcoef(values, other)[0, 1]) < 0.02
 
 
-@pytest.mark.parametrize("share_from", [1, 10**9], ids=["shared prefix", "no sharing"])
-def test_nll_of_a_batch_equals_one_row_at_a_time(lm, prompts, vector, share_from, monkeypatch):
-    monkeypatch.setattr(batching, "ROUND", share_from)
+@pytest.mark.parametrize("common", [True, False], ids=["shared prefix", "no sharing"])
+def test_nll_of_a_batch_equals_one_row_at_a_time(lm, prompts, vector, common, monkeypatch):
+    if common:
+        prompts = after_a_persona(lm)
+    prefixes = watched(monkeypatch, forward)
     rows = [
         Row(p, lm.answer(text)) for p, text in zip(prompts, ["Yes.", "A long walk", "no", "x", "ok ok"], strict=True)
     ]
     batched = row_nll(lm, rows, 3, Steering(vector, DOSES))
+    assert bool(prefixes) == common
     for row, dose, nll in zip(rows, DOSES, batched, strict=True):
         ids = torch.tensor([row.prompt + row.completion], device=lm.device)
         with torch.no_grad(), steering(lm, Steering(vector, dose[None])) as dial:
@@ -143,6 +166,53 @@ def test_the_batch_grows_with_free_memory_and_shrinks_with_length(lm, monkeypatc
     assert 1 < rows(0.01) < rows(0.02) < rows(50.0) == generate.MOST_ROWS[DEVICE]
     assert rows(0.02, new_tokens=1000) < rows(0.02)
     assert rows(0.02, prompt_tokens=1000) < rows(0.02)
+
+
+GIB = 2**30
+
+
+@pytest.mark.parametrize(
+    ("membership", "files", "left"),
+    [
+        ("0::/\n", {}, 8),  # no limit at all
+        ("0::/\n", {"memory.max": "max", "memory.current": 5 * GIB}, 8),
+        ("0::/\n", {"memory.max": 4 * GIB, "memory.current": GIB}, 3),  # v2, a namespace of its own
+        ("0::/\n", {"memory.max": GIB, "memory.current": 2 * GIB}, 0),
+        (
+            "0::/\n",
+            {"memory.max": 4 * GIB, "memory.current": 4 * GIB, "memory.stat": f"anon 1\ninactive_file {GIB}"},
+            1,
+        ),
+        (
+            "0::/jobs/mine\n",  # v2, nested: the group around it has less left
+            {"jobs/mine/memory.max": 6 * GIB, "jobs/mine/memory.current": GIB}
+            | {"jobs/memory.max": 9 * GIB, "jobs/memory.current": 7 * GIB},
+            2,
+        ),
+        ("0::/../../other\n", {"memory.max": 4 * GIB, "memory.current": GIB}, 3),  # outside of what is seen here
+        (
+            "5:cpu:/a\n4:memory:/a/b\n0::/\n",  # v1
+            {"memory/a/b/memory.limit_in_bytes": 3 * GIB, "memory/a/b/memory.usage_in_bytes": GIB}
+            | {"memory/a/b/memory.stat": f"inactive_file 7\ntotal_inactive_file {GIB // 2}\n"}
+            | {"memory/memory.limit_in_bytes": 2**63 - 4096, "memory/memory.usage_in_bytes": 9 * GIB},
+            2.5,
+        ),
+        (
+            "4:memory:/docker/0123\n",  # v1, known to the host by a path that is not seen here
+            {"memory/memory.limit_in_bytes": 2 * GIB, "memory/memory.usage_in_bytes": GIB},
+            1,
+        ),
+    ],
+)
+def test_free_memory_is_no_more_than_every_container_around_leaves(tmp_path, membership, files, left):
+    (tmp_path / "proc" / "self").mkdir(parents=True)
+    (tmp_path / "proc" / "meminfo").write_text(f"MemTotal: 99 kB\nMemAvailable:    {8 * GIB // 1024} kB\n")
+    (tmp_path / "proc" / "self" / "cgroup").write_text(membership)
+    for name, value in files.items():
+        path = tmp_path / "cgroup" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"{value}\n")
+    assert free_main_memory(tmp_path / "proc", tmp_path / "cgroup") == left * GIB
 
 
 def test_free_memory_is_what_the_machine_says(lm):

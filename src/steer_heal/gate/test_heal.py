@@ -10,13 +10,13 @@ import torch
 from steer_heal.bake.lowrank import Factors, OperatorNorm
 from steer_heal.bake.student import Student
 from steer_heal.bench import heal as healbench
-from steer_heal.config import TrainingConfig, UserError
+from steer_heal.config import TrainingConfig, UserError, check
 from steer_heal.gate.conftest import DEVICE, turned
 from steer_heal.heal import step as step_module
 from steer_heal.heal import train as heal_module
 from steer_heal.heal.examples import prepare, prepare_anchors, with_tau
 from steer_heal.heal.step import Multipliers, accumulate, loss_terms
-from steer_heal.heal.train import NonFinite, _epoch_batches, check_optimiser, heal, recomputation
+from steer_heal.heal.train import NonFinite, _epoch_batches, check_optimiser, heal, recomputation, trained_on
 from steer_heal.model.lm import Row
 from steer_heal.model.steering import Steering
 from steer_heal.presets import PRESETS
@@ -150,7 +150,7 @@ def test_training_is_reproducible(lm, vector):
     for _ in range(2):
         student, _, examples, _ = student_with_update(lm, vector, config, scale=0.0)
         records = heal(fresh(student, config, 7), examples, [], config, round_=1, seed=3)
-        runs.append(([p.detach().clone() for p in student.trainable()], records[-1]["val_nll"]))
+        runs.append(([p.detach().clone() for p in student.trainable()], records[-1]["val_objective"]))
         student.peft.unload()
     assert all(torch.equal(a, b) for a, b in zip(runs[0][0], runs[1][0], strict=True))
     assert runs[0][1] == runs[1][1]
@@ -234,18 +234,59 @@ def test_the_dual_weight_acts_at_once_and_pulls_no_further_than_the_bound(multip
 
 
 def test_multipliers_of_a_distance_from_base_go_on_and_others_start_anew(lm, vector):
+    """They go on from where the last step of the round before moved them, by hand: lam + rate * (D / tau - 1)."""
     dual = turned(BASE, {"barrier.kind": "dual", "barrier.tau": 0.1, "anchor.tau": 0.1, "barrier.lam_round_pow": -1.0})
     student, _, examples, _ = student_with_update(lm, vector, dual, scale=0.0)
     anchors = [replace(examples[0], teacher=None, anchor=True)]
     budget = turned(dual, {"barrier.reference": "base"})
-    for config, *expected in (
-        (dual, 1.0, 7.5),
-        (budget, 3.5, 7.5),
-        (turned(budget, {"barrier.kind": "fixed"}), 1.0, 1.0),
-    ):
-        before = [{"lam": 3.5, "anchor_lam": 7.5}]
+    fixed = turned(budget, {"barrier.kind": "fixed"})
+    before = heal(student, examples, anchors, budget, 0, 0)
+    own, anchor = (
+        max(0.0, before[-1][lam] + step_module.DUAL_RATE * (before[-1][divergence] / 0.1 - 1))
+        for lam, divergence in (("lam", "divergence"), ("anchor_lam", "anchor_divergence"))
+    )
+    assert own != before[-1]["lam"] and anchor != before[-1]["anchor_lam"]
+    for config, *expected in ((dual, 1.0, anchor), (budget, own, anchor), (fixed, 1.0, 1.0)):
         first = heal(fresh(student, config), examples, anchors, config, 1, 0, before=before)[0]
-        assert [first["lam"], first["anchor_lam"]] == expected
+        assert [first["lam"], first["anchor_lam"]] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("target", ["sampled", "soft", "mirrored"])
+def test_validation_reads_the_objective_that_is_trained(lm, vector, target):
+    """Against all logits of the rows that were held out, with distributions in full."""
+    once = {"training.val_share": 0.34, "training.epochs": 1, "barrier.lam": 0.0}
+    config = turned(BASE, once | {"target.kind": target})
+    student, rows, examples, _ = student_with_update(lm, vector, config, scale=0.0)
+    trained = []
+    last = heal(fresh(student, config), examples, [], config, 0, 0, on_rows=trained.append)[-1]
+    (held_out,) = random.Random(0).sample(range(3), 1)
+    objective, _ = naive_loss(student, [rows[held_out]], Steering(vector, torch.full((1,), 0.1)), config)
+    assert last["val_objective"] == pytest.approx(objective.item(), rel=1e-4)
+    assert sum(trained) == 2 == trained_on(3, config.training)
+
+
+def test_a_share_of_validation_that_leaves_nothing_to_train_on_is_a_users_mistake():
+    for rows in range(1, 40):
+        assert trained_on(rows, TrainingConfig(val_share=0.5)) >= 1
+    config = PRESETS["tiny-random"]
+    with pytest.raises(UserError, match=r"heal\.training\.val_share is 0\.97: it must lie in \[0, 0\.5\]"):
+        check(turned(config, {"heal.training.val_share": 0.97}))
+
+
+def test_tau_auto_to_the_base_is_the_budget_of_round_0(lm, vector):
+    """Measured anew in a later round it would grow with what the rounds before have moved."""
+    config = turned(BASE, {"barrier.tau": "auto", "barrier.reference": "base"})
+    student, rows, examples, _ = student_with_update(lm, vector, config)
+    first = with_tau(lm, examples, config).barrier.tau
+    student.fold()
+    student.begin_round(config.lora, 1)
+    later = prepare(student, rows[:3], Steering(vector, torch.full((3,), 0.1)), config)
+    assert with_tau(lm, later, config).barrier.tau > 1.5 * first > 0
+    before = [{"tau": first}]
+    assert with_tau(lm, later, config, before).barrier.tau == first
+    near = turned(config, {"barrier.reference": "prev"})
+    anew = with_tau(lm, later, near).barrier.tau
+    assert with_tau(lm, later, near, before).barrier.tau == anew != first
 
 
 def test_later_rounds_take_smaller_steps(lm, vector):

@@ -60,7 +60,7 @@ FLAGS = [  # flags out of range, contradictory, misspelt
     ("--filter.loops maybe", "maybe"),
     ("--heal.training.lr nan", "heal.training.lr is nan: it must lie in (0, inf)"),
     ("--heal.training.lr -1", "heal.training.lr is -1.0"),
-    ("--heal.training.val-share 1", "heal.training.val_share is 1.0: it must lie in [0, 1)"),
+    ("--heal.training.val-share 1", "heal.training.val_share is 1.0: it must lie in [0, 0.5]"),
     ("--heal.barrier.tau auot", "Error parsing --heal.barrier.tau"),
     ("--heal.anchor.tau 0", "heal.anchor.tau is 0.0: it must lie in (0, inf)"),
     ("--heal.anchor.prompts 97", "heal.anchor.prompts is 97: it must lie in [0, 96]"),

@@ -28,7 +28,7 @@ from steer_heal.model import loading
 from steer_heal.model.answers import choice_log_probs
 from steer_heal.model.decode import decode
 from steer_heal.model.forward import forward, states
-from steer_heal.model.likelihood import row_nll
+from steer_heal.model.likelihood import row_nll, row_surprise, token_kl
 from steer_heal.model.lm import Row
 from steer_heal.model.loading import load
 from steer_heal.model.packing import packed
@@ -144,6 +144,26 @@ def test_under_nf4_the_adapter_gets_the_gradient_of_the_dequantised_weights(lm):
         gradients.append(torch.cat([p.grad.flatten() for p in student.trainable()]))
     difference = (gradients[0] - gradients[1]).norm() / gradients[1].norm()
     assert gradients[1].norm() > 0 and difference < 0.02
+
+
+@torch.no_grad()
+def test_what_is_read_of_a_bf16_model_is_the_softmax_of_its_exact_logits():
+    """Instruments round nothing after the last hidden state: NLL, entropy, KL and answers equal float64 arithmetic."""
+    bf16 = load(replace(PRESETS["tiny-random"].model, dtype="bfloat16"))
+    weight = bf16.model.get_output_embeddings().weight
+    weight.mul_(20 / weight.std())  # logits as large as those of a real model
+    rows = [Row(bf16.prompt("Hi."), bf16.answer("A long walk")), Row(bf16.prompt("Name a tree."), bf16.answer("Oak"))]
+    hidden = states(bf16, rows, 2)
+    exact = [(h.double() @ weight.double().T).log_softmax(-1) for h in hidden]
+    surprise = row_surprise(bf16, rows, 2)
+    for row, log_p, nll, (again, entropy) in zip(rows, exact, row_nll(bf16, rows, 2), surprise, strict=True):
+        expected = -log_p[range(len(row.completion)), row.completion]
+        for found in (nll, again):
+            torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-3)
+        torch.testing.assert_close(entropy.double(), -(log_p.exp() * log_p).sum(-1), rtol=1e-4, atol=1e-3)
+    (kl,) = token_kl(bf16.head, hidden[:1], [hidden[0].roll(1, 0)])
+    p, q = exact[0], exact[0].roll(1, 0)
+    torch.testing.assert_close(kl.double(), (p.exp() * (p - q)).sum(-1), rtol=1e-4, atol=1e-3)
 
 
 @pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="no promise of the same sums without Intel's library")

@@ -1,11 +1,14 @@
 """The whole loop: resumed runs end in the same bits, the record is complete, mistakes end in one line."""
 
 import json
+import re
+import resource
 import signal
 import subprocess
 import sys
 import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +18,7 @@ from steer_heal import data, loop, stages
 from steer_heal.cli import main
 from steer_heal.config import AnchorConfig, BarrierConfig, HealConfig, ModelConfig, UserError
 from steer_heal.distil.sample import Exhausted
+from steer_heal.eval.summary import peak_memory
 from steer_heal.files import read_jsonl
 from steer_heal.gate.conftest import turned
 from steer_heal.gate.soak import timeless
@@ -99,8 +103,15 @@ def test_a_loop_that_steering_exhausts_ends_with_what_it_has(tmp_path, monkeypat
 
 
 @pytest.mark.parametrize("source", ["student", "base"])
-def test_the_base_has_the_same_vector_in_every_round(tmp_path, source):
-    folder, _ = do(TINY, out=str(tmp_path), steer=replace(TINY.steer, source=source))
+def test_what_the_base_fixes_is_the_same_in_every_round(tmp_path, source, capsys):
+    """With `source base` the vector. With `reference base` the budget tau, and the multiplier goes on."""
+    barrier = {"reference": "base", "tau": "auto", "kind": "dual"}
+    knobs = {f"heal.barrier.{name}": value for name, value in barrier.items()}
+    folder, _ = do(turned(TINY, knobs | {"steer.source": source}), out=str(tmp_path))
+    records = [read_jsonl(folder.path / f"r{i:02d}" / "heal.jsonl") for i in range(2)]
+    assert len({record["tau"] for of_round in records for record in of_round}) == 1
+    assert records[1][0]["lam"] == records[0][-1]["next_lam"]
+    assert re.findall(r"r01 heal +: +100%", capsys.readouterr().err)
     files = [folder.path / f"r{i:02d}" / "vector" / "vector.safetensors" for i in range(2)]
     first, second = (load_file(file)["direction"] for file in files)
     assert torch.equal(first, second) == (source == "base")
@@ -113,6 +124,14 @@ def test_batch_sizes_change_no_bit(tmp_path):
     assert timeless(again) == timeless(summary)
     a, b = (load_file(run.path / "adapter" / "adapter_model.safetensors") for run in (whole, other))
     assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+@pytest.mark.parametrize(("platform", "unit"), [("linux", 1024), ("darwin", 1)])
+def test_peak_memory_is_in_bytes_on_every_system(monkeypatch, platform, unit):
+    """`getrusage` counts in kilobytes on Linux and in bytes on macOS."""
+    monkeypatch.setattr(sys, "platform", platform)
+    monkeypatch.setattr(resource, "getrusage", lambda who: SimpleNamespace(ru_maxrss=3_000_000))
+    assert peak_memory(torch.device("cpu")) == 3_000_000 * unit
 
 
 def test_a_barrier_that_never_fires_is_loud(capsys):

@@ -118,7 +118,7 @@ def write_run(folder: Path, rounds: int = 2, **healed_scores: float) -> Path:
             {"step": i, "objective": 3.0, "divergence": 0.02 * i, "fired": i > 2, "anchor_fired": i > 3, "tau": 0.05}
             for i in range(5)
         ]
-        steps[-1]["val_nll"] = 2.5
+        steps[-1]["val_objective"] = 2.5
         (where / "heal.jsonl").write_text("".join(json.dumps(s) + "\n" for s in steps), "utf-8")
         for name in ("vector", "adapter"):
             (where / name).write_text(name)

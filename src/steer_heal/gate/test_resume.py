@@ -424,6 +424,28 @@ def test_out_of_memory_names_the_stage_and_the_knob(whole, folder, capsys, monke
     assert (folder / "summary.json").exists()
 
 
+@pytest.mark.parametrize(
+    ("function", "said_of", "flags"),
+    [
+        ("prepare", "reading what it is trained on", "--model.read-rows 16 --allow-change model.read_rows"),
+        ("prepare_anchors", "reading what it is trained on", "--model.read-rows 16 --allow-change model.read_rows"),
+        ("heal", "training", "--heal.training.pass-rows 2 --allow-change heal.training.pass_rows"),
+    ],
+)
+def test_out_of_memory_in_a_part_of_a_stage_names_that_parts_knob(
+    folder, capsys, monkeypatch, function, said_of, flags
+):
+    cut(folder, "r01/adapter")
+
+    def fail(*given, **more):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total of ...")
+
+    monkeypatch.setattr(stages, function, fail)
+    said = refused(["run", "--resume", str(folder)], capsys)
+    assert f"out of memory while making r01/adapter, {said_of} (2.00 GiB more were wanted)" in said
+    assert said.endswith(flags)
+
+
 def test_out_of_memory_on_a_cpu_is_understood():
     with pytest.raises(RuntimeError) as caught:
         torch.empty(2**50)

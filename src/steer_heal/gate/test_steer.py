@@ -9,7 +9,7 @@ import torch
 
 from steer_heal.config import SteerConfig
 from steer_heal.distil.dose import iso_kl
-from steer_heal.model import batching
+from steer_heal.model import forward
 from steer_heal.model.decode import decode
 from steer_heal.model.lm import Row
 from steer_heal.model.steering import Steering, Vector, steering
@@ -38,10 +38,15 @@ def slow_states(lm, persona, layers):
     return torch.stack(out)
 
 
-@pytest.mark.parametrize("share_from", [1, 10**9], ids=["shared prefix", "no sharing"])
-def test_vector_is_the_mean_difference_at_the_assistant_tag(lm, share_from, monkeypatch):
-    monkeypatch.setattr(batching, "ROUND", share_from)
+@pytest.mark.parametrize("shared", [True, False], ids=["shared prefix", "no sharing"])
+def test_vector_is_the_mean_difference_at_the_assistant_tag(lm, shared, monkeypatch):
+    """The prompts of a persona begin alike, so their first tokens are computed once."""
+    computed, prefix = [], forward.prefix
+    monkeypatch.setattr(forward, "prefix", lambda lm, ids, *rest: computed.append(ids) or prefix(lm, ids, *rest))
+    if not shared:
+        monkeypatch.setattr(forward, "shared_prefix", lambda prompts: 0)
     vector = extract(lm, POSITIVE, NEGATIVE, CONTEXTS, BAND).vector
+    assert bool(computed) == shared
     assert vector.layers == (1, 2)
     expected = slow_states(lm, POSITIVE, (1, 2)).mean(0) - slow_states(lm, NEGATIVE, (1, 2)).mean(0)
     torch.testing.assert_close(vector.direction, expected, rtol=1e-4, atol=1e-4)

@@ -28,6 +28,7 @@ from steer_heal.eval.record import arm_record, arms_record
 from steer_heal.eval.verdict import care_over_authority, validity, verdict
 from steer_heal.presets import PRESETS
 from steer_heal.report.tables import verdict_line
+from steer_heal.sweep.results import RATIOS
 
 CONFIG = PRESETS["tiny-random"].eval
 
@@ -74,6 +75,26 @@ VERDICTS = [
 @pytest.mark.parametrize(("healed", "steered", "valid", "word"), VERDICTS)
 def test_every_verdict_and_their_order(healed, steered, valid, word):
     assert verdict(BASE, steered, healed, valid)["word"] == word
+
+
+@pytest.mark.parametrize(
+    ("contrast", "off", "word"),
+    [
+        (-0.3, 0.05, "moved"),  # a sixth of how far the trait itself moved on these probes
+        (-0.3, 0.35, "broad"),
+        (-0.3, -0.35, "broad"),
+        (0.0, 0.05, "moved"),  # nothing to compare with
+        (0.3, 0.05, "moved"),
+        (0.3, 0.31, "broad"),
+    ],
+)
+def test_a_yes_no_trait_is_broad_where_others_moved_further_than_it_did_on_contrast(contrast, off, word):
+    base = BASE | {"instrument": "yes_no"}
+    healed = arm((contrast + SPREAD).tolist(), off=off) | {"instrument": "yes_no"}
+    healed["items"]["yes_no"] = [2.0 + x for x in BASE["items"]["yes_no"]]
+    found = verdict(base, healed, healed, True)
+    assert found["word"] == word
+    assert ("were not compared" in found["why"]) == (contrast == 0.0)
 
 
 def test_a_floor_is_absolute_whatever_the_base_was():
@@ -137,6 +158,24 @@ def test_the_dose_of_equal_cost_by_hand():
     assert dose_at_cost(curve, math.inf) == 4.0
 
 
+def test_a_student_of_nan_has_no_arm_that_costs_what_it_does():
+    lost = arm([0.0], mass=math.nan, ppl=math.nan)
+    allowed = allowed_cost(lost, BASE)
+    cheap, dear = arm([0.0], mass=0.7), arm([0.0], mass=0.1)
+    assert allowed == math.inf and fitting([cheap, dear, lost], BASE, allowed) is None
+    curve, asked = [{"dose": 1.0, "cost": 0.1}, {"dose": 4.0, "cost": math.inf}], []
+    assert find_dose_at_cost(allowed, curve, lambda dose: asked.append(dose) or 0.2) == 4.0 and asked == [4.0]
+
+
+def test_a_base_without_answer_mass_has_none_to_lose():
+    empty = arm([0.0], mass=0.0)
+    assert coherence_cost(arm([0.0], mass=0.3, ppl=22.0), empty) == pytest.approx(0.1)
+    assert coherence_cost(arm([0.0], mass=0.0, ppl=20.0), empty) == 0.0
+    assert coherence_cost(arm([0.0], mass=math.nan), empty) == math.inf
+    group = [{"answer_mass": mass, "coherent_share": 0.0, "neutral_ppl": 20.0} for mass in (0.0, 0.3)]
+    assert math.isnan(RATIOS["mass/base"](*group))
+
+
 def test_the_arm_of_equal_cost_costs_what_is_allowed():
     """The true cost is quadratic in the dose, so the straight line between two points misses it at first."""
 
@@ -166,6 +205,9 @@ def test_the_dose_of_equal_trait_by_hand():
     assert found(0.5) == (pytest.approx(2.0), True)
     assert found(0.6) == (2.0, False)  # no dose reaches it: the one that moves furthest
     assert found(-0.1) == (0.5, True)
+    assert found(math.nan) == (2.0, False)
+    plain.insert(0, arm([math.nan] * 20, dose=0.1))  # a dose that broke the arithmetic is passed over
+    assert found(0.2) == (pytest.approx(0.75), True) and found(0.6) == (2.0, False)
 
 
 @pytest.fixture

@@ -73,16 +73,23 @@ def _cut(row: Row, max_len: int) -> Row:
     return Row(row.prompt, row.completion[: max_len - len(row.prompt)])
 
 
-def with_tau(lm: LM, examples: list[Example], config: HealConfig) -> HealConfig:
-    """The config with `tau` a number: for `auto` a share of the divergence that the teacher itself has here."""
+def with_tau(lm: LM, examples: list[Example], config: HealConfig, before: list[dict] | None = None) -> HealConfig:
+    """The config with `tau` a number: for `auto` a share of the divergence that the teacher itself has here.
+
+    With `reference base` tau is the budget of the whole loop, so round 0 settles it. The teacher of a later round
+    already holds the rounds before and would raise it. `before` is the training record of the round before.
+    """
     barrier = config.barrier
     if barrier.tau != "auto":
         return config
     if barrier.reg == "nll":
         return replace(config, barrier=replace(barrier, tau=0.0))  # nothing is held at it
+    if before and barrier.reference == "base":
+        return replace(config, barrier=replace(barrier, tau=before[-1]["tau"]))
+    teacher, reference = (torch.cat(h) for h in zip(*((e.teacher, e.reference) for e in examples), strict=True))
     with torch.no_grad():
-        kl = [position_losses(lm.head, e.teacher, None, e.reference, barrier.reg)[1] for e in examples]
-    tau = barrier.tau_share * aggregate(torch.cat(kl), barrier.agg).item()
+        _, kl = position_losses(lm.head, teacher, None, reference, barrier.reg)
+    tau = barrier.tau_share * aggregate(kl, barrier.agg).item()
     logger.info(f"tau {tau:.3g} nats: {barrier.tau_share:g} of the {barrier.agg} divergence of the steered teacher")
     return replace(config, barrier=replace(barrier, tau=tau))
 

@@ -43,21 +43,21 @@ class Multipliers:
 def accumulate(lm: LM, batch: list[Example], config: HealConfig, lam: Multipliers) -> dict:
     """Gradient of the effective batch's loss into the adapter; returns its terms in nats."""
     barrier, anchor = config.barrier, config.anchor
-    micro = _micro_batches(batch, config.training.pass_rows)
+    micro = micro_batches(batch, config.training.pass_rows)
     if len(micro) == 1:
-        losses = [_losses(lm, micro[0], config)]
+        parts = [losses(lm, micro[0], config)]
     else:
         with torch.no_grad():
-            losses = [_losses(lm, part, config) for part in micro]
-    objective, kl = (torch.cat(v).detach().requires_grad_() for v in zip(*losses, strict=True))
+            parts = [losses(lm, part, config) for part in micro]
+    objective, kl = (torch.cat(v).detach().requires_grad_() for v in zip(*parts, strict=True))
     terms = loss_terms(objective, kl, torch.cat([_is_anchor(part) for part in micro]), config, lam)
     penalty = terms.pop("penalty")
     on_objective, on_kl = (
-        torch.autograd.grad(term, leaf, allow_unused=True, materialize_grads=True)[0].split([len(v) for v, _ in losses])
+        torch.autograd.grad(term, leaf, allow_unused=True, materialize_grads=True)[0].split([len(v) for v, _ in parts])
         for term, leaf in ((terms["objective"], objective), (penalty, kl))
     )
     for index, part in enumerate(micro):
-        part_objective, part_kl = losses[index] if len(micro) == 1 else _losses(lm, part, config)
+        part_objective, part_kl = parts[index] if len(micro) == 1 else losses(lm, part, config)
         (on_objective[index] @ part_objective + on_kl[index] @ part_kl).backward()
     return {name: term.item() for name, term in terms.items()} | {
         "fired": barrier.reg != "nll" and terms["divergence"].item() > barrier.tau,
@@ -69,20 +69,20 @@ def accumulate(lm: LM, batch: list[Example], config: HealConfig, lam: Multiplier
     }
 
 
-def _micro_batches(batch: list[Example], size: int) -> list[list[Example]]:
+def micro_batches(batch: list[Example], size: int) -> list[list[Example]]:
     """Split by length, so that little padding is computed, anchors last in each; the loss does not depend on it."""
     ordered = sorted(batch, key=length)
     return [sorted(ordered[i : i + size], key=lambda e: e.anchor) for i in range(0, len(ordered), size)]
 
 
-def _losses(lm: LM, part: list[Example], config: HealConfig) -> tuple[Float[Tensor, "n"], Float[Tensor, "n"]]:
+def losses(lm: LM, part: list[Example], config: HealConfig) -> tuple[Float[Tensor, "n"], Float[Tensor, "n"]]:
     """Objective and divergence of every position; anchors come last and have no objective."""
     rows = [e.row for e in part]
     # What is recomputed in the backward pass cannot come from a cache.
     shared = 0 if lm.model.is_activation_checkpointing else shared_prefix([row.prompt for row in rows], multiple=1)
     states = forward(lm, rows, shared=shared, multiple=1)
     own = sum(not e.anchor for e in part)
-    losses = []
+    found = []
     for group, h in ((part[:own], states[:own]), (part[own:], states[own:])):
         if not group:
             continue
@@ -92,8 +92,8 @@ def _losses(lm: LM, part: list[Example], config: HealConfig) -> tuple[Float[Tens
         if not group[0].anchor:
             targets = torch.tensor([t for e in group for t in e.row.completion], device=lm.device)
             teacher = torch.cat([e.teacher for e in group]) if config.target.kind != "sampled" else None
-        losses.append(position_losses(lm.head, torch.cat(h), targets, reference, config.barrier.reg, teacher))
-    objective, kl = zip(*losses, strict=True)
+        found.append(position_losses(lm.head, torch.cat(h), targets, reference, config.barrier.reg, teacher))
+    objective, kl = zip(*found, strict=True)
     return torch.cat(objective), torch.cat(kl)
 
 

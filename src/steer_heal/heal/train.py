@@ -20,8 +20,7 @@ from steer_heal.bake.lowrank import OperatorNorm
 from steer_heal.bake.student import Student
 from steer_heal.config import BarrierConfig, HealConfig, TrainingConfig, UserError
 from steer_heal.heal.examples import Example, length
-from steer_heal.heal.step import Multipliers, accumulate
-from steer_heal.model.likelihood import row_nll
+from steer_heal.heal.step import Multipliers, accumulate, losses, micro_batches
 from steer_heal.model.lm import LM
 
 BETAS = (0.9, 0.95)  # a round is a few hundred steps at most; 0.999 would never warm up
@@ -48,20 +47,21 @@ def heal(
 ) -> list[dict]:
     """Train the current round's adapter in place; `config.barrier.tau` must be a number (`with_tau`).
 
-    `before` is what the round before returned: a dual multiplier of a distance from the pristine base goes on as it
-    was, because that constraint is the same one in every round.
+    `before` is what the round before returned. A dual multiplier of a distance from the pristine base goes on from
+    its last value, because that constraint is the same one in every round.
 
-    Returns one record per optimiser step: the terms of the loss in nats, whether the barrier fired, lam, learning
-    rate, norm of the gradient before clipping, tokens per second; in the last record the validation NLL, when
-    completions were held out.
+    Returns one record per optimiser step: the terms of the loss in nats, whether the barrier fired, lam, with
+    `barrier.kind dual` the lam that follows from the step (`next_lam`), learning rate, norm of the gradient before
+    clipping, tokens per second; in the last one the objective on the completions held out (`val_objective`).
 
     Raises NonFinite with the step, the batch and the term that produced it.
     """
     shuffle = random.Random(seed)
-    held_out = set(shuffle.sample(range(len(examples)), round(config.training.val_share * len(examples))))
+    knobs = config.training
+    validating = len(examples) - trained_on(len(examples), knobs)
+    held_out = set(shuffle.sample(range(len(examples)), validating))
     training = [e for i, e in enumerate(examples) if i not in held_out]
     validation = [examples[i] for i in sorted(held_out)]
-    knobs = config.training
     steps_an_epoch = math.ceil(len(training) / knobs.batch)
     total = knobs.epochs * steps_an_epoch
     lam = _weights(config.barrier, round_, before)
@@ -90,12 +90,13 @@ def heal(
             optimiser.zero_grad(set_to_none=True)
             if config.barrier.kind == "dual":
                 lam.ascend(record, config)
+                record |= {"next_lam": lam.own, "next_anchor_lam": lam.anchor}
             record["step_seconds"] = time.perf_counter() - began
             record["tokens_per_s"] = record["tokens"] / record["step_seconds"]
             history.append(record)
             on_rows(sum(not e.anchor for e in batch))
             if validation and step + 1 == total:
-                record["val_nll"] = _validation_nll(student, validation)
+                record["val_objective"] = _validation(student, validation, config)
     return history
 
 
@@ -106,9 +107,14 @@ def _weights(barrier: BarrierConfig, round_: int, before: list[dict] | None) -> 
         return Multipliers(weight, weight)
     lam = Multipliers(DUAL_START, DUAL_START)
     if before:
-        lam.anchor = before[-1]["anchor_lam"]
-        lam.own = before[-1]["lam"] if barrier.reference == "base" else lam.own
+        lam.anchor = before[-1]["next_anchor_lam"]
+        lam.own = before[-1]["next_lam"] if barrier.reference == "base" else lam.own
     return lam
+
+
+def trained_on(rows: int, config: TrainingConfig) -> int:
+    """How many of a round's completions are trained on; the others are held out for validation."""
+    return rows - round(config.val_share * rows)
 
 
 def _optimiser(parameters: list[torch.nn.Parameter], config: TrainingConfig) -> torch.optim.Optimizer:
@@ -175,6 +181,8 @@ def _check_finite(record: dict, round_: int, batch: list[int]) -> None:
             )
 
 
-def _validation_nll(student: Student, examples: list[Example]) -> float:
-    rows = [e.row for e in examples]
-    return torch.cat(row_nll(student.lm, rows, batch_size=8)).mean().item()
+def _validation(student: Student, examples: list[Example], config: HealConfig) -> float:
+    """The objective that is trained, read on examples that are not: its mean over their tokens, in nats."""
+    with torch.no_grad():
+        parts = [losses(student.lm, part, config)[0] for part in micro_batches(examples, config.training.pass_rows)]
+    return torch.cat(parts).mean().item()

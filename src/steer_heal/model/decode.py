@@ -10,11 +10,8 @@ never on the other rows. A completion is the same whatever batch it was decoded 
 from __future__ import annotations
 
 import hashlib
-import os
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -26,6 +23,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 from steer_heal.model.batching import batches, filled, left_padded, rounded, shared_left_padded
 from steer_heal.model.forward import prefix
 from steer_heal.model.lm import LM
+from steer_heal.model.memory import free_main_memory
 from steer_heal.model.packing import packed
 from steer_heal.model.steering import Steering, steering
 
@@ -139,10 +137,7 @@ def free_memory(device: torch.device) -> int:
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    said = Path("/proc/meminfo")
-    if said.exists():
-        return 1024 * int(re.search(r"MemAvailable:\s+(\d+)", said.read_text())[1])
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2  # where the system does not say
+    return free_main_memory()
 
 
 def _decode_batch(lm, prompts, padded, rows, dose, dial, max_new_tokens, sampling) -> list[Completion]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -14,16 +16,26 @@ from steer_heal.model.steering import Steering
 HEAD_CHUNK = 256  # positions whose logits are held at once
 
 
+@torch.no_grad()
+def log_probs(head: Head, *models: Float[Tensor, "_ d"]) -> Iterator[tuple[slice, list[Float[Tensor, "_ v"]]]]:
+    """Log-probabilities of every token of the vocabulary, HEAD_CHUNK positions at a time.
+
+    `models` are hidden states at the same positions under one model each. Yields the positions and one tensor a model.
+    """
+    for start in range(0, len(models[0]), HEAD_CHUNK):
+        at = slice(start, min(start + HEAD_CHUNK, len(models[0])))
+        rows = filled(range(start, at.stop))
+        yield at, [head(states[rows])[: at.stop - start].log_softmax(-1) for states in models]
+
+
 def row_surprise(lm: LM, rows: list[Row], batch_size: int) -> list[tuple[Float[Tensor, "n"], Float[Tensor, "n"]]]:
     """NLL and predictive entropy in nats of every completion token of every row, on the CPU."""
     hidden = torch.cat(states(lm, rows, batch_size))
     targets = torch.tensor([t for row in rows for t in row.completion], device=lm.device)
     nll, entropy = [], []
-    with torch.no_grad():
-        for h, t in zip(hidden.split(HEAD_CHUNK), targets.split(HEAD_CHUNK), strict=True):
-            log_p = lm.head(h).log_softmax(-1)
-            nll.append(-log_p.gather(1, t[:, None])[:, 0])
-            entropy.append(-torch.linalg.vecdot(log_p.exp(), log_p))
+    for at, (log_p,) in log_probs(lm.head, hidden):
+        nll.append(_of_targets(log_p, targets[at]))
+        entropy.append(-torch.linalg.vecdot(log_p.exp(), log_p))
     lengths = [len(row.completion) for row in rows]
     return list(zip(*(torch.cat(nats).cpu().split(lengths) for nats in (nll, entropy)), strict=True))
 
@@ -36,23 +48,18 @@ def row_nll(lm: LM, rows: list[Row], batch_size: int, steering_: Steering | None
 
 
 def token_nll(lm: LM, states: Float[Tensor, "n d"], targets: Int[Tensor, "n"]) -> Float[Tensor, "n"]:
-    """NLL in nats of each target at its state, HEAD_CHUNK rows of logits at a time."""
-    with torch.no_grad():
-        parts = [
-            torch.nn.functional.cross_entropy(lm.head(h[filled(range(len(h)))])[: len(h)], t, reduction="none")
-            for h, t in zip(states.split(HEAD_CHUNK), targets.split(HEAD_CHUNK), strict=True)
-        ]
-    return torch.cat(parts)
+    """NLL in nats of each target at its state."""
+    return torch.cat([_of_targets(log_p, targets[at]) for at, (log_p,) in log_probs(lm.head, states)])
+
+
+def _of_targets(log_p: Float[Tensor, "n v"], targets: Int[Tensor, "n"]) -> Float[Tensor, "n"]:
+    return -log_p.gather(1, targets[:, None])[:, 0]
 
 
 def token_kl(
     head: Head, steered: list[Float[Tensor, "_ d"]], plain: list[Float[Tensor, "_ d"]]
 ) -> list[Float[Tensor, "_"]]:
-    """KL(steered || plain) in nats at every position, from hidden states, a chunk of logits at a time."""
-    out = []
-    with torch.no_grad():
-        pairs = zip(torch.cat(steered).split(HEAD_CHUNK), torch.cat(plain).split(HEAD_CHUNK), strict=True)
-        for a, b in pairs:
-            log_p, log_q = head(a).log_softmax(-1), head(b).log_softmax(-1)
-            out.append(torch.linalg.vecdot(log_p.exp(), log_p - log_q))
-    return list(torch.cat(out).cpu().split([len(states) for states in steered]))
+    """KL(steered || plain) in nats at every position, from hidden states."""
+    chunks = log_probs(head, torch.cat(steered), torch.cat(plain))
+    kl = [torch.linalg.vecdot(log_p.exp(), log_p - log_q) for _, (log_p, log_q) in chunks]
+    return list(torch.cat(kl).cpu().split([len(states) for states in steered]))

@@ -1,14 +1,59 @@
-"""What freed memory of this process is good for: within a stage it serves the next tensor, between stages it goes
-back to the system. Where the C library is not glibc nothing changes.
+"""Main memory: how much can be had, and where a freed tensor's goes.
+
+Within a stage freed memory serves the next tensor, between stages it goes back to the system. Where the C library is
+not glibc that changes nothing.
 """
 
 from __future__ import annotations
 
 import ctypes
+import os
 import platform
+import re
 from functools import cache
+from pathlib import Path
 
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # of malloc.h
+
+PROC, CGROUPS = Path("/proc"), Path("/sys/fs/cgroup")
+
+
+def free_main_memory(proc: Path = PROC, cgroups: Path = CGROUPS) -> int:
+    """Bytes that this process can still get: what the machine has, or less where a container's limit says so."""
+    said = proc / "meminfo"
+    if not said.exists():  # a system that does not say
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    available = 1024 * int(re.search(r"MemAvailable:\s+(\d+)", said.read_text())[1])
+    return min([available, *_left_in_control_groups(proc / "self" / "cgroup", cgroups)])
+
+
+def _left_in_control_groups(membership: Path, cgroups: Path) -> list[int]:
+    """What every control group around this process leaves of its limit (v1 and v2); cached files count as free.
+
+    Groups are nested and each may have a limit. A container sees its own group at the root, by whatever path the host
+    knows it, so the root is read also where that path does not exist.
+    """
+    left = []
+    for line in membership.read_text().splitlines() if membership.exists() else ():
+        _, controllers, path = line.split(":", 2)
+        if controllers not in ("", "memory"):
+            continue
+        root = cgroups if controllers == "" else cgroups / "memory"
+        limit, usage, cached = (
+            ("memory.max", "memory.current", "inactive_file")
+            if controllers == ""
+            else ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+        )
+        own = root.joinpath(*(part for part in path.split("/") if part not in ("", "..")))
+        for group in (own, *own.parents):
+            if not group.is_relative_to(root):
+                break
+            if (group / limit).exists() and (most := (group / limit).read_text().strip()) != "max":
+                stat = (group / "memory.stat").read_text() if (group / "memory.stat").exists() else ""
+                found = re.search(rf"^{cached} (\d+)$", stat, re.MULTILINE)
+                used = int((group / usage).read_text()) - (int(found[1]) if found else 0)
+                left.append(max(0, int(most) - used))
+    return left
 
 
 def keep_freed_memory() -> None:

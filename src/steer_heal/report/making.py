@@ -42,12 +42,12 @@ def dose_section(run: Run) -> str:
 
 def heal_section(run: Run) -> str:
     barrier = run.config["heal"]["barrier"]
-    head = ("round", "steps", "barrier fired", "anchor fired", "tau, nats", "median D, nats", "validation NLL, nats")
+    head = ("round", "steps", "barrier fired", "anchor fired", "tau, nats", "median D, nats", "validation, nats")
     rows, silent = [], []
     for r, sums in zip(run.rounds, run.summary["rounds"], strict=True):
-        own, anchor, val_nll = (sums[key] for key in ("barrier_fired_share", "anchor_fired_share", "val_nll"))
+        own, anchor, held_out = (sums[key] for key in ("barrier_fired_share", "anchor_fired_share", "val_objective"))
         nats = (f"{sums[key]:.3g}" for key in ("tau_nats", "operating_kl_nats"))
-        cells = f"{own:.0%}", f"{anchor:.0%}", *nats, "" if val_nll is None else f"{val_nll:.3f}"
+        cells = f"{own:.0%}", f"{anchor:.0%}", *nats, "" if held_out is None else f"{held_out:.3f}"
         rows.append((r.index, len(r.heal), *cells))
         silent += [str(r.index)] * (max(own, anchor) < FIRED_FLOOR and barrier["reg"] != "nll")
     held = "within the loop's budget" if barrier["reference"] == "base" else "plain fine-tuning"
@@ -55,6 +55,7 @@ def heal_section(run: Run) -> str:
         f"Training of each round, in nats. D is the {barrier['agg']} of {barrier['reg']} over tokens; the barrier acts "
     )
     why += "where D exceeds its tau (dotted), and diamonds mark the steps on which it fired."
+    why += " Validation is the objective on the completions that were held out."
     if silent:
         why += f" In round {', '.join(silent)} it fired on fewer than 5% of the steps: that was {held}."
     panels = "".join(panel(f"Round {r.index}", heal_figure(r.heal, run.config["heal"])) for r in run.rounds)

@@ -81,6 +81,7 @@ class RunDir:
         self.follow: Callable[[dict], None] = lambda event: None  # who else hears of events, see `tracking`
         self.again: set[str] = set()  # artefacts to be made again although they are there, see `--recompute`
         self.doing = "loading"  # the artefact that is being made, for whoever explains an error
+        self.part = ""  # what of it is being computed, where its parts are batched by different knobs
 
     @classmethod
     def begin(cls, path: Path, given: dict[str, Any], argv: list[str]) -> None:
@@ -120,7 +121,7 @@ class RunDir:
         if name not in self.again and (there := self.find(name)) is not None:
             return read(there)
         self.again.discard(name)
-        self.doing = name
+        self.doing, self.part = name, ""
         began = time.perf_counter()
         value = compute()
         seconds = time.perf_counter() - began

@@ -78,7 +78,7 @@ def _column(name: str, values: list[np.ndarray | None]) -> dict[str, str]:
 
 
 RATIOS: dict[str, Callable[[dict, dict], float]] = {
-    "mass/base": lambda base, healed: healed["answer_mass"] / base["answer_mass"],
+    "mass/base": lambda base, healed: relative(healed["answer_mass"], base["answer_mass"]),
     "coherent/base": lambda base, healed: relative(healed["coherent_share"], base["coherent_share"]),
     "ppl/base": lambda base, healed: healed["neutral_ppl"] / base["neutral_ppl"],
 }
