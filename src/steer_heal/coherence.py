@@ -21,7 +21,7 @@ from typing import NamedTuple
 from jaxtyping import Float
 from torch import Tensor
 
-from steer_heal.config import Limits
+from steer_heal.config import FilterConfig
 from steer_heal.model.likelihood import row_surprise
 from steer_heal.model.lm import LM, Row
 from steer_heal.scores import Judged, Scores
@@ -31,6 +31,28 @@ COMPRESS_MIN_BYTES = 200  # below this the compressor's own header decides
 WINDOW = 12  # tokens over which running surprise and uncertainty are averaged
 ASKS_NOTHING = "Please go on."  # the prompt under which a completion answers nothing
 LEAST_NLL = 0.02  # nats per token; a loop's NLL goes to zero and a ratio of two of them would mean nothing
+
+LOOPS = ("word_repeat", "char_repeat", "compress")  # what a text that goes round in circles is dropped for
+STYLES = ("boilerplate", "narrates")  # what is not to be learnt, but is no damage
+
+
+class LoopLimits(NamedTuple):
+    """Where repetition makes a text a loop."""
+
+    word_repeat: float
+    """largest share of repeated word n-grams (worst of n = 2, 3, 4)"""
+    char_repeat: float
+    """largest share of the text inside immediately repeated stretches of characters"""
+    compress: float
+    """smallest ratio of compressed to plain size, for texts of 200 bytes or more"""
+
+
+# strict was chosen on labelled text (docs/results.md); a model with random weights writes within lax.
+LOOP_LIMITS = {
+    "strict": LoopLimits(0.25, 0.35, 0.35),
+    "lax": LoopLimits(0.9, 0.9, 0.05),
+    "off": LoopLimits(1.0, 1.0, 0.0),
+}
 
 _PERSON = r"(?:(?:a|an|the) (?:\w+ )?(?:person|being|individual|soul|creature|kind|sort|type)|someone|somebody|one)"
 _MANKIND = (
@@ -126,15 +148,16 @@ def _looped_share(text: str) -> float:
     return sum(len(m.group(0)) for m in re.finditer(r"(.{1,24}?)\1{2,}", text, re.DOTALL)) / max(1, len(text))
 
 
-def verdict(scores: Scores, limits: Limits) -> str:
+def verdict(scores: Scores, limits: FilterConfig) -> str:
     """Why a completion is dropped, or "" when it is kept."""
-    if scores.words < limits.min_words:
+    loops = LOOP_LIMITS[limits.loops]
+    if scores.words == 0:
         return "empty"
-    if scores.word_repeat > limits.word_repeat:
+    if scores.word_repeat > loops.word_repeat:
         return "word_repeat"
-    if scores.char_repeat > limits.char_repeat:
+    if scores.char_repeat > loops.char_repeat:
         return "char_repeat"
-    if scores.compress < limits.compress:
+    if scores.compress < loops.compress:
         return "compress"
     if not scores.incoherence <= limits.incoherence:
         return "incoherence"
@@ -153,7 +176,7 @@ def surprises(lm: LM, rows: list[Row], batch_size: int) -> list[Surprise]:
     return [Surprise(nll, entropy, without) for (nll, entropy), (without, _) in zip(asked, alone, strict=True)]
 
 
-def judge(lm: LM, rows: list[Row], limits: Limits, batch_size: int) -> list[Judged]:
+def judge(lm: LM, rows: list[Row], limits: FilterConfig, batch_size: int) -> list[Judged]:
     """Every completion under the filter; `lm` must be the base view."""
     judged = []
     for row, surprise in zip(rows, surprises(lm, rows, batch_size), strict=True):
@@ -162,7 +185,3 @@ def judge(lm: LM, rows: list[Row], limits: Limits, batch_size: int) -> list[Judg
         dropped = verdict(scores, limits)
         judged.append(Judged(text=text, scores=scores, incoherence=scores.incoherence, dropped=dropped))
     return judged
-
-
-LOOPS = ("word_repeat", "char_repeat", "compress")  # what a text that goes round in circles is dropped for
-STYLES = ("boilerplate", "narrates")  # what is not to be learnt, but is no damage

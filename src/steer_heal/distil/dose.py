@@ -41,7 +41,7 @@ class IsoKl(NamedTuple):
     """the curve at the distinct doses, ascending"""
 
 
-def iso_kl(lm: LM, vector: AnyVector, rows: list[Row], doses: list[float], target: float, batch_size: int) -> IsoKl:
+def iso_kl(lm: LM, vector: AnyVector, rows: list[Row], doses: list[float], target: float) -> IsoKl:
     """Dose at which the 95th percentile over tokens of KL(steered || unsteered) equals `target` nats.
 
     Each row was written under its own dose; all rows are scored under theirs in mixed batches, which gives the curve.
@@ -51,9 +51,9 @@ def iso_kl(lm: LM, vector: AnyVector, rows: list[Row], doses: list[float], targe
 
     Dose and KL are None when the curve does not cross the target between the smallest and the largest positive dose.
     """
-    plain = states(lm, rows, batch_size)
+    plain = states(lm, rows, lm.read_rows)
     given = torch.tensor(doses, dtype=torch.float32)
-    kl = token_kl(lm.head, states(lm, rows, batch_size, Steering(vector, given)), plain)
+    kl = token_kl(lm.head, states(lm, rows, lm.read_rows, Steering(vector, given)), plain)
     grid = sorted(set(doses))
     members = {dose: [i for i, d in enumerate(doses) if d == dose] for dose in grid}
     curve = [p95(torch.cat([kl[i] for i in members[dose]])) for dose in grid]
@@ -66,7 +66,7 @@ def iso_kl(lm: LM, vector: AnyVector, rows: list[Row], doses: list[float], targe
     chosen, reference = [rows[i] for i in nearest], [plain[i] for i in nearest]
 
     def at(dose: float) -> float:
-        steered = states(lm, chosen, batch_size, Steering(vector, torch.full((len(chosen),), dose)))
+        steered = states(lm, chosen, lm.read_rows, Steering(vector, torch.full((len(chosen),), dose)))
         return p95(torch.cat(token_kl(lm.head, steered, reference)))
 
     points = [(math.log(d), math.log(at(d) / target)) for d in (low, high)]
@@ -93,8 +93,9 @@ def dose_curve(
     Survival is relative to that of dose 0. The dose is the smallest when that misses the target by no more than a
     standard error, and None when it misses by more (`require_dose` says so to the user).
     """
-    ratio = (config.highest / config.lowest) ** (1 / max(1, config.steps - 1))
-    doses = [0.0, *(config.lowest * ratio**i for i in range(config.steps))]
+    lowest, highest = config.range
+    ratio = (highest / lowest) ** (1 / max(1, config.steps - 1))
+    doses = [0.0, *(lowest * ratio**i for i in range(config.steps))]
     asked = prompts[: config.prompts]
     completions = sample(teacher, [(dose, prompt) for dose in doses for prompt in asked], on_rows=on_rows)
     of_dose = [[c for c in completions if c.dose == dose] for dose in doses]
@@ -114,7 +115,7 @@ def dose_curve(
     target = config.survival * curve[0].fitted
     chosen = None
     if target > 0 and curve[1].fitted >= target - _sampling_error(curve, len(asked)):
-        chosen = largest_dose(doses[1:], [p.fitted for p in curve[1:]], target) or config.lowest
+        chosen = largest_dose(doses[1:], [p.fitted for p in curve[1:]], target) or lowest
     return DoseCurve(rule=config.rule, target=target, dose=chosen, curve=curve, completions=completions)
 
 
@@ -129,7 +130,7 @@ def _iso_kl_curve(
     lm, given = teacher.student.lm, [c.dose for c in completions]
     rows = [Row(lm.prompt(c.prompt), c.ids) for c in completions]
     with teacher.student.view(now=0.0):
-        found = iso_kl(lm, teacher.vector, rows, given, config.kl_target, teacher.config.batch_size)
+        found = iso_kl(lm, teacher.vector, rows, given, config.kl_target)
     points = [replace(point, kl_p95=kl) for point, kl in zip(curve, found.kl_p95, strict=True)]
     return DoseCurve(
         rule=config.rule,
@@ -155,7 +156,7 @@ def require_dose(found: DoseCurve) -> float:
         curve = ", ".join(f"{p.dose:.2f}: {p.kl_p95:.3g}" for p in found.curve)
         raise Exhausted(
             f"no dose between the smallest and the largest reaches a 95th percentile KL of {found.target:g} nats "
-            f"(dose: nats {curve}): change --dose.kl-target, --dose.lowest or --dose.highest"
+            f"(dose: nats {curve}): change --dose.kl-target or --dose.range"
         )
     if found.target == 0:
         raise Exhausted(
@@ -164,7 +165,7 @@ def require_dose(found: DoseCurve) -> float:
         )
     raise Exhausted(
         f"no dose leaves {found.target:.0%} of the completions coherent (dose: survival {found.survivals}): "
-        "lower --dose.lowest or --dose.survival, loosen --filter.*, or narrow --steer.band"
+        "lower --dose.range or --dose.survival, loosen --filter.*, or narrow --steer.band"
     )
 
 

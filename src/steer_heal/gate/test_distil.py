@@ -123,7 +123,7 @@ def collect(monkeypatch, lm, vector, dice, **config):
 
 def test_sampling_goes_on_until_enough_have_survived_and_shares_prompts_and_doses(lm, vector, monkeypatch):
     dice = Dice(lambda i: i % 2 == 0)
-    completions = collect(monkeypatch, lm, vector, dice, n_keep=48, budget=400, min_train=1)
+    completions = collect(monkeypatch, lm, vector, dice, n_keep=48)
     kept = [c for c in completions if not c.dropped]
     assert len(kept) == 48
     assert [len(plan) for plan in dice.plans[:2]] == [48, 48]  # all at first, then what the share passed asks for
@@ -137,21 +137,21 @@ def test_sampling_goes_on_until_enough_have_survived_and_shares_prompts_and_dose
 
 def test_a_repeated_text_is_a_duplicate_and_what_is_beyond_n_keep_surplus(lm, vector, monkeypatch):
     dice = Dice(lambda i: True, text=lambda call, i, dose, prompt: f"Same  text {i // 2}")
-    completions = collect(monkeypatch, lm, vector, dice, n_keep=6, budget=20, min_train=1)
+    completions = collect(monkeypatch, lm, vector, dice, n_keep=10)
     assert [c.dropped for c in completions[:6]] == ["", "duplicate"] * 3
-    assert Counter(c.dropped for c in completions)[""] <= 6
+    assert Counter(c.dropped for c in completions)[""] <= 10
     assert len(completions) == 20
-    many = collect(monkeypatch, lm, vector, Dice(lambda i: i > 0), n_keep=6, budget=20, min_train=1)
-    assert Counter(c.dropped for c in many)[""] == 6
+    many = collect(monkeypatch, lm, vector, Dice(lambda i: i > 0), n_keep=10)
+    assert Counter(c.dropped for c in many)[""] == 10
 
 
 def test_the_budget_ends_the_sampling_and_the_run_says_what_to_turn(lm, vector, monkeypatch):
-    config = {"n_keep": 8, "budget": 16, "min_train": 4}
+    config = {"n_keep": 12}
     completions = collect(monkeypatch, lm, vector, Dice(lambda i: i == 0), **config)
-    assert len(completions) == 16
+    assert len(completions) == 24
     point = DosePoint(dose=1.0, survival=0.5, fitted=0.5, tail_ppl=5.0, example="t")
     dose = DoseCurve(rule="survival", target=0.75, dose=2.0, curve=[point], completions=[])
-    with pytest.raises(UserError, match=r"only 2 of 16 .*dropped: x 14; dose: survival 1\.00: 50%.*budget"):
+    with pytest.raises(UserError, match=r"only 2 of 24 .*needs 4 \(dropped: x 22; dose: survival 1\.00: 50%.*n-keep"):
         require_training_set(completions, dose, DistilConfig(**config))
 
 
@@ -159,7 +159,7 @@ def test_survival_is_relative_to_unsteered_text(lm, vector, monkeypatch):
     """A filter that drops half of everything must not forbid steering."""
     teacher = Teacher(Student(lm), vector, DistilConfig(), LIMITS, ())
     monkeypatch.setattr(dose_module, "sample", Survivors({0.0: 2, 0.5: 2, 1.0: 2, 2.0: 1, 4.0: 0}))
-    config = DoseConfig(lowest=0.5, highest=4.0, steps=4, prompts=4, survival=0.75)
+    config = DoseConfig(range=(0.5, 4.0), steps=4, prompts=4, survival=0.75)
     found = dose_curve(teacher, list("abcd"), config)
     assert [p.survival for p in found.curve] == [0.5, 0.5, 0.5, 0.25, 0.0]
     assert found.target == pytest.approx(0.375)

@@ -33,8 +33,6 @@ class HealStep:
     tokens: int
     grad_norm: float
     """of the whole gradient, before clipping"""
-    grad_norm_objective: float | None = None
-    grad_norm_barrier: float | None = None
     squared_op_norm: float | None = None
     lr: float
     step_seconds: float
@@ -43,7 +41,7 @@ class HealStep:
     """dual: the barrier's weight in the step that follows"""
     next_anchor_lam: float | None = None
     val_objective: float | None = None
-    """at the end of an epoch, when it is read: the objective on the completions held out"""
+    """in the last step: the objective on the completions held out"""
 
 
 class FiredShares(NamedTuple):
@@ -61,16 +59,18 @@ def fired_shares(steps: list[HealStep]) -> FiredShares:
 
 def barrier_warning(steps: list[HealStep], config: HealConfig) -> None:
     """Warn that the barrier was off, with the tau to try: nobody notices a constraint that never binds."""
-    if config.reg == "nll":
+    barrier = config.barrier
+    if barrier.reg == "nll":
         return
     operating = statistics.median(step.divergence for step in steps)
     own, anchor = fired_shares(steps)
-    seen = f"the barrier fired on {own:.0%} of the steps" + f", its anchor on {anchor:.0%}" * (config.anchor != "none")
-    at = f"operating {config.agg} of {config.reg} {operating:.3g} nats, tau {steps[0].tau:.3g}"
-    if max(own, anchor) < FIRED_FLOOR and config.reference == "base":
+    anchored = f", its anchor on {anchor:.0%}" if config.anchor.prompts else ""
+    seen = f"the barrier fired on {own:.0%} of the steps{anchored}"
+    at = f"operating {barrier.agg} of {barrier.reg} {operating:.3g} nats, tau {steps[0].tau:.3g}"
+    if max(own, anchor) < FIRED_FLOOR and barrier.reference == "base":
         logger.info(f"{seen}: the loop is still within its budget ({at})")
     elif max(own, anchor) < FIRED_FLOOR:
-        logger.warning(f"{seen}: this round was plain fine-tuning ({at}). Try --heal.tau {operating / 2:.2g}")
+        logger.warning(f"{seen}: this round was plain fine-tuning ({at}). Try --heal.barrier.tau {operating / 2:.2g}")
     elif own < FIRED_FLOOR:
         logger.info(f"{seen}: the anchor alone held this round back ({at})")
     else:

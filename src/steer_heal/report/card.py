@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterator
-from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
-from steer_heal.config import PLACE_FIELDS
+from steer_heal.config import PLACE_FIELDS, flag, knobs, of_record
 from steer_heal.eval.record import ArmSummary
 from steer_heal.presets import PRESETS
 from steer_heal.runs.summary import Summary
@@ -86,21 +85,16 @@ def _row(name: str, arm: ArmSummary) -> str:
 
 def command(preset: str, config: dict) -> str:
     """The command line that makes a run of this config (as config.json holds it)."""
-    return f"steer-heal run {preset}" + "".join(_flags(asdict(PRESETS[preset]), config, ""))
+    given = of_record({key: value for key, value in config.items() if key != "preset"})
+    apart = [now for now, usual in zip(knobs(given), knobs(PRESETS[preset]), strict=True) if now.value != usual.value]
+    words = [word for knob in apart if knob.name not in PLACE_FIELDS for word in _words(knob.name, knob.value)]
+    return shlex.join(["steer-heal", "run", preset, *words])
 
 
-def _flags(usual: dict, config: dict, prefix: str) -> Iterator[str]:
-    for key, value in usual.items():
-        if key in PLACE_FIELDS:
-            continue
-        given, name = config[key], f"{prefix}{key}".replace("_", "-")
-        if isinstance(value, dict):
-            yield from _flags(value, given, f"{name}.")
-        elif given == (list(value) if isinstance(value, tuple) else value):
-            continue
-        elif isinstance(given, bool):
-            section, _, knob = name.rpartition(".")
-            yield f" --{section}.{knob}" if given else f" --{section}.no-{knob}"
-        else:
-            words = given if isinstance(given, list) else [Path(given).name if key == "trait" else given]
-            yield f" --{name} " + " ".join(shlex.quote(str(word)) for word in words)
+def _words(name: str, value: Any) -> list[str]:
+    """A knob as the command line takes it; of a trait's file the name, since the folder is that of another machine."""
+    if isinstance(value, bool):
+        section, _, switch = name.rpartition(".")
+        return [flag(name if value else f"{section}.no_{switch}")]
+    values = value if isinstance(value, tuple) else [Path(value).name if name == "trait" else value]
+    return [flag(name), *map(str, values)]

@@ -186,11 +186,10 @@ def heal_figure(steps: list[HealStep], heal: dict) -> go.Figure:
     at = [s.step for s in steps]
     below = {"row": 2, "col": 1}
     _line(fig, at, [s.objective for s in steps], COLOURS["base"], "objective", row=1, col=1)
-    bounds = {"tau": steps[0].tau, "anchor tau": heal["anchor_tau"]}
-    series = [("divergence", "tau", "D", DIVERGENCE_COLOUR)] * (heal["reg"] != "nll")
-    series += [("anchor_divergence", "anchor tau", "D anchor", ANCHOR_COLOUR)] * (
-        steps[0].anchor_divergence is not None
-    )
+    bounds = {"tau": steps[0].tau, "anchor tau": heal["anchor"]["tau"]}
+    series = [("divergence", "tau", "D", DIVERGENCE_COLOUR)] * (heal["barrier"]["reg"] != "nll")
+    if steps[0].anchor_divergence is not None:
+        series.append(("anchor_divergence", "anchor tau", "D anchor", ANCHOR_COLOUR))
     for key, bound, name, colour in series:
         _line(fig, at, [getattr(s, key) for s in steps], colour, name, **below)
         _line(fig, [0, at[-1]], [bounds[bound]] * 2, colour, f"{bound} {bounds[bound]:.3g}", "dot", 1.5, **below)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from steer_heal.config import SIZES
 from steer_heal.eval.reading import ArmReading
 from steer_heal.runs.resume import opened
 from steer_heal.runs.rounds import Round, read_round
@@ -36,7 +37,7 @@ def load(folder: Path) -> Run:
     folder = opened(folder)
     config, trait = folder.read("config.json"), folder.read("trait.json", {})
     arms = {name: folder.load(ArmReading, f"{name}.json") for name in ("base", "prompted", "negative")}
-    plain = [folder.load(ArmReading, plain_file(index)) for index in range(config["eval"]["plain_doses"])]
+    plain = [folder.load(ArmReading, plain_file(index)) for index in range(SIZES[config["eval"]["size"]].plain_doses)]
     baselines = Baselines(**arms, plain=[arm for arm in plain if arm is not None])
     rounds = []
     for number in range(config["rounds"]):
