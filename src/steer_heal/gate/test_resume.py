@@ -22,7 +22,7 @@ from steer_heal.commands import run as runner
 from steer_heal.config import UserError
 from steer_heal.files import writing
 from steer_heal.gate.conftest import turned
-from steer_heal.gate.folders import cut
+from steer_heal.gate.folders import cut, seal
 from steer_heal.gate.soak import WORDS, result
 from steer_heal.model import decode as generate
 from steer_heal.model.loading import load
@@ -495,3 +495,20 @@ def test_a_report_is_rebuilt_while_the_run_still_writes(folder):
 def test_writing_passes_on_what_is_no_matter_of_the_disk(tmp_path):
     with pytest.raises(ZeroDivisionError), writing(tmp_path):
         raise ZeroDivisionError
+
+
+OPENING = (["run", "--resume"], ["report"], ["chat"], ["eval"], ["export", "--to", "there"])
+
+
+def test_a_folder_of_an_older_version_is_refused_with_the_version_that_reads_it(folder, capsys):
+    env = json.loads((folder / "env.json").read_text())
+    assert env["packages"]["steer_heal"] == steer_heal.VERSION
+    env["packages"]["steer_heal"] = "0.1.0"
+    (folder / "env.json").write_text(json.dumps(env))
+    seal(folder)
+    for words in OPENING:
+        said = refused([*words, str(folder)], capsys)
+        assert "was made by steer-heal 0.1.0" in said and "read it with steer-heal 0.1.0" in said
+    main(["results", "--out", str(folder.parent)])
+    said = capsys.readouterr().out
+    assert f"left out: '{folder}' was made by steer-heal 0.1.0" in said and "no finished run" in said

@@ -13,6 +13,7 @@ import numpy as np
 from steer_heal.config import UserError
 from steer_heal.eval.reading import ArmReading, paired
 from steer_heal.runs.folder import EVENTS, Damaged, RunDir
+from steer_heal.runs.resume import OtherVersion, opened
 from steer_heal.runs.rounds import InRound
 from steer_heal.runs.summary import SUMMARY, Summary
 
@@ -69,13 +70,13 @@ def scan(out: Path) -> list[Found]:
     for folder in sorted({log.parent for log in out.rglob(EVENTS)}, key=lambda path: path.name, reverse=True):
         if folder.name.startswith("."):
             continue  # of a run that was killed while it was made
-        run = RunDir(folder)
         try:
+            run = opened(folder)
             for name in run.record.files:  # a table of damaged figures would not say so
                 if name.endswith(".json"):
                     run.find(name)
             found.append(Found(folder, run.read("config.json"), run.load(Summary, SUMMARY)))
-        except Damaged as error:
+        except (Damaged, OtherVersion) as error:
             print(f"left out: {error}")
     return found
 
