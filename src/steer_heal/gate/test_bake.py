@@ -1,5 +1,7 @@
 """The gated history: exact gates, folding, files that plain PEFT reads."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from bitsandbytes.nn import Linear4bit
