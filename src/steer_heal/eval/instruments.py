@@ -60,10 +60,12 @@ def evaluate(
 ) -> dict:
     """Some instruments on one arm.
 
-    Returns the arm's means with 95% intervals; under "items" the score of every item and under "asked" a fingerprint
-    of the items, so that later arms are compared item by item or not at all; and the demo answers under "demos".
+    Returns the arm's means with 95% intervals. Under "read" the names of the instruments; under "items" the score of
+    every item; under "asked" a fingerprint of the items, so that arms are compared item by item or not at all; under
+    "demos" the answers.
     """
-    found: dict = {"arm": arm.name, "instrument": trait.instrument, "dose": arm.dose, "items": {}, "asked": {}}
+    found: dict = {"arm": arm.name, "instrument": trait.instrument, "dose": arm.dose, "read": list(which)}
+    found |= {"items": {}, "asked": {}}
     with packed(student.lm) as lm:
         for name in which:
             with student.view(history=arm.history, now=arm.now):
@@ -79,6 +81,12 @@ def evaluate(
                 found["items"][key], found["asked"][key] = scores.tolist(), fingerprint(questions)
             on_read(1)
     return found | measures(found)
+
+
+def joined(one: dict, other: dict) -> dict:
+    """Two readings of one arm by different instruments as one reading."""
+    tables = {key: one[key] | other[key] for key in ("items", "asked")}
+    return one | other | tables | {"read": [*one["read"], *other["read"]]}
 
 
 Read = dict[str, tuple[np.ndarray, list[str]]]  # items of an instrument: their scores, and what was asked

@@ -13,7 +13,7 @@ from steer_heal.config import DistilConfig, DoseConfig, FilterConfig, UserError
 from steer_heal.distil import dose as dose_module
 from steer_heal.distil import sample as sample_module
 from steer_heal.distil.dose import dose_curve, largest_dose, require_dose
-from steer_heal.distil.sample import distil, require_training_set
+from steer_heal.distil.sample import Teacher, distil, require_training_set
 from steer_heal.model.lm import Row
 
 LIMITS = FilterConfig()
@@ -100,7 +100,7 @@ class Dice:
     def __init__(self, passes, text=lambda call, i, dose, prompt: f"{call} {i} {dose} {prompt}"):
         self.passes, self.text, self.plans = passes, text, []
 
-    def __call__(self, student, vector, plan, config, limits, key, on_rows=None):
+    def __call__(self, teacher, plan, part=(), on_rows=None):
         self.plans.append(plan)
         return [
             {
@@ -116,7 +116,7 @@ class Dice:
 def collect(monkeypatch, lm, vector, dice, **config):
     monkeypatch.setattr(sample_module, "sample", dice)
     prompts = ["a", "b", "c", "d"]
-    return distil(Student(lm), vector, 2.0, prompts, DistilConfig(**config), LIMITS, (0, 0, "distil"))
+    return distil(Teacher(Student(lm), vector, DistilConfig(**config), LIMITS, (0, 0, "distil")), 2.0, prompts)
 
 
 def test_sampling_goes_on_until_enough_have_survived_and_shares_prompts_and_doses(lm, vector, monkeypatch):
@@ -154,20 +154,21 @@ def test_the_budget_ends_the_sampling_and_the_run_says_what_to_turn(lm, vector, 
 
 def test_survival_is_relative_to_unsteered_text(lm, vector, monkeypatch):
     """A filter that drops half of everything must not forbid steering."""
+    teacher = Teacher(Student(lm), vector, DistilConfig(), LIMITS, ())
     monkeypatch.setattr(dose_module, "sample", Survivors({0.0: 2, 0.5: 2, 1.0: 2, 2.0: 1, 4.0: 0}))
     config = DoseConfig(range=(0.5, 4.0), steps=4, prompts=4, survival=0.75)
-    found = dose_curve(Student(lm), vector, list("abcd"), config, DistilConfig(), LIMITS, ())
+    found = dose_curve(teacher, list("abcd"), config)
     assert [p["survival"] for p in found["curve"]] == [0.5, 0.5, 0.5, 0.25, 0.0]
     assert found["target"] == pytest.approx(0.375)
     assert require_dose(found) == pytest.approx(2**0.5)
     monkeypatch.setattr(dose_module, "sample", Survivors({0.0: 4, 0.5: 1, 1.0: 1, 2.0: 1, 4.0: 0}))
-    failed = dose_curve(Student(lm), vector, list("abcd"), config, DistilConfig(), LIMITS, ())
+    failed = dose_curve(teacher, list("abcd"), config)
     with pytest.raises(UserError, match=r"no dose leaves 75% .*0\.50: 25%"):
         require_dose(failed)
     # 3 of 4 against 4 of 4 may be chance: standard error sqrt((4/6 * 2/6 + 5/6 * 1/6) / 4) = 0.30
     monkeypatch.setattr(dose_module, "sample", Survivors({0.0: 4, 0.5: 3, 1.0: 2, 2.0: 1, 4.0: 0}))
     strict = replace(config, survival=1.0)
-    assert require_dose(dose_curve(Student(lm), vector, list("abcd"), strict, DistilConfig(), LIMITS, ())) == 0.5
+    assert require_dose(dose_curve(teacher, list("abcd"), strict)) == 0.5
 
 
 class Survivors:
@@ -176,7 +177,7 @@ class Survivors:
     def __init__(self, passing):
         self.passing = passing
 
-    def __call__(self, student, vector, plan, config, limits, key, on_rows=None):
+    def __call__(self, teacher, plan, part=(), on_rows=None):
         seen = Counter()
         out = []
         for dose, prompt in plan:

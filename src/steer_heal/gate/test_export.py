@@ -20,6 +20,7 @@ from steer_heal.presets import PRESETS
 from steer_heal.report.card import command
 from steer_heal.runs.environment import environment
 from steer_heal.runs.resume import create, described
+from steer_heal.stages import Work
 from steer_heal.terminal import harmless
 
 TINY = PRESETS["tiny-random"]
@@ -32,7 +33,7 @@ def finished(tmp_path_factory):
     config = replace(TINY, out=str(tmp_path_factory.mktemp("runs")), heal=turned(TINY.heal, {"lora.fold_rank": 5}))
     lm, trait = load(config.model), data.load_trait("love")
     folder = create(config, "tiny-random", trait, environment(lm), [])
-    loop.run(config, "tiny-random", folder, trait, lm)
+    loop.run(Work.begun(config, "tiny-random", folder, trait, lm))
     return folder.path
 
 
