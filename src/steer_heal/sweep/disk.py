@@ -11,9 +11,10 @@ from pathlib import Path
 import numpy as np
 
 from steer_heal.config import UserError
-from steer_heal.eval.intervals import paired
+from steer_heal.eval.reading import ArmReading, paired
 from steer_heal.runs.folder import EVENTS, Damaged, RunDir
 from steer_heal.runs.rounds import InRound
+from steer_heal.runs.summary import SUMMARY, Summary
 
 IN_ROUND = {
     "steered": InRound.STEERED,
@@ -29,7 +30,7 @@ class Found:
 
     folder: Path
     config: dict
-    summary: dict | None
+    summary: Summary | None
 
     @property
     def trait(self) -> dict:
@@ -37,27 +38,27 @@ class Found:
 
     @property
     def instrument(self) -> str:
-        return self.summary["instrument"]
+        return self.summary.instrument
 
     @property
     def rounds(self) -> str:
-        done, asked = len(self.summary["rounds"]), self.config["rounds"]
+        done, asked = len(self.summary.rounds), self.config["rounds"]
         return str(done) if done == asked else f"{done} of {asked}"
 
     def value(self, flag: str) -> str:
         return value_of(self.config, flag)
 
-    def arm(self, name: str, round_: int = -1) -> dict | None:
+    def arm(self, name: str, round_: int = -1) -> ArmReading | None:
         """An arm as it was measured in a round, the last one when not given; None where there is none."""
         in_round = name in IN_ROUND
-        file = IN_ROUND[name].of(round_ % len(self.summary["rounds"])) if in_round else f"{name}.json"
-        return RunDir(self.folder).read(file)
+        file = IN_ROUND[name].of(round_ % len(self.summary.rounds)) if in_round else f"{name}.json"
+        return RunDir(self.folder).load(ArmReading, file)
 
     def changes(self, name: str, round_: int = -1, key: str = "", over: str = "base") -> np.ndarray | None:
         """Item by item, how far an arm is above another, on the trait's instrument or on other items."""
         one, other = self.arm(name, round_), self.arm(over, round_)
         key = key or self.instrument
-        return paired(one, other, key) if one and other and key in one["items"] and key in other["items"] else None
+        return paired(one, other, key) if one and other and key in one.items and key in other.items else None
 
 
 def scan(out: Path) -> list[Found]:
@@ -73,7 +74,7 @@ def scan(out: Path) -> list[Found]:
             for name in run.record.files:  # a table of damaged figures would not say so
                 if name.endswith(".json"):
                     run.find(name)
-            found.append(Found(folder, run.read("config.json"), run.read("summary.json")))
+            found.append(Found(folder, run.read("config.json"), run.load(Summary, SUMMARY)))
         except Damaged as error:
             print(f"left out: {error}")
     return found
