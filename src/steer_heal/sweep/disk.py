@@ -95,7 +95,7 @@ RECORD = "sweep.json"  # in the sweep's folder: what was asked, and why
 
 
 def value_of(config: dict, flag: str) -> str:
-    """A config's value, as config.json holds it, under a flag's name, e.g. heal.lam-round-pow."""
+    """A config's value, as config.json holds it, under a flag's name, e.g. heal.barrier.lam-round-pow."""
     try:
         return str(reduce(lambda table, key: table[key], flag.replace("-", "_").split("."), config))
     except (KeyError, TypeError):
