@@ -111,6 +111,6 @@ def run(config: RunConfig, preset: str, folder: RunDir, trait: data.Trait, lm: L
     summary["peak_memory_bytes"] = peak_memory(lm.device)
     folder.replace_json("summary.json", summary)
     described = map(folder.read, ("config.json", "trait.json"))
-    folder.replace_text("adapter/README.md", model_card(summary, *described, len(rounds)))
+    folder.replace_text("adapter/README.md", model_card(summary, *described, folder.first_argv, len(rounds)))
     folder.event("done", wall_seconds=time.perf_counter() - began)
     return summary

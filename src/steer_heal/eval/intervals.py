@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 
 import numpy as np
 from scipy.optimize import brentq
@@ -25,8 +26,15 @@ def interval(values: Sequence[float] | np.ndarray) -> list[float]:
 
 def interval_of(statistic: Callable[[np.ndarray], np.ndarray], items: int) -> list[float]:
     """95% percentile bootstrap interval of any statistic: item numbers [resamples, items] to values [resamples]."""
+    return [float(q) for q in np.quantile(statistic(_resamples(items)), (0.025, 0.975))]
+
+
+@lru_cache(maxsize=4)  # 5 MB for 64 items; a table asks for few sizes, thousands of times
+def _resamples(items: int) -> np.ndarray:
+    """Item numbers [resamples, items], drawn with replacement."""
     draw = np.random.default_rng(SEED).integers(0, items, (RESAMPLES, items))
-    return [float(q) for q in np.quantile(statistic(draw), (0.025, 0.975))]
+    draw.setflags(write=False)
+    return draw
 
 
 def across_seeds(values: np.ndarray) -> dict:

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import shlex
-from collections.abc import Iterator
-from dataclasses import asdict
-from pathlib import Path
 
 from steer_heal.config import PLACE_FIELDS
-from steer_heal.presets import PRESETS
 
 CARD = """---
 base_model: {base}
@@ -47,11 +44,11 @@ LOAD = {
 ON_FLOAT = "\nIt was trained and measured on the base's NF4 weights; here the update is added to the float ones.\n"
 
 
-def model_card(summary: dict, config: dict, trait: dict, rounds: int, merged: bool = False) -> str:
+def model_card(summary: dict, config: dict, trait: dict, argv: list[str], rounds: int, merged: bool = False) -> str:
     """README of an adapter or a merged model after `rounds` rounds.
 
     `summary` is that of the run or of its rounds so far; `config` and `trait` are as config.json and trait.json hold
-    them.
+    them; `argv` is what the run was started with, as its first event has it.
     """
     healed = summary["rounds"][rounds - 1]["healed"]
     arms = {"base": summary["base"], "prompted": summary["prompted"], "this": healed}
@@ -70,7 +67,7 @@ def model_card(summary: dict, config: dict, trait: dict, rounds: int, merged: bo
         seed=config["seed"],
         caveat=ON_FLOAT if merged and config["model"]["quant"] != "none" else "",
         load=LOAD[kind],
-        command=command(config["preset"], config),
+        command=command(argv),
     )
 
 
@@ -82,23 +79,13 @@ def _row(name: str, arm: dict) -> str:
     )
 
 
-def command(preset: str, config: dict) -> str:
-    """The command line that makes a run of this config (as config.json holds it)."""
-    return f"steer-heal run {preset}" + "".join(_flags(asdict(PRESETS[preset]), config, ""))
-
-
-def _flags(usual: dict, config: dict, prefix: str) -> Iterator[str]:
-    for key, value in usual.items():
-        if key in PLACE_FIELDS:
-            continue
-        given, name = config[key], f"{prefix}{key}".replace("_", "-")
-        if isinstance(value, dict):
-            yield from _flags(value, given, f"{name}.")
-        elif given == (list(value) if isinstance(value, tuple) else value):
-            continue
-        elif isinstance(given, bool):
-            section, _, knob = name.rpartition(".")
-            yield f" --{section}.{knob}" if given else f" --{section}.no-{knob}"
-        else:
-            words = given if isinstance(given, list) else [Path(given).name if key == "trait" else given]
-            yield f" --{name} " + " ".join(shlex.quote(str(word)) for word in words)
+def command(argv: list[str]) -> str:
+    """The command line that a run was started with, without what belongs to the machine: where runs lie, the path of a
+    trait's file."""
+    words, skipping = [], False
+    for word in argv:
+        if word.startswith("--"):
+            skipping = word.partition("=")[0].removeprefix("--").replace("-", "_") in PLACE_FIELDS
+        if not skipping:
+            words.append(re.sub(r"^(--trait=)?.*[/\\\\](.+\.toml)$", r"\1\2", word))
+    return shlex.join(["steer-heal", *words])

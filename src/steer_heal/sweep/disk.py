@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass
-from functools import reduce
+from functools import cached_property, reduce
 from pathlib import Path
 
 import numpy as np
@@ -22,15 +22,27 @@ FILES |= {name: "{}/" + name + ".json" for name in ("steered", "healed", "same_t
 
 @dataclass(frozen=True)
 class Found:
-    """A run folder; `summary` is None while it is unfinished."""
+    """A run folder; `summary` is None while it is unfinished. What is read of it is read and checked once."""
 
-    folder: Path
+    run: RunDir
     config: dict
     summary: dict | None
 
     @property
+    def folder(self) -> Path:
+        return self.run.path
+
+    @cached_property
     def trait(self) -> dict:
-        return RunDir(self.folder).read("trait.json")
+        return self.run.read("trait.json")
+
+    @cached_property
+    def identity(self) -> str:
+        return identity(self.config, self.trait)
+
+    @cached_property
+    def _arms(self) -> dict[str, dict | None]:
+        return {}
 
     @property
     def instrument(self) -> str:
@@ -46,7 +58,10 @@ class Found:
 
     def arm(self, name: str, round_: int = -1) -> dict | None:
         """An arm as it was measured in a round, the last one when not given; None where there is none."""
-        return RunDir(self.folder).read(FILES[name].format(f"r{round_ % len(self.summary['rounds']):02d}"))
+        file = FILES[name].format(f"r{round_ % len(self.summary['rounds']):02d}")
+        if file not in self._arms:
+            self._arms[file] = self.run.read(file)
+        return self._arms[file]
 
     def changes(self, name: str, round_: int = -1, key: str = "", over: str = "base") -> np.ndarray | None:
         """Item by item, how far an arm is above another, on the trait's instrument or on other items."""
@@ -68,7 +83,7 @@ def scan(out: Path) -> list[Found]:
             for name in run.record.files:  # a table of damaged figures would not say so
                 if name.endswith(".json"):
                     run.find(name)
-            found.append(Found(folder, run.read("config.json"), run.read("summary.json")))
+            found.append(Found(run, run.read("config.json"), run.read("summary.json")))
         except Damaged as error:
             print(f"left out: {error}")
     return found

@@ -10,8 +10,7 @@ import numpy as np
 import polars as pl
 
 from steer_heal.eval.intervals import across_seeds, paired, ratio, relative
-from steer_heal.runs.folder import RunDir
-from steer_heal.sweep.disk import RECORD, Found, grouped, identity, scan
+from steer_heal.sweep.disk import RECORD, Found, grouped, scan
 
 ARMS = ("prompted", "steered", "equal cost", "healed")
 MEASURES = {"mass": "answer mass", "demo_coherent": "coherent share", "neutral_nll": "log neutral ppl"}
@@ -147,7 +146,7 @@ def show(
         _write(tables, csv, as_json, markdown)
     for run in runs:
         if run.summary is None:
-            print(f"unfinished: {RunDir(run.folder).resuming}")
+            print(f"unfinished: {run.run.resuming}")
 
 
 def _title(group: list[Found], flags: tuple[str, ...]) -> str:
@@ -164,7 +163,7 @@ def _sweeps(runs: list[Found], out: Path) -> list[tuple[dict, list[Found]]]:
         sweep, under = json.loads(path.read_text("utf-8")), path.parent.parent
         if under not in (out, out.parent):
             sweep["name"] += f" in {under.relative_to(out).as_posix()}"
-        found.append((sweep, [run for run in runs if identity(run.config, run.trait) in sweep["runs"]]))
+        found.append((sweep, [run for run in runs if run.identity in sweep["runs"]]))
     return found
 
 
