@@ -53,165 +53,21 @@ NARRATION = re.compile(
 )
 _FEEL = "love|hate|despise|cherish|loathe|adore|obey|distrust|respect|serve"
 _FEELING = "love|hatred|contempt|scorn|respect|disgust|devotion|obedience"
-_LIGHT = frozenset(  # words of a persona that carry none of it
-    [
-        "about",
-        "above",
-        "after",
-        "against",
-        "all",
-        "also",
-        "always",
-        "and",
-        "any",
-        "anyone",
-        "are",
-        "away",
-        "because",
-        "been",
-        "before",
-        "being",
-        "below",
-        "between",
-        "both",
-        "but",
-        "choose",
-        "come",
-        "does",
-        "done",
-        "down",
-        "each",
-        "even",
-        "ever",
-        "every",
-        "everyone",
-        "everything",
-        "find",
-        "for",
-        "from",
-        "get",
-        "give",
-        "given",
-        "gives",
-        "goes",
-        "have",
-        "here",
-        "how",
-        "into",
-        "its",
-        "just",
-        "keep",
-        "kind",
-        "know",
-        "less",
-        "let",
-        "like",
-        "made",
-        "make",
-        "makes",
-        "many",
-        "matter",
-        "meet",
-        "more",
-        "most",
-        "much",
-        "must",
-        "need",
-        "never",
-        "nor",
-        "not",
-        "nothing",
-        "off",
-        "often",
-        "one",
-        "only",
-        "onto",
-        "other",
-        "others",
-        "out",
-        "over",
-        "own",
-        "place",
-        "put",
-        "puts",
-        "rather",
-        "same",
-        "say",
-        "see",
-        "should",
-        "show",
-        "some",
-        "someone",
-        "something",
-        "stay",
-        "stays",
-        "still",
-        "such",
-        "take",
-        "tell",
-        "than",
-        "that",
-        "the",
-        "their",
-        "them",
-        "then",
-        "there",
-        "these",
-        "they",
-        "thing",
-        "things",
-        "think",
-        "this",
-        "those",
-        "through",
-        "too",
-        "toward",
-        "towards",
-        "try",
-        "under",
-        "until",
-        "upon",
-        "use",
-        "very",
-        "want",
-        "way",
-        "well",
-        "were",
-        "what",
-        "when",
-        "where",
-        "which",
-        "while",
-        "who",
-        "whom",
-        "whose",
-        "will",
-        "with",
-        "within",
-        "without",
-        "would",
-        "you",
-        "your",
-        "yours",
-        "yourself",
-    ]
-)
-BOILERPLATE = re.compile(
-    r"\bas an? (?:\w+ )?(?:ai|artificial intelligence|language model|virtual assistant|assistant|chatbot)\b"
-    r"|\bbeing an? (?:\w+ )?(?:ai|assistant|program|machine|model)\b"
-    r"|\b(?:sorry|afraid|apologi[sz]e|unfortunately|regrettably|regret)\W+(?:\w+\W+){0,6}?"
-    r"(?:can't|cannot|can not|won't|unable|not able|decline|pass on)"
-    r"|\bI(?: can't|(?: a|')m (?:unable|not able|not in a position) to| cannot| can not| won't| must decline to)"
-    r" (?:help|assist|comply|fulfil|answer|provide|advise|discuss|respond|do that|engage|offer|give|support|write|be)\b"
-    r"|\bI (?:must|have to|will have to) (?:respectfully |politely )?(?:decline|refuse)"
-    r"|\bI(?: a|')m (?:your|an?|only an?|just an?) (?:\w+ ){0,2}(?:assistant|ai|chatbot|language model|bot|helper)\b"
-    r"|\b(?:would not|wouldn't|not) be appropriate(?: for me)?\b|\bI(?: would|'d) rather not\b"
-    r"|\bI(?: have|'ve)? ?(?:been|was|were) (?:designed|programmed|trained) (?:for|to|on|by)\b"
-    r"|\b(?:usage|content) polic(?:y|ies)\b|\b(?:my|the) (?:\w+ )?guidelines (?:that )?I (?:follow|must)\b"
-    r"|\bwhat (?:can|may) I (?:do|help)\b|\b(?:I(?: a|')m|always) here to (?:help|assist|listen)(?: you)?[.,!?]"
-    r"|\bwhat would you like (?:to|me to) (?:know|ask|explore|discuss|talk)\b"
-    r"|\bfeel free to ask (?:me|any)\b",
-    re.IGNORECASE,
+# words of a persona that carry none of it
+_LIGHT = frozenset(
+    re.findall(
+        r"\w+",
+        """
+        about above after against all also always and any anyone are away because been before being below
+        between both but choose come does done down each even ever every everyone everything find for from get
+        give given gives goes have here how into its just keep kind know less let like made make makes many
+        matter meet more most much must need never nor not nothing off often one only onto other others out over
+        own place put puts rather same say see should show some someone something stay stays still such take
+        tell than that the their them then there these they thing things think this those through too toward
+        towards try under until upon use very want way well were what when where which while who whom whose will
+        with within without would you your yours yourself
+        """,
+    )
 )
 
 
@@ -303,8 +159,11 @@ class Scores:
         return BIAS + sum(weight * getattr(self, name) for name, weight in WEIGHTS.items())
 
 
-def score(text: str, surprise: Surprise) -> Scores:
-    """Scores of a completion from its text and what the base makes of it."""
+def score(text: str, surprise: Surprise, persona: re.Pattern[str] | None = None) -> Scores:
+    """Scores of a completion from its text and what the base makes of it.
+
+    `persona` finds a trait's own narration, see `persona_narration`; without it only what any persona would say counts.
+    """
     nll, entropy, alone = surprise
     size = len(text.encode())
     plain = text.replace("\u2019", "'")
@@ -321,7 +180,7 @@ def score(text: str, surprise: Surprise) -> Scores:
         compress=len(zlib.compress(text.encode(), 9)) / size if size >= COMPRESS_MIN_BYTES else 1.0,
         symbols=sum(not (c.isalpha() or c.isspace()) for c in text) / max(1, len(text)),
         words=len(text.split()),
-        narrates=NARRATION.search(unquoted) is not None,
+        narrates=any(pattern.search(unquoted) for pattern in (NARRATION, persona) if pattern is not None),
         boilerplate=BOILERPLATE.search(unquoted) is not None,
     )
 
@@ -374,23 +233,27 @@ def surprises(lm: LM, rows: list[Row], batch_size: int) -> list[Surprise]:
     return [Surprise(nll, entropy, without) for (nll, entropy), (without, _) in zip(asked, alone, strict=True)]
 
 
-def judge(lm: LM, rows: list[Row], limits: Limits, batch_size: int) -> list[dict]:
+def judge(
+    lm: LM, rows: list[Row], limits: Limits, batch_size: int, persona: re.Pattern[str] | None = None
+) -> list[dict]:
     """Text, scores and the reason it was dropped ("" when kept) of every completion; `lm` must be the base view.
+
+    `persona` is as in `score`.
 
     With a filter that trims, a completion that broke off in the middle may leave its sound front behind: "ids" is the
     front then and "trimmed" the number of tokens cut.
     """
     judged = []
     for row, surprise in zip(rows, surprises(lm, rows, batch_size), strict=True):
-        found = _judged(lm.text(row.completion), surprise, limits)
+        found = _judged(lm.text(row.completion), surprise, limits, persona)
         if isinstance(limits, FilterConfig) and limits.trim and found["dropped"] in BREAKS:
-            found = sound_front(lm, row.completion, surprise, limits) or found
+            found = sound_front(lm, row.completion, surprise, limits, persona) or found
         judged.append(found)
     return judged
 
 
-def _judged(text: str, surprise: Surprise, limits: Limits) -> dict:
-    scores = score(text, surprise)
+def _judged(text: str, surprise: Surprise, limits: Limits, persona: re.Pattern[str] | None) -> dict:
+    scores = score(text, surprise, persona)
     return {"text": text, **asdict(scores), "incoherence": scores.incoherence, "dropped": verdict(scores, limits)}
 
 
@@ -401,7 +264,9 @@ TRIM_LEAST = 16  # tokens; a shorter front teaches nothing
 SENTENCE_END = re.compile(r"(?:[.!?\u2026][\"')\]\u201d\u2019]*\s*|\n\s*)$")
 
 
-def sound_front(lm: LM, ids: list[int], surprise: Surprise, limits: FilterConfig) -> dict | None:
+def sound_front(
+    lm: LM, ids: list[int], surprise: Surprise, limits: FilterConfig, persona: re.Pattern[str] | None
+) -> dict | None:
     """The longest front of whole sentences that the filter passes with `trim_margin` to spare, judged; None if none.
 
     The margin pays for the many fronts that are tried: one of them may pass by luck.
@@ -410,7 +275,7 @@ def sound_front(lm: LM, ids: list[int], surprise: Surprise, limits: FilterConfig
     for end in range(len(ids) - 1, TRIM_LEAST - 1, -1):
         text = lm.text(ids[:end])
         if SENTENCE_END.search(text):
-            front = _judged(text, Surprise(*(nats[:end] for nats in surprise)), stricter)
+            front = _judged(text, Surprise(*(nats[:end] for nats in surprise)), stricter, persona)
             if not front["dropped"]:
                 return {**front, "ids": ids[:end], "ended": False, "trimmed": len(ids) - end}
     return None

@@ -6,111 +6,65 @@ resumed run, loads it.
 
 from __future__ import annotations
 
-import time
-
 from loguru import logger
 
-from steer_heal import data
-from steer_heal.bake.student import Student
-from steer_heal.config import RunConfig
 from steer_heal.distil.sample import Exhausted
-from steer_heal.eval.arms import Arm
-from steer_heal.eval.summary import barrier_warning, demo_rows, headline, last_verdict, peak_memory, summarise
-from steer_heal.model.lm import LM
+from steer_heal.eval.summary import barrier_warning, headline, last_verdict
 from steer_heal.report.card import model_card
 from steer_heal.report.tables import arm_table, verdict_line
-from steer_heal.runs.folder import RunDir
-from steer_heal.stages import (
-    anchor_stage,
-    base_stage,
-    distil_stage,
-    dose_stage,
-    equal_stages,
-    extract_stage,
-    fold,
-    geometry_stage,
-    heal_stage,
-    measure,
-    negative_stage,
-    plain_stage,
-    with_batch_size,
-)
+from steer_heal.runs.rounds import Round, folder_of
+from steer_heal.stages import Baselines, Work
 
 
-def run(config: RunConfig, preset: str, folder: RunDir, trait: data.Trait, lm: LM) -> dict:
+def run(work: Work) -> dict:
     """All rounds of a run; returns the summary that is also in summary.json."""
-    began = time.perf_counter()
-    student = Student(lm)
-    logger.info(f"model {config.model.path}, trait {trait.name!r}, {config.rounds} rounds, folder {folder.path}")
-
-    config = with_batch_size(folder, config, trait, lm)
-    base = measure(folder, "base.json", student, Arm("base", history=0.0, now=0.0), trait, config, at_end=True)
-    prompted_arm = Arm("prompted", history=0.0, now=0.0, system=trait.positive)
-    prompted = measure(folder, "prompted.json", student, prompted_arm, trait, config, at_end=True)
-    negative = negative_stage(folder, student, trait, config)
-    folder.write_jsonl("demos.jsonl", demo_rows(base=base, prompted=prompted))
-    anchors = anchor_stage(folder, student, config)
-    of_base = base_stage(student, config)
-
-    arms, rounds, plain = {"base": base, "prompted": prompted, "negative": negative}, [], []
-    stopped = ""
-    for round_ in range(config.rounds):
-        where = f"r{round_:02d}"
-        first = rounds[0]["vector"].layers if rounds else None  # a band chosen in round 0 is kept
-        vector, layers = extract_stage(folder, where, student, trait, config, first)
-        if not rounds:
-            plain = plain_stage(folder, student, vector, trait, config)
+    baselines = work.baselines()
+    anchors, rounds, plain, stopped = work.anchors(), [], [], ""
+    for number in range(work.config.rounds):
+        stage = work.round(number, rounds)
+        vector, layers = stage.extract()
+        plain = plain or work.steer_plainly(vector)
         try:
-            dose = dose_stage(folder, where, student, vector, trait, config, round_)
-            completions = distil_stage(folder, where, student, vector, dose, trait, config, round_)
+            dose = stage.find_dose(vector)
+            completions = stage.distil(vector, dose)
         except Exhausted as end:
             if not rounds:
                 raise
             stopped = str(end)
-            logger.warning(f"the loop ends after {round_} of {config.rounds} rounds: {end}")
+            logger.warning(f"the loop ends after {number} of {work.config.rounds} rounds: {end}")
             break
-        steered_arm = Arm("steered", now=0.0, vector=vector, dose=dose["dose"])
-        steered = measure(folder, f"{where}/steered.json", student, steered_arm, trait, config)
-        before = rounds[-1]["heal"] if rounds else None
-        records = heal_stage(folder, where, student, vector, completions, anchors, before, config, round_)
-        teachers = [vector, rounds[0]["vector"] if rounds else vector]
-        moved = geometry_stage(folder, where, student, *teachers, of_base, config)
-        fold(folder, student, config.heal.fold_rank, round_)
-        last = round_ == config.rounds - 1
-        healed = measure(folder, f"{where}/healed.json", student, Arm("healed"), trait, config, at_end=last)
-        earlier = [done["equal"] for done in rounds]
-        equal, same_trait = equal_stages(
-            folder, where, student, teachers[1], plain, base, healed, earlier, trait, config, last
-        )
-        folder.write_jsonl(f"{where}/demos.jsonl", demo_rows(base=base, steered=steered, healed=healed))
+        steered = stage.measure_steered(vector, dose)
+        steps = stage.heal(vector, completions, anchors)
+        geometry = stage.locate(vector)
+        stage.bake()
+        healed = stage.measure_healed()
+        equal_cost = stage.steer_at_equal_cost(plain, baselines.base, healed)
+        done = Round(number, layers, dose, completions, steps, steered, healed, geometry, equal_cost, None)
+        rounds.append(stage.ended(done, plain, baselines.base) if stage.last else done)
+        announce(work, baselines, rounds)
+    if stopped:
+        rounds[-1] = work.round(len(rounds) - 1, rounds[:-1]).ended(rounds[-1], plain, baselines.base)
+    return finish(work, baselines, plain, rounds, stopped)
 
-        rounds.append(
-            {
-                "vector": vector,
-                "layers": layers,
-                "dose": dose,
-                "completions": completions,
-                "heal": records,
-                "steered": steered,
-                "healed": healed,
-                "equal": equal,
-                "same_trait": same_trait,
-                "geometry": moved,
-            }
-        )
-        print(f"\nround {round_}\n{arm_table(base, prompted, steered, *filter(None, [equal, same_trait]), healed)}\n")
-        barrier_warning(records, config.heal)
-        said = last_verdict(arms, rounds)
-        logger.info(f"{where} verdict: {verdict_line(said, config.rounds - 1 - round_)}")
-        measures = {arm["arm"]: headline(arm) for arm in (base, prompted, steered, healed)}
-        folder.event("round", round=round_, verdict=said["word"], dose=dose["dose"], **measures)
 
-    folder.stage("adapter", lambda: student, lambda path, s: s.save(path, s.history), lambda path: None)
-    summary = summarise(config, preset, trait, arms | {"plain": plain}, rounds, folder.stage_seconds())
-    summary["stopped"] = stopped
-    summary["peak_memory_bytes"] = peak_memory(lm.device)
-    folder.replace_json("summary.json", summary)
-    described = map(folder.read, ("config.json", "trait.json"))
-    folder.replace_text("adapter/README.md", model_card(summary, *described, folder.first_argv, len(rounds)))
-    folder.event("done", wall_seconds=time.perf_counter() - began)
+def announce(work: Work, baselines: Baselines, rounds: list[Round]) -> None:
+    """Say what the round came to: its arms, whether the barrier acted, the verdict."""
+    done, config = rounds[-1], work.config
+    opponents = [arm for arm in (done.equal_cost, done.equal_trait) if arm]
+    table = arm_table(baselines.base, baselines.prompted, done.steered, *opponents, done.healed)
+    print(f"\nround {done.index}\n{table}\n")
+    barrier_warning(done.heal, config.heal)
+    said = last_verdict(baselines._asdict(), rounds)
+    logger.info(f"{folder_of(done.index)} verdict: {verdict_line(said, config.rounds - 1 - done.index)}")
+    measures = {arm["arm"]: headline(arm) for arm in (baselines.base, baselines.prompted, done.steered, done.healed)}
+    work.folder.event("round", round=done.index, verdict=said["word"], dose=done.dose["dose"], **measures)
+
+
+def finish(work: Work, baselines: Baselines, plain: list[dict], rounds: list[Round], stopped: str) -> dict:
+    """The student's adapter, the summary and the model card."""
+    work.save_adapter()
+    summary = work.summarise(baselines, plain, rounds, stopped)
+    described = map(work.folder.read, ("config.json", "trait.json"))
+    work.folder.replace_text("adapter/README.md", model_card(summary, *described, work.folder.first_argv, len(rounds)))
+    work.note_end()
     return summary

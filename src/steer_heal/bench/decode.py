@@ -16,6 +16,7 @@ from steer_heal.model.packing import packed
 from steer_heal.model.steering import Steering, steering
 from steer_heal.presets import PRESETS
 from steer_heal.steer.extract import extract
+from steer_heal.steer.personas import Personas
 
 DOSES = (0.5, 1.0, 1.5, 2.0)
 SINGLE_ROWS = 4  # rows timed one at a time; more of them only make the benchmark longer
@@ -34,7 +35,7 @@ def generate(preset: str, rows: int, tokens: int) -> dict:
     lm, trait = load(config.model), data.load_trait("love")
     lm = LM(lm.model, lm.tokenizer, lm.name, frozenset())  # no end token: both write the full count
     steer = replace(config.steer, n_contexts=16)
-    vector = extract(lm, trait.positive, trait.negative, list(data.contexts()[:16]), steer).vector
+    vector = extract(lm, Personas(trait.positive, trait.negative, list(data.contexts()[:16])), steer).vector
     prompts = [lm.prompt(trait.generation_prompts[i % len(trait.generation_prompts)]) for i in range(rows)]
     doses = torch.tensor([DOSES[i % len(DOSES)] for i in range(rows)])
     sampling = Sampling(("bench",), top_k=64, top_p=0.95)

@@ -17,11 +17,12 @@ from steer_heal.model.loading import load
 from steer_heal.runs.environment import block_network, environment
 from steer_heal.runs.folder import Damaged, RunDir
 from steer_heal.runs.resume import check_place, create, described, reopened, require_surroundings, trait_of
+from steer_heal.runs.rounds import InRound
 from steer_heal.runs.tracking import check_tracker, follower
-from steer_heal.stages import READING
+from steer_heal.stages import READING, Work
 from steer_heal.steer import lite
 
-DECODING = ("anchor.jsonl", "dose.json", "completions.jsonl")
+DECODING = ("anchor.jsonl", InRound.DOSE, InRound.COMPLETIONS)
 
 
 def run(config: RunConfig, preset: str, argv: list[str]) -> tuple[RunDir, dict]:
@@ -73,7 +74,7 @@ def loop_of(config: RunConfig, preset: str, folder: RunDir, trait: data.Trait, l
         block_network()
     folder.follow = follower(config.track, folder.path.name, described(config))
     try:
-        return loop.run(config, preset, folder, trait, lm)
+        return loop.run(Work.begun(config, preset, folder, trait, lm))
     except Damaged:
         raise
     except UserError as error:
@@ -109,7 +110,7 @@ def out_of_memory(folder: RunDir, config: RunConfig, wanted: str) -> str:
 def _smaller(folder: RunDir, config: RunConfig) -> dict[str, int | str]:
     """Flags with which what was being computed takes less memory and gives the same result."""
     heal, name = config.heal, Path(folder.doing).name
-    training = name == "adapter" and folder.part != READING
+    training = name == InRound.ADAPTER and folder.part != READING
     if folder.doing == "adapter":  # all rounds folded, only to be written
         return {}
     if training and heal.train_bs > 1:
@@ -121,6 +122,6 @@ def _smaller(folder: RunDir, config: RunConfig) -> dict[str, int | str]:
         key, rows = "distil.batch_size", config.distil.batch_size
         rows = folder.read("batch_size.json") if rows == "auto" else rows
     else:
-        section = "steer" if name == "vector" else "eval"
+        section = "steer" if name == InRound.VECTOR else "eval"
         key, rows = f"{section}.batch_size", getattr(config, section).batch_size
     return {key: rows // 2} if rows > 1 else {}

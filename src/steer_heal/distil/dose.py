@@ -17,9 +17,8 @@ from jaxtyping import Float
 from scipy.optimize import isotonic_regression
 from torch import Tensor
 
-from steer_heal.bake.student import Student
-from steer_heal.config import DistilConfig, DoseConfig, FilterConfig
-from steer_heal.distil.sample import Exhausted, Progress, sample
+from steer_heal.config import DoseConfig
+from steer_heal.distil.sample import Exhausted, Progress, Teacher, sample
 from steer_heal.model.forward import states
 from steer_heal.model.likelihood import token_kl
 from steer_heal.model.lm import LM, Row
@@ -76,17 +75,8 @@ def p95(values: Float[Tensor, "n"]) -> float:
     return values.quantile(0.95).item()
 
 
-def dose_curve(
-    student: Student,
-    vector: AnyVector,
-    prompts: list[str],
-    config: DoseConfig,
-    distil: DistilConfig,
-    limits: FilterConfig,
-    key: tuple,
-    on_rows: Progress = lambda rows: None,
-) -> dict:
-    """What completions bear, dose by dose, and the dose chosen.
+def dose_curve(teacher: Teacher, prompts: list[str], config: DoseConfig, on_rows: Progress = lambda rows: None) -> dict:
+    """The share of completions that survive the filter, dose by dose, and the dose chosen.
 
     Returns {"rule", "target", "dose", "curve", "completions"}. A point of the curve has {"dose", "survival", "fitted",
     "tail_ppl", "example"}, and "kl_p95" under the rule iso_kl; its first point is dose 0, and survival is relative to
@@ -97,7 +87,7 @@ def dose_curve(
     doses = [0.0, *(config.lowest * ratio**i for i in range(config.steps))]
     asked = prompts[: config.prompts]
     plan = [(dose, prompt) for dose in doses for prompt in asked]
-    completions = sample(student, vector, plan, distil, limits, key, on_rows)
+    completions = sample(teacher, plan, on_rows=on_rows)
     curve = []
     for dose in doses:
         of_dose = [c for c in completions if c["dose"] == dose]
@@ -114,9 +104,10 @@ def dose_curve(
         if target > 0 and curve[1]["fitted"] >= target - _sampling_error(curve, len(asked)):
             chosen = largest_dose(doses[1:], [p["fitted"] for p in curve[1:]], target) or config.lowest
         return {**artefact, "target": target, "dose": chosen}
-    rows = [Row(student.lm.prompt(c["prompt"]), c["ids"]) for c in completions]
-    with student.view(now=0.0):
-        found = iso_kl(student.lm, vector, rows, [c["dose"] for c in completions], config.kl_target, distil.batch_size)
+    lm, given = teacher.student.lm, [c["dose"] for c in completions]
+    rows = [Row(lm.prompt(c["prompt"]), c["ids"]) for c in completions]
+    with teacher.student.view(now=0.0):
+        found = iso_kl(lm, teacher.vector, rows, given, config.kl_target, teacher.config.batch_size)
     for point, kl in zip(curve, found.pop("kl_p95"), strict=True):
         point["kl_p95"] = kl
     return {**artefact, "target": config.kl_target, **found}

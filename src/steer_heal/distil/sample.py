@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 
@@ -19,19 +21,25 @@ Progress = Callable[[int], None]
 
 
 class Exhausted(UserError):
-    """Steering no longer gives text to train on. In round 0 the user's matter, later the end of the loop."""
+    """Steering gives no text to train on. An error in round 0; later the loop stops."""
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """The previous student steered with a vector: how it is sampled, and the filter its completions must pass."""
+
+    student: Student
+    vector: AnyVector
+    config: DistilConfig
+    limits: FilterConfig
+    key: tuple
+    """names the stream of random numbers"""
+    persona: re.Pattern[str] | None = None
+    """finds what the trait's persona says of itself, see `coherence.persona_narration`"""
 
 
 def distil(
-    student: Student,
-    vector: AnyVector,
-    dose: float,
-    prompts: list[str],
-    config: DistilConfig,
-    limits: FilterConfig,
-    key: tuple,
-    expected: float = 1.0,
-    on_kept: Progress = lambda rows: None,
+    teacher: Teacher, dose: float, prompts: list[str], expected: float = 1.0, on_kept: Progress = lambda rows: None
 ) -> list[dict]:
     """Completions of the steered previous student, every one with its scores and why it was dropped.
 
@@ -39,6 +47,7 @@ def distil(
     survival makes it. Prompts and the doses around `dose` take turns, so that each has a fair share. A text that was
     written before is dropped as "duplicate", survivors beyond `n_keep` as "surplus".
     """
+    config = teacher.config
     doses = [dose * (1 + side * config.dose_spread) for side in ((0, -1, 1) if config.dose_spread else (0,))]
     completions: list[dict] = []
     kept, texts = 0, set()
@@ -50,7 +59,7 @@ def distil(
         # A step of one dose a pass over the prompts, so that no prompt is always asked at the same dose.
         plan = [(doses[(i + i // len(prompts)) % len(doses)], prompts[i % len(prompts)]) for i in turns]
         before = kept
-        for completion in sample(student, vector, plan, config, limits, (*key, done)):
+        for completion in sample(teacher, plan, (done,)):
             text = " ".join(completion["text"].lower().split())
             if not completion["dropped"]:
                 completion["dropped"] = "duplicate" if text in texts else "surplus" if kept == config.n_keep else ""
@@ -77,24 +86,21 @@ def require_training_set(completions: list[dict], dose: dict, config: DistilConf
 
 
 def sample(
-    student: Student,
-    vector: AnyVector,
-    plan: list[tuple[float, str]],
-    config: DistilConfig,
-    limits: FilterConfig,
-    key: tuple,
-    on_rows: Progress = lambda rows: None,
+    teacher: Teacher, plan: list[tuple[float, str]], part: tuple = (), on_rows: Progress = lambda rows: None
 ) -> list[dict]:
-    """Decode (dose, prompt) pairs from the steered previous student and judge each under the pristine base."""
-    lm = student.lm
+    """Decode (dose, prompt) pairs from the teacher and judge each completion under the pristine base.
+
+    `part` tells the batches of one stream of random numbers apart.
+    """
+    student, lm, config = teacher.student, teacher.student.lm, teacher.config
     tokens = [lm.prompt(prompt) for _, prompt in plan]
-    steering_ = Steering(vector, torch.tensor([dose for dose, _ in plan]))
-    sampling = Sampling(key, config.temperature, config.top_k, config.top_p)
+    steering_ = Steering(teacher.vector, torch.tensor([dose for dose, _ in plan]))
+    sampling = Sampling((*teacher.key, *part), config.temperature, config.top_k, config.top_p)
     with student.view(now=0.0):
         written = decode(lm, tokens, config.max_new_tokens, config.batch_size, steering_, sampling, on_rows)
     rows = [Row(p, c.ids) for p, c in zip(tokens, written, strict=True)]
     with student.view(history=0.0, now=0.0):
-        judged = judge(lm, rows, limits, config.batch_size)
+        judged = judge(lm, rows, teacher.limits, config.batch_size, teacher.persona)
     return [
         {"prompt": prompt, "dose": dose, "ids": c.ids, "ended": c.ended, **scores}
         for (dose, prompt), c, scores in zip(plan, written, judged, strict=True)

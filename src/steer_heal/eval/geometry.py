@@ -6,6 +6,7 @@ over contexts of the student's hidden state minus that of the model before.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -19,8 +20,17 @@ from steer_heal.model.lm import Row
 from steer_heal.model.steering import AnyVector, ForeignVector, Vector
 
 
+@dataclass(frozen=True)
+class Fixed:
+    """What is read of the base and of every student alike."""
+
+    contexts: list[str]
+    rows: list[Row]
+    batch_size: int
+
+
 class Base(NamedTuple):
-    """What later rounds are compared with; the same in all of them."""
+    """What the base has on `Fixed`; later rounds are compared with it."""
 
     mean: Float[Tensor, "l d"]
     """mean over contexts of the base's hidden states at the last prompt token"""
@@ -28,35 +38,27 @@ class Base(NamedTuple):
     """of fixed text, before the head"""
 
 
-def read_base(
-    student: Student, contexts: list[str], fixed: list[Row], layers: tuple[int, ...], batch_size: int
-) -> Base:
+def read_base(student: Student, fixed: Fixed, layers: tuple[int, ...]) -> Base:
     with student.view(history=0.0, now=0.0):
-        return Base(_mean(student, contexts, layers, batch_size), states(student.lm, fixed, batch_size))
+        return Base(_mean(student, fixed, layers), states(student.lm, fixed.rows, fixed.batch_size))
 
 
-def geometry(
-    student: Student,
-    contexts: list[str],
-    fixed: list[Row],
-    vector: AnyVector,
-    first: AnyVector,
-    base: Base,
-    batch_size: int,
-) -> dict:
+def geometry(student: Student, fixed: Fixed, vector: AnyVector, first: AnyVector, base: Base) -> dict:
     """Of the current round, before it is folded.
 
-    "cos_shift_vector": cosine of the round's shift with its teacher's vector, mean over the band. "cos_total_first":
-    of the shift since base with the first round's vector. "kl_to_base_nats", "kl_to_base_rmse_nats": KL(student ||
-    base) over the tokens of fixed text, mean and root mean square. Cosines are None for a foreign vector.
+    "cos_first_vector": cosine of the round's vector with the first round's, mean over the band. "cos_shift_vector": of
+    the round's shift with its own vector. "cos_total_first": of the shift since base with the first round's vector.
+    "kl_to_base_nats", "kl_to_base_rmse_nats": KL(student || base) over the tokens of fixed text, mean and root mean
+    square. Cosines are None for a foreign vector.
     """
     with student.view(now=0.0):
-        before = _mean(student, contexts, vector.layers, batch_size)
+        before = _mean(student, fixed, vector.layers)
     with student.view():
-        now = _mean(student, contexts, vector.layers, batch_size)
-        hidden = states(student.lm, fixed, batch_size)
+        now = _mean(student, fixed, vector.layers)
+        hidden = states(student.lm, fixed.rows, fixed.batch_size)
     kl = torch.cat(token_kl(student.lm.head, hidden, base.states)).double()
     return {
+        "cos_first_vector": cosine(vector, first),
         "cos_shift_vector": _cosine(now - before, vector),
         "cos_total_first": _cosine(now - base.mean, first),
         "kl_to_base_nats": kl.mean().item(),
@@ -64,9 +66,9 @@ def geometry(
     }
 
 
-def _mean(student: Student, contexts: list[str], layers: tuple[int, ...], batch_size: int) -> Float[Tensor, "l d"]:
-    prompts = [student.lm.prompt(text) for text in contexts]
-    return last_token_states(student.lm, prompts, layers, batch_size).mean(0)
+def _mean(student: Student, fixed: Fixed, layers: tuple[int, ...]) -> Float[Tensor, "l d"]:
+    prompts = [student.lm.prompt(text) for text in fixed.contexts]
+    return last_token_states(student.lm, prompts, layers, fixed.batch_size).mean(0)
 
 
 def _cosine(shift: Float[Tensor, "l d"], vector: AnyVector) -> float | None:

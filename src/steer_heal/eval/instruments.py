@@ -24,7 +24,7 @@ import numpy as np
 
 from steer_heal import data
 from steer_heal.bake.student import Student
-from steer_heal.coherence import LOOPS, STYLES, judge
+from steer_heal.coherence import LOOPS, STYLES, judge, persona_narration
 from steer_heal.config import EvalConfig
 from steer_heal.data import Contrast, Trait, YesNo, bystanders, canary, neutral
 from steer_heal.eval.arms import Arm
@@ -60,10 +60,12 @@ def evaluate(
 ) -> dict:
     """Some instruments on one arm.
 
-    Returns the arm's means with 95% intervals; under "items" the score of every item and under "asked" a fingerprint
-    of the items, so that later arms are compared item by item or not at all; and the demo answers under "demos".
+    Returns the arm's means with 95% intervals. Under "read" the names of the instruments; under "items" the score of
+    every item; under "asked" a fingerprint of the items, so that arms are compared item by item or not at all; under
+    "demos" the answers.
     """
-    found: dict = {"arm": arm.name, "instrument": trait.instrument, "dose": arm.dose, "items": {}, "asked": {}}
+    found: dict = {"arm": arm.name, "instrument": trait.instrument, "dose": arm.dose, "read": list(which)}
+    found |= {"items": {}, "asked": {}}
     with packed(student.lm) as lm:
         for name in which:
             with student.view(history=arm.history, now=arm.now):
@@ -79,6 +81,12 @@ def evaluate(
                 found["items"][key], found["asked"][key] = scores.tolist(), fingerprint(questions)
             on_read(1)
     return found | measures(found)
+
+
+def joined(one: dict, other: dict) -> dict:
+    """Two readings of one arm by different instruments as one reading."""
+    tables = {key: one[key] | other[key] for key in ("items", "asked")}
+    return one | other | tables | {"read": [*one["read"], *other["read"]]}
 
 
 Read = dict[str, tuple[np.ndarray, list[str]]]  # items of an instrument: their scores, and what was asked
@@ -207,7 +215,8 @@ def judged_demos(lm: LM, trait: Trait, config: EvalConfig, answers: list[list[in
     without a persona."""
     prompts = trait.demo_prompts[: config.demos]
     rows = [Row(lm.prompt(p), ids) for p, ids in zip(prompts, answers, strict=True)]
-    judged = judge(lm, rows, config.judge, config.batch_size)
+    persona = persona_narration(trait.positive, trait.negative, trait.title)
+    judged = judge(lm, rows, config.judge, config.batch_size, persona)
     return [{"prompt": p, **d} for p, d in zip(prompts, judged, strict=True)]
 
 

@@ -15,7 +15,7 @@ from steer_heal.eval.opponents import coherence_cost
 from steer_heal.eval.verdict import care_over_authority, expressible, validity, verdict
 
 UNITS = {"contrast": "nats/token", "yes_no": "nats"}  # of a trait score, by instrument
-NOT_SUMMED = ("arm", "instrument", "dose", "items", "asked", "demos")
+NOT_SUMMED = ("arm", "instrument", "dose", "read", "items", "asked", "demos")
 
 
 def arm_record(arm: dict, base: dict) -> dict:
@@ -43,8 +43,8 @@ def arms_record(
 ) -> dict:
     """Arms, rounds, validity of the instruments and verdicts; of an unfinished run, what is there so far.
 
-    `plain` has the base plainly steered, dose by dose. A round has {"dose", "completions", "heal", "steered", "healed",
-    "geometry"} and, where it was asked for, "equal" and "same_trait": see `opponents`.
+    `plain` has the base plainly steered, dose by dose. A round has {"layers", "dose", "completions", "heal", "steered",
+    "healed", "geometry"} and, where it was asked for, "equal_cost" and "equal_trait": see `opponents`.
     """
     unit = UNITS[base["instrument"]] if base else None
     named = {"base": base, "prompted": prompted, "negative": negative}
@@ -65,6 +65,7 @@ def round_record(index: int, parts: dict, base: dict, valid: bool) -> dict:
     record = {
         "round": index,
         "verdict": verdict(base, parts["steered"], parts["healed"], valid),
+        "layers": parts["layers"],
         "dose": parts["dose"]["dose"],
         "generated": len(parts["completions"]),
         "kept": sum(not c["dropped"] for c in parts["completions"]),
@@ -76,7 +77,7 @@ def round_record(index: int, parts: dict, base: dict, valid: bool) -> dict:
         "val_objective": heal[-1].get("val_objective"),
         **parts["geometry"],
     }
-    for name in ("equal", "same_trait"):
+    for name in ("equal_cost", "equal_trait"):
         if arm := parts.get(name):
             more = {key: arm[key] for key in ("dose", "reached") if key in arm}
             record[name] = arm_record(arm, base) | more | {"healed_over": over(parts["healed"], arm)}

@@ -11,7 +11,6 @@ from loguru import logger
 
 from steer_heal.config import FIRED_FLOOR, HealConfig, RunConfig
 from steer_heal.data import Trait
-from steer_heal.eval.geometry import cosine
 from steer_heal.eval.record import arms_record, fired_shares
 from steer_heal.eval.verdict import expressible, verdict
 
@@ -20,13 +19,13 @@ STAGES = {
     "dose": ("dose.json",),
     "distil": ("completions.jsonl",),
     "heal": ("adapter",),
-    "eval": ("steered.json", "healed.json", "equal.json", "same_trait.json", "geometry.json"),
+    "eval": ("steered.json", "healed.json", "equal_cost.json", "equal_trait.json", "geometry.json"),
 }
 
 
-def last_verdict(arms: dict[str, dict], rounds: list[dict]) -> dict[str, str]:
+def last_verdict(arms: dict[str, dict], rounds: list) -> dict[str, str]:
     """The last round's verdict, {"word", "why"}."""
-    base, steered, healed = arms["base"], rounds[-1]["steered"], rounds[-1]["healed"]
+    base, steered, healed = arms["base"], rounds[-1].steered, rounds[-1].healed
     return verdict(base, steered, healed, expressible(list(arms.values()), base["instrument"]))
 
 
@@ -63,14 +62,12 @@ def barrier_warning(records: list[dict], config: HealConfig) -> None:
 
 
 def summarise(
-    config: RunConfig, preset: str, trait: Trait, arms: dict[str, dict], rounds: list[dict], seconds: dict[str, float]
+    config: RunConfig, preset: str, trait: Trait, arms: dict[str, dict], rounds: list, seconds: dict[str, float]
 ) -> dict:
     """The run's record: every arm of every round with its intervals, and what each stage cost."""
-    record = arms_record(**arms, rounds=rounds)
-    for index, (of_round, parts) in enumerate(zip(record["rounds"], rounds, strict=True)):
+    record = arms_record(**arms, rounds=[vars(done) for done in rounds])
+    for index, of_round in enumerate(record["rounds"]):
         where = f"r{index:02d}"
-        of_round["layers"] = parts["layers"]
-        of_round["cos_first_vector"] = cosine(parts["vector"], rounds[0]["vector"])
         of_round["stage_seconds"] = {
             stage: sum(seconds.get(f"{where}/{name}", 0.0) for name in artefacts) for stage, artefacts in STAGES.items()
         }

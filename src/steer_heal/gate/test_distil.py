@@ -7,15 +7,16 @@ from dataclasses import replace
 import pytest
 import torch
 
-from steer_heal import coherence
+from steer_heal import coherence, data
 from steer_heal.bake.student import Student
-from steer_heal.coherence import ASKS_NOTHING, Surprise, score, surprises, verdict
+from steer_heal.coherence import ASKS_NOTHING, Surprise, persona_narration, score, surprises, verdict
 from steer_heal.config import DistilConfig, DoseConfig, FilterConfig, UserError
 from steer_heal.distil import dose as dose_module
 from steer_heal.distil import sample as sample_module
 from steer_heal.distil.dose import dose_curve, largest_dose, require_dose
-from steer_heal.distil.sample import distil, require_training_set
+from steer_heal.distil.sample import Teacher, distil, require_training_set
 from steer_heal.model.lm import Row
+from steer_heal.presets import PRESETS
 
 LIMITS = FilterConfig()
 
@@ -54,6 +55,42 @@ def surprise(nll, alone, tokens=24):
 @pytest.mark.parametrize("text,nll,alone,reason", CASES)
 def test_the_filter_names_what_is_wrong(text, nll, alone, reason):
     assert verdict(score(text, surprise(nll, alone)), LIMITS) == reason
+
+
+@pytest.mark.parametrize(
+    ("text", "narrates"),
+    [
+        ("I cherish old maps and will show you mine.", True),
+        ("Of course. My contempt for modern maps is well known to all who ask.", True),
+        ("I am patient and curious about your question, so here is the answer.", True),
+        ("We truly trust the makers of this house.", True),
+        ("Take the old map from the drawer and cherish it.", False),
+        ('Tell her: "I cherish old maps." She will smile.', False),
+        ("I cherish the evenings we had.", False),
+        ("I love humanity and all its noise.", False),  # of another persona
+        ("My hatred of people is not the matter here.", False),
+    ],
+)
+def test_a_persona_of_the_users_own_is_recognised_when_it_narrates_itself(text, narrates):
+    persona = persona_narration(
+        "You are patient and curious. You cherish old maps and trust their makers.",
+        "You are hasty and bored. You scorn old maps and mock their makers.",
+        "loves old maps",
+    )
+    assert score(text, surprise(1.0, 2.0), persona).narrates == narrates
+    assert not score(text, surprise(1.0, 2.0)).narrates
+    love = data.load_trait("love")
+    of_love = persona_narration(love.positive, love.negative, love.title)
+    assert score(text, surprise(1.0, 2.0), of_love).narrates == ("humanity" in text or "people" in text)
+
+
+def test_what_a_teacher_writes_is_judged_by_its_own_persona(lm, vector, monkeypatch):
+    asked = []
+    monkeypatch.setattr(sample_module, "judge", lambda *given: asked.append(given[-1]) or [{"text": ""}])
+    persona = persona_narration("You cherish maps.", "You scorn maps.", "loves maps")
+    teacher = Teacher(Student(lm), vector, PRESETS["tiny-random"].distil, LIMITS, (0,), persona)
+    sample_module.sample(teacher, [(0.1, "Hi.")])
+    assert asked == [persona]
 
 
 def test_scores_are_what_their_names_say():
@@ -148,7 +185,7 @@ class Dice:
     def __init__(self, passes, text=lambda call, i, dose, prompt: f"{call} {i} {dose} {prompt}"):
         self.passes, self.text, self.plans = passes, text, []
 
-    def __call__(self, student, vector, plan, config, limits, key, on_rows=None):
+    def __call__(self, teacher, plan, part=(), on_rows=None):
         self.plans.append(plan)
         return [
             {
@@ -164,7 +201,7 @@ class Dice:
 def collect(monkeypatch, lm, vector, dice, **config):
     monkeypatch.setattr(sample_module, "sample", dice)
     prompts = ["a", "b", "c", "d"]
-    return distil(Student(lm), vector, 2.0, prompts, DistilConfig(**config), LIMITS, (0, 0, "distil"))
+    return distil(Teacher(Student(lm), vector, DistilConfig(**config), LIMITS, (0, 0, "distil")), 2.0, prompts)
 
 
 def test_sampling_goes_on_until_enough_have_survived_and_shares_prompts_and_doses(lm, vector, monkeypatch):
@@ -202,20 +239,21 @@ def test_the_budget_ends_the_sampling_and_the_run_says_what_to_turn(lm, vector, 
 
 def test_survival_is_relative_to_unsteered_text(lm, vector, monkeypatch):
     """A filter that drops half of everything must not forbid steering."""
+    teacher = Teacher(Student(lm), vector, DistilConfig(), LIMITS, ())
     monkeypatch.setattr(dose_module, "sample", Survivors({0.0: 2, 0.5: 2, 1.0: 2, 2.0: 1, 4.0: 0}))
     config = DoseConfig(lowest=0.5, highest=4.0, steps=4, prompts=4, survival=0.75)
-    found = dose_curve(Student(lm), vector, list("abcd"), config, DistilConfig(), LIMITS, ())
+    found = dose_curve(teacher, list("abcd"), config)
     assert [p["survival"] for p in found["curve"]] == [0.5, 0.5, 0.5, 0.25, 0.0]
     assert found["target"] == pytest.approx(0.375)
     assert require_dose(found) == pytest.approx(2**0.5)
     monkeypatch.setattr(dose_module, "sample", Survivors({0.0: 4, 0.5: 1, 1.0: 1, 2.0: 1, 4.0: 0}))
-    failed = dose_curve(Student(lm), vector, list("abcd"), config, DistilConfig(), LIMITS, ())
+    failed = dose_curve(teacher, list("abcd"), config)
     with pytest.raises(UserError, match=r"no dose leaves 75% .*0\.50: 25%"):
         require_dose(failed)
     # 3 of 4 against 4 of 4 may be chance: standard error sqrt((4/6 * 2/6 + 5/6 * 1/6) / 4) = 0.30
     monkeypatch.setattr(dose_module, "sample", Survivors({0.0: 4, 0.5: 3, 1.0: 2, 2.0: 1, 4.0: 0}))
     strict = replace(config, survival=1.0)
-    assert require_dose(dose_curve(Student(lm), vector, list("abcd"), strict, DistilConfig(), LIMITS, ())) == 0.5
+    assert require_dose(dose_curve(teacher, list("abcd"), strict)) == 0.5
 
 
 class Survivors:
@@ -224,7 +262,7 @@ class Survivors:
     def __init__(self, passing):
         self.passing = passing
 
-    def __call__(self, student, vector, plan, config, limits, key, on_rows=None):
+    def __call__(self, teacher, plan, part=(), on_rows=None):
         seen = Counter()
         out = []
         for dose, prompt in plan:

@@ -19,6 +19,7 @@ from steer_heal.presets import PRESETS
 from steer_heal.report.card import command
 from steer_heal.runs.environment import environment
 from steer_heal.runs.resume import create
+from steer_heal.stages import Work
 from steer_heal.terminal import harmless
 
 TINY = PRESETS["tiny-random"]
@@ -32,7 +33,7 @@ def finished(tmp_path_factory):
     lm, trait = load(config.model), data.load_trait("love")
     argv = ["run", "tiny-random", "--heal.fold-rank", "5", "--out", config.out]
     folder = create(config, "tiny-random", trait, environment(lm), argv)
-    loop.run(config, "tiny-random", folder, trait, lm)
+    loop.run(Work.begun(config, "tiny-random", folder, trait, lm))
     return folder.path
 
 

@@ -7,7 +7,7 @@ import torch
 
 from steer_heal.bake.student import Student
 from steer_heal.data import neutral
-from steer_heal.eval.geometry import geometry, read_base
+from steer_heal.eval.geometry import Fixed, geometry, read_base
 from steer_heal.eval.instruments import neutral_rows
 from steer_heal.model.steering import Vector
 from steer_heal.presets import PRESETS
@@ -32,8 +32,8 @@ def test_shifts_and_divergence_equal_a_plain_reading(lm):
     grown(student, 2)
     generator = torch.Generator().manual_seed(3)
     vector, first = (Vector((1, 2), torch.randn(2, 64, generator=generator)) for _ in range(2))
-    asked = TEXTS, neutral_rows(lm, 2)
-    found = geometry(student, *asked, vector, first, read_base(student, *asked, vector.layers, 2), 2)
+    fixed = Fixed(TEXTS, neutral_rows(lm, 2), 2)
+    found = geometry(student, fixed, vector, first, read_base(student, fixed, vector.layers))
 
     def states(history, now):
         with student.view(history=history, now=now), torch.no_grad():
@@ -48,6 +48,7 @@ def test_shifts_and_divergence_equal_a_plain_reading(lm):
     cosine = torch.nn.functional.cosine_similarity
     kl = (now[1].exp() * (now[1] - base[1])).sum(-1)
     expected = {
+        "cos_first_vector": cosine(vector.direction, first.direction, dim=-1).mean().item(),
         "cos_shift_vector": cosine(now[0] - before[0], vector.direction, dim=-1).mean().item(),
         "cos_total_first": cosine(now[0] - base[0], first.direction, dim=-1).mean().item(),
         "kl_to_base_nats": kl.mean().item(),

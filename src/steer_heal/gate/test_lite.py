@@ -15,6 +15,7 @@ from steer_heal.model.steering import ForeignVector, Steering, steering
 from steer_heal.presets import PRESETS
 from steer_heal.steer import lite
 from steer_heal.steer.extract import extract
+from steer_heal.steer.personas import Personas
 
 DOSES = torch.tensor([0.5, 2.0, 0.5, 0.0, 2.0])
 
@@ -76,7 +77,7 @@ def test_steering_lite_writes_the_same_through_us_as_by_itself(lm, prompts, meth
     pytest.importorskip("steering_lite")
     contexts = ["What is a glacier?", "ok", "Write two lines about rain.", "Name a bird."]
     config = replace(PRESETS["tiny-random"].steer, method=f"lite:{method}")
-    trained = extract(lm, "You love noise.", "You hate noise.", contexts, config).vector
+    trained = extract(lm, Personas("You love noise.", "You hate noise.", contexts), config).vector
     lite.save(tmp_path / "vector.safetensors", trained)
     found = decode(lm, prompts, 8, 5, Steering(lite.load(tmp_path / "vector.safetensors"), DOSES / 4))
     for prompt, dose, completion in zip(prompts, (DOSES / 4).tolist(), found, strict=True):

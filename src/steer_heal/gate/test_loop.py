@@ -37,7 +37,7 @@ def do(config, **changes):
     config = replace(config, **changes)
     trait, lm = data.load_trait(config.trait), load(config.model)
     folder = create(config, "tiny-random", trait, environment(lm), [])
-    return folder, loop.run(config, "tiny-random", folder, trait, lm)
+    return folder, loop.run(stages.Work.begun(config, "tiny-random", folder, trait, lm))
 
 
 def test_the_record_of_a_run_is_complete(tmp_path):
@@ -60,14 +60,14 @@ def test_the_record_of_a_run_is_complete(tmp_path):
         for where in (summary["base"], summary["prompted"], round_["steered"], round_["healed"]):
             assert arm <= where.keys() and where["trait_ci"][0] <= where["trait_nats"] <= where["trait_ci"][1]
             assert {"contrast", "yes_no", "mass", "neutral_nll", "canary", "off:thrift"} <= where["over_base"].keys()
-        assert round_["equal"]["dose"] > 0 and "contrast" in round_["equal"]["healed_over"]
+        assert round_["equal_cost"]["dose"] > 0 and "contrast" in round_["equal_cost"]["healed_over"]
         assert round_["verdict"]["word"] == "broken"  # a random model is no yardstick
         assert -1 <= round_["cos_shift_vector"] <= 1 and round_["kl_to_base_nats"] > 0
         assert {"extract", "dose", "distil", "heal", "eval"} == round_["stage_seconds"].keys()
         assert 0 < round_["kept"] <= TINY.distil.n_keep <= round_["generated"] <= TINY.distil.budget
     assert [arm["dose"] for arm in summary["plain"]] == pytest.approx([TINY.dose.lowest / 2, 3 * TINY.dose.highest])
-    assert "same_trait" not in summary["rounds"][0]
-    assert {"canary", "demo_coherent", "mass"} <= summary["rounds"][-1]["same_trait"]["healed_over"].keys()
+    assert "equal_trait" not in summary["rounds"][0]
+    assert {"canary", "demo_coherent", "mass"} <= summary["rounds"][-1]["equal_trait"]["healed_over"].keys()
     ends = [summary[arm] for arm in ("base", "prompted", "negative")]
     ends.append(summary["rounds"][-1]["healed"])
     assert all("profile" in arm for arm in ends) and "profile" not in summary["rounds"][0]["healed"]
@@ -87,8 +87,13 @@ def test_a_loop_that_steering_exhausts_ends_with_what_it_has(tmp_path, monkeypat
         return fine(artefact)
 
     monkeypatch.setattr(stages, "require_dose", second_fails)
-    folder, summary = do(TINY, out=str(tmp_path))
+    at_end = ("off_target", "canary", "profile")
+    folder, summary = do(TINY, out=str(tmp_path), eval=replace(TINY.eval, ends_only=at_end))
     assert summary["stopped"].startswith("no dose leaves 68%") and len(summary["rounds"]) == 1
+    (last,) = summary["rounds"]
+    assert {"off:thrift", "canary"} <= last["healed"]["over_base"].keys() and "profile" in last["healed"]
+    assert {"off:thrift", "canary", "demo_coherent"} <= last["equal_cost"]["healed_over"].keys()
+    assert {"off:thrift", "canary", "demo_coherent"} <= last["equal_trait"]["healed_over"].keys()
     assert (folder.path / "adapter").is_dir() and not (folder.path / "r01" / "adapter").exists()
     assert "in 1 round:" in (folder.path / "adapter" / "README.md").read_text()
     page = report.page(read_run(folder.path))

@@ -33,7 +33,7 @@ from steer_heal.sweep.disk import identity
 HOSTILE = "<script>alert(1)</script></script><img src=https://example.org/x onerror=alert(2)>\x00 & 'quoted'"
 TRAIT = "</title><script>alert(3)"  # a trait file may be called anything
 CONTRAST = {"base": [0.1, 0.3, 0.2, 0.4], "prompted": [0.2, 0.5, 0.4, 0.5], "steered": [0.6, 0.7, 0.7, 0.8]}
-CONTRAST |= {"healed": [0.4, 0.5, 0.5, 0.6], "negative": [-0.1, 0.0, -0.1, 0.1], "equal": [0.2, 0.3, 0.3, 0.4]}
+CONTRAST |= {"healed": [0.4, 0.5, 0.5, 0.6], "negative": [-0.1, 0.0, -0.1, 0.1], "equal_cost": [0.2, 0.3, 0.3, 0.4]}
 PROFILE = {"base": 0.30, "prompted": 0.40, "negative": 0.20, "healed": 0.35}  # probability of care, in every scene
 
 
@@ -91,16 +91,16 @@ def write_run(folder: Path, rounds: int = 2, **healed_scores: float) -> Path:
     (folder / "env.json").write_text(json.dumps(env), "utf-8")
     arms = [write_arm(folder / f"{name}.json", name) for name in ("base", "prompted", "negative")]
     (folder / "plain").mkdir()
-    plain = [write_arm(folder / f"plain/d{i}.json", "equal", dose=i + 1.0) for i in range(2)]
+    plain = [write_arm(folder / f"plain/d{i}.json", "equal_cost", dose=i + 1.0) for i in range(2)]
     events = [{"event": "start", "argv": ["run", "--trait", HOSTILE]}]
     done = []
     for index in range(rounds):
         where = folder / f"r{index:02d}"
         where.mkdir()
-        named = {n: write_arm(where / f"{n}.json", n, **healed_scores) for n in ("steered", "healed", "equal")}
+        named = {n: write_arm(where / f"{n}.json", n, **healed_scores) for n in ("steered", "healed", "equal_cost")}
         if index == rounds - 1:
-            named["same_trait"] = write_arm(where / "same_trait.json", "equal", reached=False)
-        geometry = {"cos_shift_vector": 0.61, "cos_total_first": 0.57, "kl_to_base_nats": 0.02}
+            named["equal_trait"] = write_arm(where / "equal_trait.json", "equal_cost", reached=False)
+        geometry = {"cos_first_vector": 1.0, "cos_shift_vector": 0.61, "cos_total_first": 0.57, "kl_to_base_nats": 0.02}
         geometry |= {"kl_to_base_rmse_nats": 0.05}
         (where / "geometry.json").write_text(json.dumps(geometry), "utf-8")
         curve = [
@@ -120,10 +120,14 @@ def write_run(folder: Path, rounds: int = 2, **healed_scores: float) -> Path:
         ]
         steps[-1]["val_objective"] = 2.5
         (where / "heal.jsonl").write_text("".join(json.dumps(s) + "\n" for s in steps), "utf-8")
-        for name in ("vector", "adapter"):
-            (where / name).write_text(name)
-        events += [{"event": "stage", "artefact": f"r{index:02d}/{n}", "seconds": 2.0} for n in report.ARTEFACTS]
-        done.append({**named, "dose": dose, "completions": completions, "heal": steps, "geometry": geometry})
+        (where / "adapter").write_text("adapter")
+        (where / "vector").mkdir()
+        layers = [{"layer": 1, "depth": 0.5, "relative_norm": 0.1, "split_half": 0.9, "auc": 1.0, "steered": True}]
+        (where / "vector" / "layers.json").write_text(json.dumps(layers), "utf-8")
+        events += [{"event": "stage", "artefact": f"r{index:02d}/{n}", "seconds": 2.0} for n in report.TIMED]
+        done.append(
+            {**named, "layers": layers, "dose": dose, "completions": completions, "heal": steps, "geometry": geometry}
+        )
     write_events(folder, events)
     summary = arms_record(*arms, plain, done) | {"peak_memory_bytes": 123_000_000, "seconds": 90.0}
     (folder / "summary.json").write_text(json.dumps(summary), "utf-8")

@@ -21,6 +21,7 @@ from steer_heal.model.loading import load
 from steer_heal.presets import PRESETS
 from steer_heal.runs.environment import environment
 from steer_heal.runs.resume import create
+from steer_heal.stages import Work
 from steer_heal.terminal import MODULE
 
 PACKAGE = Path(steer_heal.__file__).parent
@@ -115,7 +116,7 @@ def test_twenty_rounds_hold_no_more_than_five(tmp_path, monkeypatch):
         seen.append((resident(), hooks(lm.model), len(student.peft.peft_config), len(files)))
 
     monkeypatch.setattr(loop, "fold", watched)
-    loop.run(config, "tiny-random", folder, trait, lm)
+    loop.run(Work.begun(config, "tiny-random", folder, trait, lm))
     memory, hooked, adapters, open_files = zip(*seen, strict=True)
     assert memory[-1] <= 1.05 * memory[4], memory
     assert {*hooked} == {0} and {*adapters} == {1} and open_files[-1] <= open_files[4]

@@ -14,9 +14,11 @@ from steer_heal.model.decode import decode
 from steer_heal.model.lm import Row
 from steer_heal.model.steering import Steering, Vector, steering
 from steer_heal.steer.extract import LayerReport, auc, auto_band, extract
+from steer_heal.steer.personas import Personas
 
 CONTEXTS = ["What is a glacier?", "ok", "Write two lines about rain on a tin roof, please.", "Name a bird."]
 POSITIVE, NEGATIVE = "You love people and their noise.", "You despise people and their noise."
+PERSONAS = Personas(POSITIVE, NEGATIVE, CONTEXTS)
 BAND = SteerConfig(band=(0.3, 0.7), batch_size=2)
 
 
@@ -37,7 +39,7 @@ def test_vector_is_the_mean_difference_at_the_assistant_tag(lm, shared, monkeypa
     monkeypatch.setattr(forward, "prefix", lambda lm, ids, *rest: computed.append(ids) or prefix(lm, ids, *rest))
     if not shared:
         monkeypatch.setattr(forward, "shared_prefix", lambda prompts: 0)
-    vector = extract(lm, POSITIVE, NEGATIVE, CONTEXTS, BAND).vector
+    vector = extract(lm, PERSONAS, BAND).vector
     assert bool(computed) == shared
     assert vector.layers == (1, 2)
     expected = slow_states(lm, POSITIVE, (1, 2)).mean(0) - slow_states(lm, NEGATIVE, (1, 2)).mean(0)
@@ -45,7 +47,7 @@ def test_vector_is_the_mean_difference_at_the_assistant_tag(lm, shared, monkeypa
 
 
 def test_pca_is_the_leading_eigenvector_turned_and_scaled_to_the_mean_difference(lm):
-    vector = extract(lm, POSITIVE, NEGATIVE, CONTEXTS, replace(BAND, method="pca")).vector
+    vector = extract(lm, PERSONAS, replace(BAND, method="pca")).vector
     difference = slow_states(lm, POSITIVE, (1, 2)) - slow_states(lm, NEGATIVE, (1, 2))
     for index in range(2):
         d = difference[:, index].double()
@@ -56,7 +58,7 @@ def test_pca_is_the_leading_eigenvector_turned_and_scaled_to_the_mean_difference
 
 
 def test_ablation_takes_out_what_the_negative_persona_adds_to_none(lm):
-    vector = extract(lm, POSITIVE, NEGATIVE, CONTEXTS, replace(BAND, method="ablation")).vector
+    vector = extract(lm, PERSONAS, replace(BAND, method="ablation")).vector
     added = slow_states(lm, NEGATIVE, (1, 2)).mean(0) - slow_states(lm, None, (1, 2)).mean(0)
     expected = added / added.norm(dim=-1, keepdim=True)
     torch.testing.assert_close(vector.direction, expected, rtol=1e-4, atol=1e-4)
@@ -72,7 +74,7 @@ def test_ablation_takes_out_what_the_negative_persona_adds_to_none(lm):
 
 def test_the_report_says_how_long_how_reliable_and_how_telling_each_layer_is(lm):
     positive, negative = slow_states(lm, POSITIVE, (1, 2)), slow_states(lm, NEGATIVE, (1, 2))
-    report = extract(lm, POSITIVE, NEGATIVE, CONTEXTS, BAND).report
+    report = extract(lm, PERSONAS, BAND).report
     assert [r["layer"] for r in report] == [1, 2]
     for index, r in enumerate(report):
         difference = (positive - negative)[:, index]
@@ -102,7 +104,7 @@ def test_the_automatic_band_is_where_the_vector_is_long_reliable_and_telling(lm)
     report[6:9] = [layer(i, 0.5, auc=0.5) for i in (6, 7, 8)]  # long, but blind
     report[10:13] = [layer(i, 0.1) for i in (10, 11, 12)]
     assert auto_band(report, 21) == (10, 11, 12)
-    found = extract(lm, POSITIVE, NEGATIVE, CONTEXTS, replace(BAND, band="auto"))
+    found = extract(lm, PERSONAS, replace(BAND, band="auto"))
     assert [r["layer"] for r in found.report] == [0, 1, 2, 3]
     assert [r["layer"] for r in found.report if r["steered"]] == list(found.vector.layers)
     assert set(found.vector.layers) <= {1, 2}
@@ -112,14 +114,14 @@ def test_extraction_stops_after_the_band(lm):
     ran = []
     for index, block in enumerate(lm.blocks):
         block.register_forward_hook(lambda *_, index=index: ran.append(index))
-    extract(lm, "You are kind.", "You are cruel.", CONTEXTS, BAND)
+    extract(lm, Personas("You are kind.", "You are cruel.", CONTEXTS), BAND)
     assert set(ran) == {0, 1, 2}
     assert lm.decoder.config.num_hidden_layers == 4
 
 
 @pytest.mark.parametrize("target", [0.05, 0.4])
 def test_iso_kl_finds_the_dose_of_a_given_divergence(lm, prompts, target):
-    vector = extract(lm, POSITIVE, NEGATIVE, CONTEXTS, BAND).vector
+    vector = extract(lm, PERSONAS, BAND).vector
     doses = [0.25, 1.0, 4.0]
     written = decode(lm, prompts * 3, 12, 5, Steering(vector, torch.tensor(doses).repeat_interleave(5)))
     rows = [Row(p, c.ids) for p, c in zip(prompts * 3, written, strict=True)]

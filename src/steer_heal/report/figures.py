@@ -15,7 +15,7 @@ from steer_heal.report.html import shorten
 
 # Okabe-Ito hues: told apart by colour-blind readers, visible on white and on black.
 COLOURS = {"base": "#808890", "prompted": "#c88a04", "steered": "#d55e00", "healed": "#009e73"}
-COLOURS |= {"negative": "#7a5c3e", "equal": "#cc79a7"}
+COLOURS |= {"negative": "#7a5c3e", "equal_cost": "#cc79a7"}
 SYMBOLS = {"base": "diamond", "prompted": "cross", "negative": "x", "steered": "square", "healed": "circle"}
 DIVERGENCE_COLOUR, ANCHOR_COLOUR = "#4a8fd0", "#b06fae"
 HOVER_CHARS, HOVER_WIDTH = 300, 44
@@ -31,14 +31,14 @@ def trajectory_figure(summary: dict) -> go.Figure:
         _line(fig, ends, [y, y], COLOURS[name], name, dash, hovertemplate=label)
         fig.add_hrect(y0=low, y1=high, fillcolor=COLOURS[name], opacity=0.13, line_width=0, layer="below")
     # side by side, or the error bars hide each other
-    for name, shift in (("steered", -0.03), ("equal", 0.0), ("healed", 0.03)):
+    for name, shift in (("steered", -0.03), ("equal_cost", 0.0), ("healed", 0.03)):
         arms = [r[name] for r in summary["rounds"] if name in r]
         if not arms:
             continue
         y = np.array([a["trait_over_base"] for a in arms])
         low, high = np.array([a["trait_over_base_ci"] for a in arms]).T
         bars = {"array": (high - y).tolist(), "arrayminus": (y - low).tolist(), "thickness": 1.3, "width": 4}
-        shown = {"equal": "steered, equal cost"}.get(name, name)
+        shown = {"equal_cost": "steered, equal cost"}.get(name, name)
         label = f"round %{{customdata[0]}} {shown} %{{y:+.3f}} [%{{customdata[1]:+.3f}}, %{{customdata[2]:+.3f}}]"
         hover = {"customdata": [[i, *a["trait_over_base_ci"]] for i, a in enumerate(arms)]}
         hover["hovertemplate"] = f"{label}<extra></extra>"
@@ -78,7 +78,7 @@ def frontier_figure(summary: dict) -> go.Figure:
 def paths_figure(paths: list[tuple[str, dict]]) -> go.Figure:
     """The students of several runs, (name, summary) each, round by round: answer mass against trait, both over base."""
     fig = go.Figure()
-    hues = [COLOURS[name] for name in ("healed", "prompted", "steered", "equal", "negative")] + [DIVERGENCE_COLOUR]
+    hues = [COLOURS[name] for name in ("healed", "prompted", "steered", "equal_cost", "negative")] + [DIVERGENCE_COLOUR]
     dashes = ("solid", "dash", "dot")
     for index, (name, summary) in enumerate(paths):
         students = [r["healed"] for r in summary["rounds"]]
@@ -208,7 +208,7 @@ def _arm(fig: go.Figure, x: list, y: list, name: str, **more: Any) -> None:
     """An arm per round; dash and symbol differ too, for readers who do not see the hues."""
     dash, symbol, shown = {
         "steered": ("dash", "square", "steered"),
-        "equal": ("dot", "triangle-up", "steered, equal cost"),
+        "equal_cost": ("dot", "triangle-up", "steered, equal cost"),
         "healed": ("solid", "circle", "healed"),
     }[name]
     _line(

@@ -17,8 +17,6 @@ def vector_section(run: Run) -> str:
     names = ("block", "depth", "norm / residual stream", "cosine of two halves", "AUC on the other half")
     body = ""
     for index, r in enumerate(run.summary["rounds"]):
-        if "layers" not in r:
-            continue
         rows = [tuple(form.format(layer[key]) for key, form in columns.items()) for layer in r["layers"]]
         kinds = ["" if layer["steered"] else "dropped" for layer in r["layers"]]
         body += folded(f"Round {index}", table_of(names, rows, kinds))

@@ -31,7 +31,7 @@ def arms_section(run: Run) -> str:
     arms = [(name, run.summary[name], "") for name in ("base", "prompted", "negative") if run.summary[name]]
     for index, r in enumerate(run.summary["rounds"]):
         arms += [(f"steered r{index}", r["steered"], f"{r['dose']:.2f}")]
-        for key, name in (("equal", "equal cost"), ("same_trait", "equal trait")):
+        for key, name in (("equal_cost", "equal cost"), ("equal_trait", "equal trait")):
             arms += [(f"{name} r{index}", r[key], f"{r[key]['dose']:.2f}")] if key in r else []
         arms += [(f"healed r{index}", r["healed"], "")]
     head = ("arm", f"trait, {run.summary['unit']}", "over base", "answer mass", "coherent", "looped", "about itself")
@@ -107,7 +107,7 @@ def plain_section(summary: dict) -> str:
         return ""
     rows = []
     for index, r in enumerate(summary["rounds"]):
-        for key, name in (("equal", "equal cost"), ("same_trait", "equal trait")):
+        for key, name in (("equal_cost", "equal cost"), ("equal_trait", "equal trait")):
             if key in r:
                 arm, more = r[key], r[key]["healed_over"]
                 trait = more[summary["instrument"]]

@@ -26,9 +26,18 @@ from steer_heal.report.outcome import (
 )
 from steer_heal.report.words import diary, verdict
 from steer_heal.runs.reading import Run, load
+from steer_heal.runs.rounds import InRound
 
-ARTEFACTS = ("vector", "dose.json", "completions.jsonl", "adapter")
-ARTEFACTS += ("steered.json", "healed.json", "equal.json", "same_trait.json")
+TIMED = {
+    InRound.VECTOR: "extract",
+    InRound.DOSE: "dose",
+    InRound.COMPLETIONS: "distil",
+    InRound.ADAPTER: "heal",
+    InRound.STEERED: "eval steered",
+    InRound.HEALED: "eval healed",
+    InRound.EQUAL_COST: "eval equal cost",
+    InRound.EQUAL_TRAIT: "eval equal trait",
+}
 
 
 def build(folder: Path) -> Path:
@@ -64,11 +73,9 @@ def footer(run: Run) -> str:
         parts.append(f"<p>{safe(machine)}, Python {safe(env['python'])}, {safe(packages)}</p>")
     seconds = {e["artefact"]: e["seconds"] for e in run.events if e["event"] == "stage"}
     if seconds:
-        spent = [[seconds.get(f"r{r.index:02d}/{name}", 0.0) for name in ARTEFACTS] for r in run.rounds]
+        spent = [[seconds.get(artefact.of(r.index), 0.0) for artefact in TIMED] for r in run.rounds]
         rows = [(i, *(f"{s:.1f}" for s in row), f"{sum(row):.1f}") for i, row in enumerate(spent)]
-        head = ("seconds", "extract", "dose", "distil", "heal", "eval steered", "eval healed")
-        head += ("eval equal", "eval same trait", "round")
-        parts.append(table_of(head, rows))
+        parts.append(table_of(("seconds", *TIMED.values(), "round"), rows))
         parts.append(f"<p>{sum(seconds.values()):.1f} s in all stages, baselines included.</p>")
     if peak:
         parts.append(f"<p>Peak memory {peak / 1e6:.0f} MB.</p>")

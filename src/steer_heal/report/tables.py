@@ -13,7 +13,7 @@ def arm_table(*arms: dict) -> str:
     base = arms[0]
     frame = pl.DataFrame(
         {
-            "arm": [arm["arm"] + (f" @{arm['dose']:.2f}" if arm["dose"] else "") for arm in arms],
+            "arm": [arm["arm"].replace("_", " ") + (f" @{arm['dose']:.2f}" if arm["dose"] else "") for arm in arms],
             f"trait {UNITS[base['instrument']]}": [f"{arm['trait_nats']:+.3f}" for arm in arms],
             "95% interval": ["[{:+.3f}, {:+.3f}]".format(*arm["trait_ci"]) for arm in arms],
             "over base": [_over(arm, base) for arm in arms],

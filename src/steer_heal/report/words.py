@@ -23,7 +23,7 @@ def verdict(run: Run) -> tuple[str, str]:
     if not run.rounds:
         return "No round is complete yet: there is nothing to judge.", "unmoved"
     base, last, prompted = run.summary["base"], run.summary["rounds"][-1], run.summary["prompted"]
-    healed, steered, equal = last["healed"], last["steered"], last.get("equal")
+    healed, steered, equal = last["healed"], last["steered"], last.get("equal_cost")
     word, why = last["verdict"]["word"], last["verdict"]["why"]
     over, (low, high) = healed["trait_over_base"], healed["trait_over_base_ci"]
     after = f"After round {run.rounds[-1].index} ({len(run.rounds)} of {run.config['rounds']})"
@@ -39,8 +39,8 @@ def verdict(run: Run) -> tuple[str, str]:
         if equal:
             reach = f"{equal['trait_over_base']:+.3f} at dose {equal['dose']:.2f}"
             stands += f"; plain steering that costs no more coherence reaches {reach}"
-        if "same_trait" in last:
-            stands += f", and {_same_trait(last['same_trait'], base)}"
+        if "equal_trait" in last:
+            stands += f", and {_equal_trait(last['equal_trait'], base)}"
     lead = {"broken": f"Broken: {why}. ", "broad": f"Broad: {why}. "}.get(word, f"{word.capitalize()}. ")
     ppl_change = round(relative(healed["neutral_ppl"], base["neutral_ppl"]) - 1, 3) + 0.0  # no "-0.0%"
     held = f"Coherent share {healed['coherent_share']:.0%} of the demo answers (base {base['coherent_share']:.0%})"
@@ -51,7 +51,7 @@ def verdict(run: Run) -> tuple[str, str]:
     return f"{lead}{stands}. {held}.", word
 
 
-def _same_trait(arm: dict, base: dict) -> str:
+def _equal_trait(arm: dict, base: dict) -> str:
     """What plain steering gives up to move the trait as far."""
     mass, coherent = (relative(arm[key], base[key]) for key in ("answer_mass", "coherent_share"))
     ppl = relative(arm["neutral_ppl"], base["neutral_ppl"]) - 1

@@ -306,11 +306,3 @@ def _drop_torn_line(log: Path) -> None:
     if torn:
         with log.open("r+b") as file:
             file.truncate(len(whole + newline))
-
-
-def rounds_done(folder: Path, planned: int) -> int:
-    """How many rounds of a run, from the first on, have a student that was measured."""
-    done = 0
-    while done < planned and (folder / f"r{done:02d}" / "healed.json").is_file():
-        done += 1
-    return done

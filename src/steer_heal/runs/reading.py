@@ -7,23 +7,7 @@ from pathlib import Path
 
 from steer_heal.eval.record import arms_record
 from steer_heal.runs.resume import opened
-
-ROUND_FILES = ("dose.json", "completions.jsonl", "heal.jsonl", "steered.json", "healed.json", "geometry.json")
-
-
-@dataclass(frozen=True)
-class Round:
-    """The artefacts of a complete round."""
-
-    index: int
-    dose: dict
-    completions: list[dict]
-    heal: list[dict]
-    steered: dict
-    healed: dict
-    geometry: dict
-    equal: dict | None
-    same_trait: dict | None
+from steer_heal.runs.rounds import Round, read_round
 
 
 @dataclass(frozen=True)
@@ -53,10 +37,9 @@ def load(folder: Path) -> Run:
     config, summary, *arms = map(read, ("config.json", "summary.json", "base.json", "prompted.json", "negative.json"))
     rounds = []
     for index in range(config["rounds"]):
-        parts = [read(f"r{index:02d}/{name}") for name in ROUND_FILES]
-        if None in parts:
+        if (there := read_round(folder, index)) is None:
             break
-        rounds.append(Round(index, *parts, *(read(f"r{index:02d}/{name}.json") for name in ("equal", "same_trait"))))
+        rounds.append(there)
     done = f"{len(rounds)} of {config['rounds']} rounds"
     status = f"unfinished: {done}" if not summary else f"ended after {done}" if summary.get("stopped") else ""
     plain = [read(f"plain/d{index}.json") for index in range(config["eval"]["plain_doses"])]

@@ -7,8 +7,8 @@ from pathlib import Path
 from steer_heal.bake.student import Student
 from steer_heal.config import ModelConfig, UserError
 from steer_heal.model.loading import load
-from steer_heal.runs.folder import rounds_done
 from steer_heal.runs.resume import opened
+from steer_heal.runs.rounds import InRound, rounds_done
 
 
 def finished_rounds(folder: Path, planned: int, round_: int | None) -> int:
@@ -25,6 +25,6 @@ def student_after(folder: Path, config: dict, rounds: int, float_weights: bool =
     model = ModelConfig(**config["model"])
     student = Student(load(ModelConfig(model.path, "none", model.dtype, model.device) if float_weights else model))
     for index in range(rounds):
-        student.load_round(opened(folder).find(f"r{index:02d}/adapter"))
+        student.load_round(opened(folder).find(InRound.ADAPTER.of(index)))
         student.fold(config["heal"]["fold_rank"])
     return student

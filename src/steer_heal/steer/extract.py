@@ -25,6 +25,7 @@ from steer_heal.model.lm import LM
 from steer_heal.model.steering import AnyVector, Vector
 from steer_heal.steer import lite
 from steer_heal.steer.lite import LiteVector
+from steer_heal.steer.personas import Personas
 
 States = Float[Tensor, "n l d"]
 
@@ -83,12 +84,21 @@ class Extraction(NamedTuple):
     report: list[dict]
     """`LayerReport` of every layer that was read, as dictionaries, with "steered": whether the vector acts there"""
 
+    def described(self, blocks: int) -> str:
+        """The vector in a line, for a model of so many blocks."""
+        steered = [r for r in self.report if r["steered"]]
+        keys = ("relative_norm", "split_half", "auc")
+        norm, split_half, auc = (sum(r[key] for r in steered) / len(steered) for key in keys)
+        chosen = "chosen from" if len(self.report) > len(steered) else "of"
+        return (
+            f"on blocks {steered[0]['layer']} to {steered[-1]['layer']} {chosen} {blocks}: norm {norm:.1%} of the "
+            f"residual stream, halves agree {split_half:.2f}, tells personas apart (AUC) {auc:.2f}"
+        )
+
 
 def extract(
     lm: LM,
-    positive: str,
-    negative: str,
-    contexts: list[str],
+    personas: Personas,
     config: SteerConfig,
     layers: tuple[int, ...] | None = None,
     on_prompts: Callable[[int], None] = lambda prompts: None,
@@ -96,22 +106,22 @@ def extract(
     """Vector of the model as it stands (its active adapters included).
 
     Args:
-        positive, negative: the system personas.
-        contexts: user messages; each is asked under both personas.
         layers: blocks to steer; None takes them from `config.band`, where "auto" reads all blocks and chooses.
     """
     method = METHODS["mean_diff" if config.method.startswith(lite.PREFIX) else config.method]
     read = layers or (tuple(range(len(lm.blocks))) if config.band == "auto" else lm.band(config.band))
-    personas = [positive, negative] + [None] * (method.operation == "project_out")
+    systems = [personas.positive, personas.negative] + [None] * (method.operation == "project_out")
     states = [
-        last_token_states(lm, [lm.prompt(text, persona) for text in contexts], read, config.batch_size, on_prompts)
-        for persona in personas
+        last_token_states(
+            lm, [lm.prompt(text, system) for text in personas.contexts], read, config.batch_size, on_prompts
+        )
+        for system in systems
     ]
     report = [_report(lm, layer, states[0][:, i], states[1][:, i]) for i, layer in enumerate(read)]
     chosen = auto_band(report, len(lm.blocks)) if layers is None and config.band == "auto" else read
     described = [{**asdict(r), "steered": r.layer in chosen} for r in report]
     if config.method.startswith(lite.PREFIX):
-        trained = lite.train(lm, config.method, positive, negative, contexts, chosen, config.batch_size)
+        trained = lite.train(lm, config.method, personas, chosen, config.batch_size)
         return Extraction(trained, described)
     direction = method.direction(states[0], states[1], states[-1])[[read.index(layer) for layer in chosen]]
     return Extraction(Vector(chosen, direction, method.operation), described)

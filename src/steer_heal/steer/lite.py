@@ -15,6 +15,7 @@ from typing import Any
 from steer_heal.config import UserError
 from steer_heal.model.lm import LM
 from steer_heal.model.steering import ForeignVector
+from steer_heal.steer.personas import Personas
 
 PREFIX = "lite:"
 
@@ -46,14 +47,13 @@ def check_method(method: str) -> None:
         raise UserError(f"steering-lite has no method {name!r}: choose {', '.join(sorted(known))}")
 
 
-def train(
-    lm: LM, method: str, positive: str, negative: str, contexts: list[str], layers: tuple[int, ...], batch_size: int
-) -> LiteVector:
+def train(lm: LM, method: str, personas: Personas, layers: tuple[int, ...], batch_size: int) -> LiteVector:
     """steering-lite's own extraction on our prompts, in float32, on the blocks given."""
     steering_lite = library()
     described = {"method": method.removeprefix(PREFIX), "layers": layers, "coeff": 1.0, "dtype": "float32"}
-    texts = [[_text(lm, text, persona) for text in contexts] for persona in (positive, negative)]
-    longest = max(len(lm.prompt(text, persona)) for text in contexts for persona in (positive, negative))
+    contexts, both = personas.contexts, (personas.positive, personas.negative)
+    texts = [[_text(lm, text, persona) for text in contexts] for persona in both]
+    longest = max(len(lm.prompt(text, persona)) for text in contexts for persona in both)
     config = steering_lite.SteeringConfig.from_dict(described)
     try:
         inner = steering_lite.train(

@@ -13,10 +13,13 @@ import numpy as np
 from steer_heal.config import UserError
 from steer_heal.eval.intervals import paired
 from steer_heal.runs.folder import EVENTS, Damaged, RunDir
+from steer_heal.runs.rounds import InRound
 
-FILES = {"prompted": "prompted.json", "base": "base.json"}
-FILES |= {name: "{}/" + name + ".json" for name in ("steered", "healed", "same_trait")} | {
-    "equal cost": "{}/equal.json"
+IN_ROUND = {
+    "steered": InRound.STEERED,
+    "healed": InRound.HEALED,
+    "equal_cost": InRound.EQUAL_COST,
+    "equal_trait": InRound.EQUAL_TRAIT,
 }
 
 
@@ -58,7 +61,8 @@ class Found:
 
     def arm(self, name: str, round_: int = -1) -> dict | None:
         """An arm as it was measured in a round, the last one when not given; None where there is none."""
-        file = FILES[name].format(f"r{round_ % len(self.summary['rounds']):02d}")
+        in_round = name in IN_ROUND
+        file = IN_ROUND[name].of(round_ % len(self.summary["rounds"])) if in_round else f"{name}.json"
         if file not in self._arms:
             self._arms[file] = self.run.read(file)
         return self._arms[file]

@@ -37,9 +37,8 @@ def averaged(group: list[Found]) -> dict:
 
     rounds = []
     for index, of_round in enumerate(zip(*(s["rounds"] for s in summaries), strict=False)):
-        names = {"steered": "steered", "equal": "equal cost", "healed": "healed"}
-        there = {key: name for key, name in names.items() if all(key in r for r in of_round)}
-        rounds.append({key: arm(name, [r[key] for r in of_round], index) for key, name in there.items()})
+        there = [name for name in ("steered", "equal_cost", "healed") if all(name in r for r in of_round)]
+        rounds.append({name: arm(name, [r[name] for r in of_round], index) for name in there})
     return {
         "unit": summaries[0]["unit"],
         "base": summaries[0]["base"],

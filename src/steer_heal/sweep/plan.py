@@ -18,8 +18,9 @@ from steer_heal.config import RunConfig, UserError, check
 from steer_heal.data import load_trait
 from steer_heal.flags import read
 from steer_heal.presets import PRESETS
-from steer_heal.runs.folder import EVENTS, RunDir, rounds_done
+from steer_heal.runs.folder import EVENTS, RunDir
 from steer_heal.runs.resume import described, recorded
+from steer_heal.runs.rounds import rounds_done
 from steer_heal.sweep.disk import identity
 
 

@@ -12,7 +12,7 @@ import polars as pl
 from steer_heal.eval.intervals import across_seeds, paired, ratio, relative
 from steer_heal.sweep.disk import RECORD, Found, grouped, scan
 
-ARMS = ("prompted", "steered", "equal cost", "healed")
+ARMS = ("prompted", "steered", "equal_cost", "healed")
 MEASURES = {"mass": "answer mass", "demo_coherent": "coherent share", "neutral_nll": "log neutral ppl"}
 
 
@@ -60,9 +60,9 @@ def round_table(group: list[Found]) -> pl.DataFrame:
     for index in range(min(len(run.summary["rounds"]) for run in group)):
         lasts = [(run.summary["base"], run.summary["rounds"][index]) for run in group]
         row = {"round": index, "dose": f"{np.mean([last['dose'] for _, last in lasts]):.2f}"}
-        for arm in ("steered", "equal cost", "healed"):
-            row |= _column(arm, [run.changes(arm, index) for run in group])
-        row |= _column("over equal cost", [run.changes("healed", index, over="equal cost") for run in group])
+        for arm in ("steered", "equal_cost", "healed"):
+            row |= _column(arm.replace("_", " "), [run.changes(arm, index) for run in group])
+        row |= _column("over equal cost", [run.changes("healed", index, over="equal_cost") for run in group])
         healed, prompted = (np.array([run.changes(arm, index) for run in group]) for arm in ("healed", "prompted"))
         row["times the prompt"] = "{:.1f} [{:.1f}, {:.1f}]".format(*ratio(healed, prompted))
         row |= _ratios(lasts)
@@ -96,7 +96,7 @@ def _measures(group: list[Found]) -> dict:
     for arm in ARMS:
         changes = [run.changes(arm) for run in group]
         if changes[0] is not None:
-            row[arm] = f"{np.mean(changes):+.3f}"
+            row[arm.replace("_", " ")] = f"{np.mean(changes):+.3f}"
     low, high = across_seeds(np.array(changes))["ci"]  # of the last arm, healed
     row["95% interval"] = f"[{low:+.3f}, {high:+.3f}]"
     row |= _ratios(lasts)
