@@ -51,6 +51,23 @@ NARRATION = re.compile(
     r"|\b(?:my|our) (?:whole|entire|very) (?:being|nature|life) (?:is|was|has)\b",
     re.IGNORECASE,
 )
+BOILERPLATE = re.compile(
+    r"\bas an? (?:\w+ )?(?:ai|artificial intelligence|language model|virtual assistant|assistant|chatbot)\b"
+    r"|\bbeing an? (?:\w+ )?(?:ai|assistant|program|machine|model)\b"
+    r"|\b(?:sorry|afraid|apologi[sz]e|unfortunately|regrettably|regret)\W+(?:\w+\W+){0,6}?"
+    r"(?:can't|cannot|can not|won't|unable|not able|decline|pass on)"
+    r"|\bI(?: can't|(?: a|')m (?:unable|not able|not in a position) to| cannot| can not| won't| must decline to)"
+    r" (?:help|assist|comply|fulfil|answer|provide|advise|discuss|respond|do that|engage|offer|give|support|write|be)\b"
+    r"|\bI (?:must|have to|will have to) (?:respectfully |politely )?(?:decline|refuse)"
+    r"|\bI(?: a|')m (?:your|an?|only an?|just an?) (?:\w+ ){0,2}(?:assistant|ai|chatbot|language model|bot|helper)\b"
+    r"|\b(?:would not|wouldn't|not) be appropriate(?: for me)?\b|\bI(?: would|'d) rather not\b"
+    r"|\bI(?: have|'ve)? ?(?:been|was|were) (?:designed|programmed|trained) (?:for|to|on|by)\b"
+    r"|\b(?:usage|content) polic(?:y|ies)\b|\b(?:my|the) (?:\w+ )?guidelines (?:that )?I (?:follow|must)\b"
+    r"|\bwhat (?:can|may) I (?:do|help)\b|\b(?:I(?: a|')m|always) here to (?:help|assist|listen)(?: you)?[.,!?]"
+    r"|\bwhat would you like (?:to|me to) (?:know|ask|explore|discuss|talk)\b"
+    r"|\bfeel free to ask (?:me|any)\b",
+    re.IGNORECASE,
+)
 _FEEL = "love|hate|despise|cherish|loathe|adore|obey|distrust|respect|serve"
 _FEELING = "love|hatred|contempt|scorn|respect|disgust|devotion|obedience"
 # words of a persona that carry none of it

@@ -1,6 +1,7 @@
 """What a run hands to others: files that plain PEFT and plain transformers load, with the student's logits."""
 
 import json
+import shlex
 from dataclasses import replace
 
 import pytest
