@@ -85,19 +85,19 @@ SCALE := "gemma-3-1b"
 SEEDS := "0"
 ROUNDS := "8"
 ENGINE := "local"
-FLAGS := "" # of `run`, for every arm: e.g. FLAGS="--model.dtype bfloat16 --eval.plain-doses 0"
+FLAGS := "" # of `run`, for every arm: e.g. FLAGS="--model.dtype bfloat16 --eval.leave-out plain"
 sound := if SCALE == "tiny" { "8" } else { "0" } # log-odds; what a random model writes is never sound
 taus := if SCALE =~ "gemma" { "auto,0.5,1.0,2.0" } else { "auto,0.05,0.15,0.5" } # around what the model operates at
 held := if SCALE =~ "gemma" { "1.0" } else { "0.15" } # nats: what a round, or with reference base a whole loop, may move
 # the demo's own doses are small, for a wide band and sound text: a narrow band needs larger ones, a filter broken text
-every_dose := if SCALE =~ "smollm2" { "--dose.highest 1.8 --dose.steps 7" } else { "" }
-breaking_dose := if SCALE =~ "smollm2" { "--heal.target soft --dose.lowest 0.4 --dose.highest 0.9" } else { "" }
+every_dose := if SCALE =~ "smollm2" { "--dose.range 0.2 1.8 --dose.steps 7" } else { "" }
+breaking_dose := if SCALE =~ "smollm2" { "--heal.target.kind soft --dose.range 0.4 0.9" } else { "" }
 # of the teacher's own divergence; half of it breaks the small model's text in two rounds, and nothing is left to hold
 share := if SCALE =~ "smollm2" { "0.15" } else { "0.5" }
 preset := if SCALE == "tiny" { "tiny-random" } else { SCALE }
 # the barrier on its own, at a share of what the teacher itself diverges, whatever the aggregate and the divergence, and
 # with the same learning rate in every round, so that what holds a later round back is the barrier and not the step
-alone := "--heal.anchor none --heal.reference prev --heal.tau auto --heal.tau-share " + share + " --heal.lr-round-pow 0"
+alone := "--heal.anchor.prompts 0 --heal.barrier.reference prev --heal.barrier.tau auto --heal.barrier.tau-share " + share + " --heal.training.lr-round-pow 0"
 
 # the numbers of the README, from nothing: two traits, three seeds, 8 rounds on a CPU (about 3 hours on 2 cores)
 reproduce: setup
@@ -109,13 +109,13 @@ reproduce: setup
 queue: sweep-lr sweep-source sweep-barrier sweep-anchor sweep-target sweep-filter sweep-dose sweep-band sweep-pow sweep-tau sweep-reference sweep-agg sweep-reg
 
 # H: a weight that moves until D stays at tau (dual) holds coherence at more trait than a fixed weight
-sweep-barrier: (_sweep "barrier" "--grid heal.barrier=dual,fixed" alone)
+sweep-barrier: (_sweep "barrier" "--grid heal.barrier.kind=dual,fixed" alone)
 
 # H: an anchor on mundane prompts keeps neutral text intact at little cost in trait
-sweep-anchor: (_sweep "anchor" "--grid heal.anchor=neutral,none")
+sweep-anchor: (_sweep "anchor" "--grid heal.anchor.prompts=96,0")
 
 # H: a mirrored teacher moves the trait further at equal coherence than soft targets, and these further than sampled tokens
-sweep-target: (_sweep "target" "--grid heal.target=mirrored,soft,sampled")
+sweep-target: (_sweep "target" "--grid heal.target.kind=mirrored,soft,sampled")
 
 # H: without the log-odds of the filter the student learns the incoherence; the barrier alone does not keep it out
 sweep-filter: (_sweep "filter" "--grid filter.incoherence=" + sound + ",1000000" breaking_dose)
@@ -127,25 +127,25 @@ sweep-dose: (_sweep "dose" "--grid dose.survival=0.75,0.5,0.9")
 sweep-source: (_sweep "source" "--grid steer.source=student,base")
 
 # H: smaller steps in later rounds keep the answers whole over eight rounds at the same trait
-sweep-lr: (_sweep "lr" "--grid heal.lr-round-pow=-1,0")
+sweep-lr: (_sweep "lr" "--grid heal.training.lr-round-pow=-1,0")
 
 # H: a narrow middle band moves the trait at less cost than a wide one
 sweep-band: (_sweep "band" "--grid steer.band=0.45+0.55,0.3+0.7,auto" every_dose)
 
 # H: loosening the barrier round by round (a negative power) delays saturation
-sweep-pow: (_sweep "pow" "--grid heal.lam-round-pow=-0.5,0,0.5" alone + " --heal.barrier fixed")
+sweep-pow: (_sweep "pow" "--grid heal.barrier.lam-round-pow=-0.5,0,0.5" alone + " --heal.barrier.kind fixed")
 
 # H: trait falls and coherence rises as tau goes down, and above the operating KL tau changes nothing
-sweep-tau: (_sweep "tau" "--grid heal.tau=" + taus alone)
+sweep-tau: (_sweep "tau" "--grid heal.barrier.tau=" + taus alone)
 
 # H: a barrier to the previous student lets the trait accumulate; a barrier to the base undoes earlier rounds
-sweep-reference: (_sweep "reference" "--grid heal.reference=prev,base" alone + " --heal.tau " + held)
+sweep-reference: (_sweep "reference" "--grid heal.barrier.reference=prev,base" alone + " --heal.barrier.tau " + held)
 
 # H: an outlier-sensitive aggregate (rmse) holds coherence over the rounds where the mean does not
-sweep-agg: (_sweep "agg" "--grid heal.agg=rmse,mean,p95,max" alone)
+sweep-agg: (_sweep "agg" "--grid heal.barrier.agg=rmse,mean,p95,max" alone)
 
 # H: the reverse KL keeps coherence better than the forward KL, and both better than no barrier
-sweep-reg: (_sweep "reg" "--grid heal.reg=kl_rev,kl_fwd,nll" alone + " --heal.barrier fixed")
+sweep-reg: (_sweep "reg" "--grid heal.barrier.reg=kl_rev,kl_fwd,nll" alone + " --heal.barrier.kind fixed")
 
 _sweep name grid flags="": setup
     {{bin}}/steer-heal sweep {{name}} {{grid}} --seeds {{SEEDS}} --engine {{ENGINE}} --out outputs/sweeps-{{SCALE}} --hypothesis "$(grep -B1 '^sweep-{{name}}:' '{{justfile()}}' | sed -n 's/^# H: //p')" -- {{preset}} --rounds {{ROUNDS}} {{FLAGS}} {{flags}}

@@ -60,6 +60,10 @@ def carry_out(argv: list[str]) -> None:
     if argv[:1] == ["sweep"] and "--" in argv:
         cut = argv.index("--")
         argv, shared = argv[:cut], argv[cut + 1 :]
+    if argv[:1] == ["run"] and {"--help", "-h"} & {*argv}:
+        argv = [word for word in argv if word not in ("--help", "-h")]
+        flags.short_help(_chosen(argv).config)
+    argv = ["--help" if word == "--help-all" else word for word in argv]
     chosen = _chosen(argv)
     asked = flags.read(_verbs(chosen), argv, "steer-heal")
     match asked:
@@ -171,7 +175,7 @@ def run(asked: Run, argv: list[str]) -> None:
 class Sweep:
     """Many runs: a grid over flags times seeds. The same command again goes on with what is not finished.
 
-    Example: steer-heal sweep agg --grid heal.agg=mean,rmse --seeds 41,42 -- smollm2-135m --rounds 2
+    Example: steer-heal sweep agg --grid heal.barrier.agg=mean,rmse --seeds 41,42 -- smollm2-135m --rounds 2
     """
 
     name: Positional[str]
@@ -257,7 +261,7 @@ def evaluate(asked: Eval) -> None:
 class Results:
     """All runs under a folder: one row a run, and every sweep's arms under its hypothesis.
 
-    Example: steer-heal results --by heal.agg heal.tau --markdown table.md
+    Example: steer-heal results --by heal.barrier.agg heal.barrier.tau --markdown table.md
     """
 
     out: str = "outputs"

@@ -16,7 +16,7 @@ import math
 import re
 import zlib
 from collections import Counter
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import cache
 from itertools import pairwise
 from typing import NamedTuple
@@ -24,7 +24,7 @@ from typing import NamedTuple
 from jaxtyping import Float
 from torch import Tensor
 
-from steer_heal.config import FilterConfig, Limits
+from steer_heal.config import FilterConfig
 from steer_heal.model.likelihood import row_surprise
 from steer_heal.model.lm import LM, Row
 
@@ -37,6 +37,28 @@ LEAST_NLL = 0.02  # nats per token; a loop's NLL goes to zero and a ratio of two
 # Log-odds of broken against coherent. Fitted on the tuning half under SmolLM2-135M by `steer-heal bench filter`.
 WEIGHTS = {"relevance": -5.087, "confusion": 0.317, "entropy": 2.625, "word_repeat": 14.126, "symbols": 8.605}
 BIAS = -9.524
+
+LOOPS = ("word_repeat", "char_repeat", "compress")  # what a text that goes round in circles is dropped for
+STYLES = ("boilerplate", "narrates")  # what is not to be learnt, but is no damage
+
+
+class LoopLimits(NamedTuple):
+    """Where repetition makes a text a loop."""
+
+    word_repeat: float
+    """largest share of repeated word n-grams (worst of n = 2, 3, 4)"""
+    char_repeat: float
+    """largest share of the text inside immediately repeated stretches of characters"""
+    compress: float
+    """smallest ratio of compressed to plain size, for texts of 200 bytes or more"""
+
+
+# strict was chosen on labelled text (docs/results.md); a model with random weights writes within lax.
+LOOP_LIMITS = {
+    "strict": LoopLimits(0.25, 0.35, 0.35),
+    "lax": LoopLimits(0.9, 0.9, 0.05),
+    "off": LoopLimits(1.0, 1.0, 0.0),
+}
 
 _PERSON = r"(?:(?:a|an|the) (?:\w+ )?(?:person|being|individual|soul|creature|kind|sort|type)|someone|somebody|one)"
 NARRATION = re.compile(
@@ -223,15 +245,16 @@ def _looped_share(text: str) -> float:
     return sum(len(m.group(0)) for m in re.finditer(r"(.{1,24}?)\1{2,}", text, re.DOTALL)) / max(1, len(text))
 
 
-def verdict(scores: Scores, limits: Limits) -> str:
+def verdict(scores: Scores, limits: FilterConfig) -> str:
     """Why a completion is dropped, or "" when it is kept."""
-    if scores.words < limits.min_words:
+    loops = LOOP_LIMITS[limits.loops]
+    if scores.words == 0:
         return "empty"
-    if scores.word_repeat > limits.word_repeat:
+    if scores.word_repeat > loops.word_repeat:
         return "word_repeat"
-    if scores.char_repeat > limits.char_repeat:
+    if scores.char_repeat > loops.char_repeat:
         return "char_repeat"
-    if scores.compress < limits.compress:
+    if scores.compress < loops.compress:
         return "compress"
     if not scores.incoherence <= limits.incoherence:
         return "incoherence"
@@ -251,48 +274,16 @@ def surprises(lm: LM, rows: list[Row], batch_size: int) -> list[Surprise]:
 
 
 def judge(
-    lm: LM, rows: list[Row], limits: Limits, batch_size: int, persona: re.Pattern[str] | None = None
+    lm: LM, rows: list[Row], limits: FilterConfig, batch_size: int, persona: re.Pattern[str] | None = None
 ) -> list[dict]:
     """Text, scores and the reason it was dropped ("" when kept) of every completion; `lm` must be the base view.
 
     `persona` is as in `score`.
-
-    With a filter that trims, a completion that broke off in the middle may leave its sound front behind: "ids" is the
-    front then and "trimmed" the number of tokens cut.
     """
     judged = []
     for row, surprise in zip(rows, surprises(lm, rows, batch_size), strict=True):
-        found = _judged(lm.text(row.completion), surprise, limits, persona)
-        if isinstance(limits, FilterConfig) and limits.trim and found["dropped"] in BREAKS:
-            found = sound_front(lm, row.completion, surprise, limits, persona) or found
-        judged.append(found)
+        text = lm.text(row.completion)
+        scores = score(text, surprise, persona)
+        dropped = verdict(scores, limits)
+        judged.append({"text": text, **asdict(scores), "incoherence": scores.incoherence, "dropped": dropped})
     return judged
-
-
-def _judged(text: str, surprise: Surprise, limits: Limits, persona: re.Pattern[str] | None) -> dict:
-    scores = score(text, surprise, persona)
-    return {"text": text, **asdict(scores), "incoherence": scores.incoherence, "dropped": verdict(scores, limits)}
-
-
-LOOPS = ("word_repeat", "char_repeat", "compress")  # what a text that goes round in circles is dropped for
-BREAKS = (*LOOPS, "incoherence")  # what may begin in the middle of a text
-STYLES = ("boilerplate", "narrates")  # what is not to be learnt, but is no damage
-TRIM_LEAST = 16  # tokens; a shorter front teaches nothing
-SENTENCE_END = re.compile(r"(?:[.!?\u2026][\"')\]\u201d\u2019]*\s*|\n\s*)$")
-
-
-def sound_front(
-    lm: LM, ids: list[int], surprise: Surprise, limits: FilterConfig, persona: re.Pattern[str] | None
-) -> dict | None:
-    """The longest front of whole sentences that the filter passes with `trim_margin` to spare, judged; None if none.
-
-    The margin pays for the many fronts that are tried: one of them may pass by luck.
-    """
-    stricter = replace(limits, incoherence=limits.incoherence - limits.trim_margin)
-    for end in range(len(ids) - 1, TRIM_LEAST - 1, -1):
-        text = lm.text(ids[:end])
-        if SENTENCE_END.search(text):
-            front = _judged(text, Surprise(*(nats[:end] for nats in surprise)), stricter, persona)
-            if not front["dropped"]:
-                return {**front, "ids": ids[:end], "ended": False, "trimmed": len(ids) - end}
-    return None

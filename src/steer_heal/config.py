@@ -5,8 +5,8 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, fields, is_dataclass, replace
-from functools import reduce
-from typing import Any, Literal
+from functools import cache
+from typing import Annotated, Any, Literal, NamedTuple, get_type_hints
 
 STEER_METHODS = ("mean_diff", "pca", "ablation")
 # Where a run lies, who watches and how it is gone on with is not what it is.
@@ -19,17 +19,45 @@ class UserError(Exception):
 
 
 @dataclass(frozen=True)
-class ModelConfig:
-    """Which model, and how its weights are held."""
+class Within:
+    """The interval that a knob's number must lie in, or both of a pair's. What is not finite lies in none."""
 
-    path: str = "google/gemma-3-1b-it"
+    interval: str
+
+    def holds(self, value: int | float) -> bool:
+        low, high = map(float, self.interval[1:-1].split(","))
+        above = low <= value if self.interval[0] == "[" else low < value
+        return above and (value <= high if self.interval[-1] == "]" else value < high)
+
+
+class Common(NamedTuple):
+    """Marks a knob that `run --help` lists; `run --help-all` lists every knob."""
+
+
+COMMON = Common()
+COUNT = Within("[1, inf)")
+POSITIVE = Within("(0, inf)")
+NOT_NEGATIVE = Within("[0, inf)")
+ANY = Within("(-inf, inf)")
+DEPTH = Within("[0, 1]")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Which model, how its weights are held, and how many rows pass through it at once."""
+
+    path: Annotated[str, COMMON] = "google/gemma-3-1b-it"
     """hub id, folder, .gguf file, `smollm2-135m` (packaged weights) or `random:ARCHITECTURE`"""
-    quant: Literal["none", "nf4"] = "nf4"
+    quant: Annotated[Literal["none", "nf4"], COMMON] = "nf4"
     """nf4: 4-bit base weights with double quantisation and bf16 compute (QLoRA)"""
-    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    dtype: Annotated[Literal["float32", "bfloat16"], COMMON] = "bfloat16"
     """type of the weights that are not quantised"""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: Annotated[Literal["auto", "cpu", "cuda"], COMMON] = "auto"
     """auto: CUDA when there is one"""
+    decode_rows: Annotated[int | Literal["auto"], COUNT] = "auto"
+    """completions decoded together; auto: as many as free memory holds, chosen once a run; changes no result"""
+    read_rows: Annotated[int, COUNT] = 32
+    """sequences in a forward pass that only reads (vectors, scores, reference states); changes no result"""
 
 
 @dataclass(frozen=True)
@@ -38,14 +66,12 @@ class SteerConfig:
 
     method: str = "mean_diff"
     """how a direction is made of the personas' states: mean_diff, pca, ablation, or lite:NAME of steering-lite"""
-    band: tuple[float, float] | Literal["auto"] = (0.45, 0.55)
-    """blocks that are steered, as shares of depth; a wide band destroys text sooner; auto: see steer.auto_band"""
+    band: Annotated[tuple[float, float] | Literal["auto"], DEPTH, COMMON] = (0.45, 0.55)
+    """blocks that are steered, as shares of depth; auto: chosen in round 0 from norm, split-half agreement and AUC"""
     source: Literal["student", "base"] = "student"
-    """whose vector the teacher gets: the student's own, read again in every round, or the pristine base's"""
-    n_contexts: int = 256
+    """model the vector is read from; student: the current student, again in every round; base: the pristine base"""
+    n_contexts: Annotated[int, Within("[2, 256]")] = 256
     """user messages over which the persona difference is averaged"""
-    batch_size: int = 32
-    """prompts a forward pass"""
 
 
 @dataclass(frozen=True)
@@ -54,17 +80,15 @@ class DoseConfig:
 
     rule: Literal["survival", "iso_kl"] = "survival"
     """survival: largest dose whose completions still pass the filter; iso_kl: dose of a given divergence"""
-    lowest: float = 0.25
-    """smallest dose tried, in multiples of the raw vector"""
-    highest: float = 4.0
-    """largest dose tried"""
-    steps: int = 6
+    range: Annotated[tuple[float, float], POSITIVE] = (0.25, 4.0)
+    """smallest and largest dose tried, in multiples of the raw vector"""
+    steps: Annotated[int, Within("[2, inf)")] = 6
     """doses tried, log-spaced, all in one mixed batch"""
-    prompts: int = 12
+    prompts: Annotated[int, COUNT] = 12
     """generation prompts answered at every dose and without steering"""
-    survival: float = 0.75
-    """the dose chosen is the largest at which completions pass the filter this often, relative to unsteered ones"""
-    kl_target: float = 1.0
+    survival: Annotated[float, Within("(0, 1]"), COMMON] = 0.75
+    """the largest dose is taken at which completions pass the filter this often, as a share of unsteered ones"""
+    kl_target: Annotated[float, POSITIVE] = 1.0
     """iso_kl: 95th percentile over tokens of KL(steered || unsteered) to reach, nats"""
 
 
@@ -72,158 +96,170 @@ class DoseConfig:
 class DistilConfig:
     """Sampling from the steered teacher."""
 
-    n_keep: int = 128
-    """survivors wanted a round, a fair share of each generation prompt and dose"""
-    budget: int = 256
-    """completions sampled a round at most"""
-    min_train: int = 16
-    """fewer survivors than this stop the run"""
-    dose_spread: float = 0.15
-    """a third of the completions each at the chosen dose and this share below and above it"""
-    max_new_tokens: int = 256
+    n_keep: Annotated[int, COUNT, COMMON] = 128
+    """completions to train on a round; up to twice as many are sampled, the filter drops the rest"""
+    max_new_tokens: Annotated[int, COUNT, COMMON] = 256
     """length limit of a completion, tokens"""
-    temperature: float = 1.0
-    """softmax temperature"""
-    top_k: int = 64
-    """tokens kept by rank"""
-    top_p: float = 0.95
-    """tokens kept by probability mass, after top_k"""
-    batch_size: int | Literal["auto"] = "auto"
-    """rows decoded together; auto: as many as free memory holds, chosen once a run; results do not depend on it"""
 
 
 @dataclass(frozen=True)
-class Limits:
-    """What counts as coherent text. Every threshold is on a score stored with the completion."""
-
-    incoherence: float = 0.0
-    """largest log-odds that the text is broken; docs/results.md shows what each value costs and catches"""
-    word_repeat: float = 0.25
-    """largest share of repeated word n-grams (worst of n = 2, 3, 4)"""
-    char_repeat: float = 0.35
-    """largest share of the text inside immediately repeated stretches of characters"""
-    compress: float = 0.35
-    """smallest ratio of compressed to plain size, for texts of 200 bytes or more"""
-    min_words: int = 1
-    """fewest words"""
-
-
-@dataclass(frozen=True)
-class FilterConfig(Limits):
+class FilterConfig:
     """Which completions are trained on: coherent ones that neither narrate the persona nor refuse."""
 
-    trim: bool = False
-    """keep the sound front (whole sentences, 16 tokens or more) of a completion that breaks in the middle"""
-    trim_margin: float = 1.0
-    """trim: log-odds by which a front must be sounder than a whole completion, because many fronts are tried"""
+    incoherence: Annotated[float, ANY] = 0.0
+    """largest log-odds that the text is broken; docs/results.md shows what each value costs and catches"""
+    loops: Literal["strict", "lax", "off"] = "strict"
+    """how much repetition a text may have; lax: for a model that writes at random; off: any"""
+
+
+@dataclass(frozen=True)
+class TargetConfig:
+    """What the student learns from a completion."""
+
+    kind: Annotated[Literal["sampled", "soft", "mirrored"], COMMON] = "sampled"
+    """sampled: NLL of the teacher's tokens; soft: forward KL from the steered teacher's distribution; mirrored: from
+    the unsteered logits plus gain x (steered at +dose minus steered at -dose) / 2"""
+    gain: Annotated[float, POSITIVE] = 2.0
+    """mirrored: the factor on that half difference; 1: as far as the dose itself"""
+
+
+@dataclass(frozen=True)
+class BarrierConfig:
+    """The penalty on the student's divergence D from a reference, on the completions that are trained on."""
+
+    kind: Annotated[Literal["fixed", "dual"], COMMON] = "fixed"
+    """fixed: a penalty, lam_r * relu(D - tau); dual: a constraint, a multiplier moves until D stays at tau"""
+    reg: Annotated[Literal["nll", "kl_fwd", "kl_rev"], COMMON] = "kl_rev"
+    """divergence at each token; nll: no barrier"""
+    agg: Annotated[Literal["mean", "rmse", "p95", "max"], COMMON] = "rmse"
+    """how the divergence is aggregated over tokens"""
+    reference: Annotated[Literal["prev", "base"], COMMON] = "prev"
+    """model the divergence is measured to; prev: tau is what one round may move; base: what all rounds together may"""
+    tau: Annotated[float | Literal["auto"], NOT_NEGATIVE, COMMON] = 2.0
+    """divergence below which the barrier is silent, nats; auto: a share of the teacher's own, see tau_share"""
+    tau_share: Annotated[float, POSITIVE] = 0.5
+    """tau auto: share of the divergence that the steered teacher itself has from the reference on this text"""
+    lam: Annotated[float, NOT_NEGATIVE, COMMON] = 0.3
+    """fixed: weight of the barrier in round 0"""
+    lam_round_pow: Annotated[float, ANY] = -0.5
+    """fixed: lam_r = lam * (1 + round) ** lam_round_pow"""
+
+
+@dataclass(frozen=True)
+class AnchorConfig:
+    """A second barrier of the same kind: unsteered completions of mundane prompts, measured to the pristine base."""
+
+    prompts: Annotated[int, Within("[0, 96]"), COMMON] = 0
+    """mundane prompts whose base completions make the anchor; 0: no anchor"""
+    tau: Annotated[float, POSITIVE] = 0.02
+    """divergence on them below which the anchor is silent, nats"""
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """The optimiser and its batches."""
+
+    lr: Annotated[float, POSITIVE, COMMON] = 2e-4
+    """peak learning rate in round 0"""
+    lr_round_pow: Annotated[float, ANY] = 0.0
+    """lr_r = lr * (1 + round) ** lr_round_pow"""
+    epochs: Annotated[int, COUNT, COMMON] = 2
+    """passes over the training completions a round"""
+    batch: Annotated[int, COUNT] = 6
+    """training completions an optimiser step"""
+    pass_rows: Annotated[int, COUNT] = 3
+    """rows in a forward and backward pass, anchors included; fewer take less memory and more time, same gradient"""
+    max_len: Annotated[int, Within("[2, inf)")] = 1024
+    """tokens of prompt and completion that are trained on; the rest of a completion is cut"""
+    optimiser: Literal["adamw", "paged_adamw_8bit"] = "adamw"
+    """paged_adamw_8bit: bitsandbytes', 8-bit moments that move to main memory when the GPU is full; CUDA only"""
+    weight_decay: Annotated[float, NOT_NEGATIVE] = 0.0
+    """AdamW weight decay"""
+    op_norm: Annotated[float, NOT_NEGATIVE] = 0.0
+    """weight of the mean squared operator norm of the update (its largest singular value); 0: no such penalty"""
+    val_share: Annotated[float, Within("[0, 0.5]")] = 0.125
+    """share of the completions held out: the trained objective is read on them"""
+    checkpointing: bool = False
+    """recompute activations in the backward pass: less memory, more time"""
+
+
+@dataclass(frozen=True)
+class AdapterConfig:
+    """The LoRA of a round, and how rounds are joined."""
+
+    r: Annotated[int, COUNT, COMMON] = 32
+    """rank; alpha is twice the rank"""
+    band: Annotated[tuple[float, float], DEPTH] = (0.2, 0.8)
+    """blocks that get LoRA, as shares of depth"""
+    fold_rank: Annotated[int, NOT_NEGATIVE] = 0
+    """rank that the joined past rounds are compressed to, the error is logged; 0: stacked, exact, r more each round"""
 
 
 @dataclass(frozen=True)
 class HealConfig:
-    """One round's training: an objective and a barrier."""
+    """One round's training: an objective, a barrier and an anchor."""
 
-    target: Literal["sampled", "soft", "mirrored"] = "sampled"
-    """sampled: NLL of the sampled token; soft: forward KL from the steered teacher's whole distribution; mirrored: from
-    the unsteered one moved by half of what steering forwards and backwards differ in, so that what both do cancels"""
-    gain: float = 2.0
-    """mirrored: how many times that half difference the target is moved, in logits; 1: as far as the dose itself"""
-    reg: Literal["nll", "kl_fwd", "kl_rev"] = "kl_rev"
-    """divergence under the barrier; nll: no barrier"""
-    agg: Literal["mean", "rmse", "p95", "max"] = "rmse"
-    """how the divergence is aggregated over token positions"""
-    reference: Literal["prev", "base"] = "prev"
-    """model the divergence is measured to; prev: tau is what a round may move, base: what all rounds together may"""
-    anchor: Literal["none", "neutral"] = "none"
-    """neutral: the barrier also reads base completions of mundane prompts, with the pristine base as reference"""
-    anchor_tau: float = 0.02
-    """barrier threshold on the anchor's divergence, nats"""
-    anchor_prompts: int = 32
-    """mundane prompts whose base completions make the anchor"""
-    anchor_bs: int = 2
-    """anchor completions joined to each optimiser step"""
-    tau: float | Literal["auto"] = 2.0
-    """divergence below which the barrier is silent, nats; must lie below the operating KL of the model; auto: below"""
-    tau_share: float = 0.5
-    """tau auto: share of the divergence that the steered teacher itself has from the reference on this text"""
-    barrier: Literal["fixed", "dual"] = "fixed"
-    """fixed: lam_r * relu(D - tau); dual: lam moves until D stays at tau, a constraint in place of a penalty"""
-    lam: float = 0.3
-    """barrier weight in round 0; dual: where it starts"""
-    lam_round_pow: float = -0.5
-    """lam_r = lam * (1 + round) ** lam_round_pow"""
-    dual_lr: float = 0.1
-    """dual: lam rises by this times (D / tau - 1) a step"""
-    op_norm: float = 0.0
-    """weight of the mean squared operator norm of the update (its largest singular value); 0: no such penalty"""
-    lr: float = 2e-4
-    """peak learning rate in round 0"""
-    lr_round_pow: float = 0.0
-    """lr_r = lr * (1 + round) ** lr_round_pow"""
-    epochs: int = 2
-    """passes over the training completions"""
-    train_bs: int = 3
-    """completions a forward pass"""
-    grad_accum: int = 2
-    """forward passes an optimiser step; trades time for memory, the gradient is the same"""
-    optimiser: Literal["adamw", "paged_adamw_8bit"] = "adamw"
-    """paged_adamw_8bit: bitsandbytes', 8-bit moments that move to main memory when the GPU is full; CUDA only"""
-    weight_decay: float = 0.0
-    """AdamW weight decay"""
-    warmup: float = 0.1
-    """share of steps with rising learning rate; cosine afterwards"""
-    val_share: float = 0.125
-    """share of the completions held out: the trained objective is read on them"""
-    patience: int = 0
-    """epochs without a better validation objective after which training stops and its best epoch is kept; 0: never"""
-    max_len: int = 1024
-    """tokens of prompt and completion that are trained on; the rest of a completion is cut"""
-    log_every: int = 10
-    """steps between two records of the objective's and the barrier's gradient norm; each costs a second backward"""
-    r: int = 32
-    """LoRA rank"""
-    alpha: int = 64
-    """LoRA alpha; the update is scaled by alpha / r"""
-    band: tuple[float, float] = (0.2, 0.8)
-    """blocks that get LoRA, as shares of depth"""
-    checkpointing: bool = False
-    """recompute activations in the backward pass: less memory, more time"""
-    fold_rank: int = 0
-    """rank that the joined past rounds are compressed to, the error is logged; 0: stacked, exact, r more each round"""
+    target: TargetConfig = field(default_factory=TargetConfig)
+    barrier: BarrierConfig = field(default_factory=BarrierConfig)
+    anchor: AnchorConfig = field(default_factory=AnchorConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    lora: AdapterConfig = field(default_factory=AdapterConfig)
+
+
+@dataclass(frozen=True)
+class Counts:
+    """How much of every instrument is read."""
+
+    contrast: int
+    """contrast probes, at most as many as the trait has"""
+    yes_no: int
+    """yes/no probes"""
+    demos: int
+    """free-text prompts answered greedily"""
+    demo_tokens: int
+    """length limit of a demo answer, tokens"""
+    neutral: int
+    """neutral texts for perplexity"""
+    off_target: int
+    """probes of each trait that should stay put"""
+    canary: int
+    """plain questions with one right answer of four"""
+    scenes: int
+    """profile: scenes of each of the seven concerns"""
+    plain_doses: int
+    """doses at which the base is plainly steered"""
+
+
+# Arms are compared on the same items or not at all, so the counts are chosen together and not one by one.
+SIZES = {
+    "full": Counts(64, 24, 32, 64, 40, 16, 180, 20, 7),
+    "demo": Counts(64, 24, 32, 32, 24, 16, 180, 4, 6),
+    "tiny": Counts(8, 8, 4, 8, 4, 2, 6, 1, 2),
+}
+# What counts as coherent in a demo answer. Apart from the filter, so that arms of another filter are comparable.
+JUDGES = {"text": FilterConfig(), "random": FilterConfig(incoherence=1e9, loops="lax")}
 
 
 @dataclass(frozen=True)
 class EvalConfig:
     """The instruments."""
 
-    contrast: int = 64
-    """contrast probes, at most as many as the trait has"""
-    yes_no: int = 24
-    """yes/no probes"""
-    demos: int = 32
-    """free-text prompts answered greedily"""
-    demo_tokens: int = 64
-    """length limit of a demo answer, tokens"""
-    neutral: int = 40
-    """neutral texts for perplexity"""
-    off_target: int = 16
-    """probes of each trait that should stay put, five far ones and the other built-in ones; 0: none"""
-    canary: int = 180
-    """plain questions with one right answer of four; 0: none"""
-    profile: Literal["vignettes", "tiny-mfv", "none"] = "vignettes"
-    """moral-foundation profile: on our scenes, or on those of tiny-mfv through that package (`just vendor`)"""
-    scenes: int = 20
-    """profile: scenes of each of the seven concerns"""
-    person: Literal["see", "do"] = "see"
-    """profile: see: somebody else does it; do: you do it yourself"""
+    size: Literal["full", "demo", "tiny"] = "full"
+    """how many items of every instrument are read; demo: the texts of a CPU run; tiny: enough to see that it works"""
     ends_only: tuple[Literal["off_target", "canary", "profile"], ...] = ("profile",)
     """instruments read on base, on the two prompted arms and on the last student, not in every round"""
-    plain_doses: int = 7
-    """doses at which the base, plainly steered, is measured: what healing is compared with at equal cost in coherence
-    and, after the last round, at equal trait; 0: no such arms"""
-    judge: Limits = field(default_factory=Limits)
-    """what counts as coherent in a demo answer; apart from the filter, so that arms of another filter are comparable"""
-    batch_size: int = 32
-    """sequences a forward pass; results do not depend on it"""
+    leave_out: tuple[Literal["off_target", "canary", "profile", "plain"], ...] = ()
+    """what is not read at all: off-target traits, plain questions, the profile, the plainly steered base"""
+    profile: Literal["vignettes", "tiny-mfv"] = "vignettes"
+    """scenes of the moral-foundation profile: ours, or those of tiny-mfv through that package (`just vendor`)"""
+    plain_range: Annotated[tuple[float, float], POSITIVE] = (0.125, 12.0)
+    """smallest and largest dose at which the base is plainly steered, in multiples of the first round's vector"""
+    judge: Literal["text", "random"] = "text"
+    """limits by which a demo answer is coherent; random: for a model with random weights"""
+
+    @property
+    def counts(self) -> Counts:
+        return SIZES[self.size]
 
 
 @dataclass(frozen=True)
@@ -231,20 +267,20 @@ class RunConfig:
     """A run: steer, distil, heal and bake one trait into one model, round after round."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
-    trait: str = "authority"
+    trait: Annotated[str, COMMON] = "authority"
     """built-in trait (love, authority, calm) or a path to a .toml file"""
-    rounds: int = 8
+    rounds: Annotated[int, COUNT, COMMON] = 8
     """rounds of the loop"""
-    seed: int = 0
+    seed: Annotated[int, COMMON] = 0
     """seed; every stage draws from (seed, round, stage)"""
-    out: str = "outputs"
+    out: Annotated[str, COMMON] = "outputs"
     """folder that holds run folders"""
-    resume: str | None = None
+    resume: Annotated[str | None, COMMON] = None
     """run folder to go on with, with its own preset and flags: what is done is loaded, the rest computed"""
     recompute: tuple[str, ...] = ()
     """resume: artefacts of the folder that are damaged or gone and are made again, e.g. r00/dose.json"""
     allow_change: tuple[str, ...] = ()
-    """resume: what may differ from when the run was started, e.g. heal.train_bs or packages.torch"""
+    """resume: what may differ from when the run was started, e.g. heal.training.pass_rows or packages.torch"""
     track: Literal["none", "trackio", "wandb"] = "none"
     """also send every event of events.jsonl to a tracker (install it: pip install 'steer_heal[trackio]' or [wandb])"""
     steer: SteerConfig = field(default_factory=SteerConfig)
@@ -253,6 +289,37 @@ class RunConfig:
     filter: FilterConfig = field(default_factory=FilterConfig)
     heal: HealConfig = field(default_factory=HealConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
+
+
+class Knob(NamedTuple):
+    """One value of a config."""
+
+    name: str
+    """e.g. heal.lora.r"""
+    value: Any
+    marks: tuple
+    """what stands in the field's annotation: `Within`, `Common`"""
+
+
+def knobs(config: Any, prefix: str = "") -> Iterator[Knob]:
+    """Every knob of a config, those of nested configs under dotted names."""
+    for f in fields(config):
+        value = getattr(config, f.name)
+        if is_dataclass(value):
+            yield from knobs(value, f"{prefix}{f.name}.")
+        else:
+            yield Knob(f"{prefix}{f.name}", value, getattr(hints(type(config))[f.name], "__metadata__", ()))
+
+
+@cache
+def hints(form: type) -> dict[str, Any]:
+    """Types of a dataclass's fields with what stands in their annotations."""
+    return get_type_hints(form, include_extras=True)
+
+
+def flag(name: str) -> str:
+    """A knob's flag on the command line."""
+    return f"--{name.replace('_', '-')}"
 
 
 def of_record(table: dict, default: Any = None) -> Any:
@@ -279,121 +346,54 @@ def flat(table: dict, joint: str = ".", before: str = "") -> Iterator[tuple[str,
             yield f"{before}{key}", value
 
 
-ALLOWED = {  # intervals; what is not finite lies in none
-    "rounds": "[1, inf)",
-    "steer.n_contexts": "[2, 256]",
-    "steer.batch_size": "[1, inf)",
-    "dose.lowest": "(0, inf)",
-    "dose.highest": "(0, inf)",
-    "dose.steps": "[2, inf)",
-    "dose.prompts": "[1, inf)",
-    "dose.survival": "(0, 1]",
-    "dose.kl_target": "(0, inf)",
-    "distil.n_keep": "[1, inf)",
-    "distil.budget": "[1, inf)",
-    "distil.min_train": "[1, inf)",
-    "distil.dose_spread": "[0, 1)",
-    "distil.max_new_tokens": "[1, inf)",
-    "distil.temperature": "(0, inf)",
-    "distil.top_k": "[1, inf)",
-    "distil.top_p": "(0, 1]",
-    "distil.batch_size": "[1, inf)",
-    "filter.incoherence": "(-inf, inf)",
-    "filter.word_repeat": "[0, 1]",
-    "filter.char_repeat": "[0, 1]",
-    "filter.compress": "[0, 1]",
-    "filter.min_words": "[0, inf)",
-    "filter.trim_margin": "[0, inf)",
-    "heal.gain": "(0, inf)",
-    "heal.anchor_tau": "(0, inf)",
-    "heal.anchor_prompts": "[1, 96]",
-    "heal.anchor_bs": "[1, inf)",
-    "heal.tau": "[0, inf)",
-    "heal.tau_share": "(0, inf)",
-    "heal.lam": "[0, inf)",
-    "heal.lam_round_pow": "(-inf, inf)",
-    "heal.dual_lr": "(0, inf)",
-    "heal.op_norm": "[0, inf)",
-    "heal.lr": "(0, inf)",
-    "heal.lr_round_pow": "(-inf, inf)",
-    "heal.epochs": "[1, inf)",
-    "heal.train_bs": "[1, inf)",
-    "heal.grad_accum": "[1, inf)",
-    "heal.weight_decay": "[0, inf)",
-    "heal.warmup": "[0, 1]",
-    "heal.val_share": "[0, 0.5]",
-    "heal.patience": "[0, inf)",
-    "heal.max_len": "[2, inf)",
-    "heal.log_every": "[1, inf)",
-    "heal.r": "[1, inf)",
-    "heal.alpha": "[1, inf)",
-    "heal.fold_rank": "[0, inf)",
-    "eval.contrast": "[1, inf)",
-    "eval.yes_no": "[1, inf)",
-    "eval.demos": "[1, inf)",
-    "eval.demo_tokens": "[1, inf)",
-    "eval.neutral": "[1, 40]",
-    "eval.off_target": "[0, 16]",
-    "eval.canary": "[0, 180]",
-    "eval.scenes": "[1, 20]",
-    "eval.plain_doses": "[0, inf)",
-    "eval.batch_size": "[1, inf)",
-}
-ALLOWED |= {f"eval.judge.{f.name}": ALLOWED[f"filter.{f.name}"] for f in fields(Limits)}
-
-
 def check(config: RunConfig) -> None:
     """Raise UserError for a value that no run could work with."""
-    for name, interval in ALLOWED.items():
-        value = reduce(getattr, name.split("."), config)
-        if value != "auto" and not _lies_in(value, interval):
-            raise UserError(f"{name} is {value}: it must lie in {interval}")
-    steer, dose, distil, heal, evals = config.steer, config.dose, config.distil, config.heal, config.eval
-    for name, band in (("steer.band", steer.band), ("heal.band", heal.band)):
-        if band != "auto" and not 0 <= band[0] <= band[1] <= 1:
-            raise UserError(f"{name} is {band[0]} {band[1]}: give two shares of depth, 0 <= low <= high <= 1")
-    demands = [
-        (
-            steer.method in STEER_METHODS or steer.method.startswith("lite:"),
-            f"steer.method {steer.method!r} is not known{nearest(steer.method, STEER_METHODS)}: "
-            f"choose {', '.join(STEER_METHODS)} or lite:NAME",
-        ),
-        (
-            dose.lowest < dose.highest,
-            f"dose.lowest is {dose.lowest} and dose.highest {dose.highest}: lowest must be below highest",
-        ),
-        (
-            distil.min_train <= distil.n_keep <= distil.budget,
-            f"distil.min_train is {distil.min_train}, distil.n_keep {distil.n_keep} and distil.budget "
-            f"{distil.budget}: min_train <= n_keep <= budget",
-        ),
-        (
-            heal.barrier == "fixed" or (heal.tau != 0 and heal.reg != "nll"),
-            "heal.barrier dual needs a divergence to hold at tau: choose heal.reg kl_rev or kl_fwd and tau above 0",
-        ),
-        (
-            heal.patience == 0 or heal.val_share > 0,
-            "heal.patience needs completions to validate on: give heal.val_share, e.g. 0.125",
-        ),
-        (
-            heal.reg != "nll" or heal.anchor == "none",
-            "heal.reg nll has no divergence for heal.anchor neutral to hold: choose kl_rev or kl_fwd, or anchor none",
-        ),
-        (evals.plain_doses != 1, "eval.plain_doses is 1: a curve needs 2 doses or more; 0 leaves the arms out"),
-        (
-            config.resume or not (config.recompute or config.allow_change),
-            "--recompute and --allow-change go on with a run: give its folder with --resume",
-        ),
-    ]
-    for fine, complaint in demands:
+    for knob in knobs(config):
+        for bound in (mark for mark in knob.marks if isinstance(mark, Within)):
+            _check_within(knob, bound)
+    for fine, complaint in _demands(config):
         if not fine:
             raise UserError(complaint)
 
 
-def _lies_in(value: int | float, interval: str) -> bool:
-    low, high = map(float, interval[1:-1].split(","))
-    above = low <= value if interval[0] == "[" else low < value
-    return above and (value <= high if interval[-1] == "]" else value < high)
+def _check_within(knob: Knob, bound: Within) -> None:
+    if isinstance(knob.value, tuple):
+        low, high = knob.value
+        if not (bound.holds(low) and bound.holds(high) and low <= high):
+            raise UserError(f"{knob.name} is {low} {high}: give two numbers in {bound.interval}, the smaller one first")
+    elif knob.value != "auto" and not bound.holds(knob.value):
+        raise UserError(f"{knob.name} is {knob.value}: it must lie in {bound.interval}")
+
+
+def _demands(config: RunConfig) -> list[tuple[bool, str]]:
+    """What no bound at a field can say: a condition, and the complaint where it does not hold."""
+    method, barrier = config.steer.method, config.heal.barrier
+    ranges = {"dose.range": config.dose.range, "eval.plain_range": config.eval.plain_range}
+    return [
+        (
+            method in STEER_METHODS or method.startswith("lite:"),
+            f"steer.method {method!r} is not known{nearest(method, STEER_METHODS)}: "
+            f"choose {', '.join(STEER_METHODS)} or lite:NAME",
+        ),
+        *(
+            (low < high, f"{name} is {low} {high}: the first number must be below the second")
+            for name, (low, high) in ranges.items()
+        ),
+        (
+            barrier.kind == "fixed" or (barrier.tau != 0 and barrier.reg != "nll"),
+            "heal.barrier.kind dual needs a divergence to hold at tau: choose heal.barrier.reg kl_rev or kl_fwd and "
+            "heal.barrier.tau above 0",
+        ),
+        (
+            barrier.reg != "nll" or config.heal.anchor.prompts == 0,
+            "heal.barrier.reg nll has no divergence for heal.anchor to hold: choose kl_rev or kl_fwd, or "
+            "heal.anchor.prompts 0",
+        ),
+        (
+            bool(config.resume) or not (config.recompute or config.allow_change),
+            "--recompute and --allow-change go on with a run: give its folder with --resume",
+        ),
+    ]
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -6,9 +6,12 @@ import difflib
 import io
 import re
 from contextlib import redirect_stderr
-from typing import Any
+from dataclasses import field, fields, is_dataclass, make_dataclass
+from typing import Annotated, Any
 
-from steer_heal.config import UserError
+from steer_heal.config import COMMON, RunConfig, UserError, hints, knobs
+
+RUN_HELP = "Steer, distil, heal and bake a trait into a model, round after round."
 
 
 def read(form: Any, words: list[str], prog: str, default: Any = None) -> Any:
@@ -29,6 +32,34 @@ def read(form: Any, words: list[str], prog: str, default: Any = None) -> Any:
         if not end.code:
             raise
         raise UserError(condensed(said.getvalue())) from None
+
+
+def short_help(usual: RunConfig) -> None:
+    """Print the common flags of `run`; `usual` gives their defaults."""
+    import tyro
+
+    every = sum(1 for _ in knobs(usual))
+    about = f"{RUN_HELP} These are the flags that people use; --help-all lists all {every}."
+    short = common(usual)
+    tyro.cli(type(short), args=["--help"], prog="steer-heal run PRESET", description=about, default=short)
+
+
+def common(config: Any) -> Any:
+    """The config, of a class that differs from its own in one thing: help does not list knobs not marked COMMON."""
+    from tyro.conf import Suppress
+
+    shown = []
+    for f in fields(config):
+        value, hint = getattr(config, f.name), hints(type(config))[f.name]
+        if is_dataclass(value):
+            value = common(value)
+            hint = type(value)
+        elif COMMON not in getattr(hint, "__metadata__", ()):
+            hint = Annotated[hint, Suppress]
+        shown.append((f.name, hint, field(default=value)))
+    form = make_dataclass(type(config).__name__, shown, bases=(type(config),), frozen=True)
+    form.__doc__ = type(config).__doc__
+    return form()
 
 
 def condensed(box: str) -> str:

@@ -90,18 +90,19 @@ class Work:
 
     @classmethod
     def begun(cls, config: RunConfig, preset: str, folder: RunDir, trait: data.Trait, lm: LM) -> Work:
-        """The run's work, with `distil.batch_size` a number: the same one when the run is resumed."""
+        """The run's work, with `model.decode_rows` a number: the same one when the run is resumed."""
         logger.info(f"model {config.model.path}, trait {trait.name!r}, {config.rounds} rounds, folder {folder.path}")
-        if config.distil.batch_size == "auto":
+        rows = config.model.decode_rows
+        if rows == "auto":
 
             @freeing
             def compute() -> int:
                 longest = max(len(lm.prompt(prompt)) for prompt in trait.generation_prompts)
                 return rows_that_fit(lm, longest, config.distil.max_new_tokens)
 
-            rows, most = folder.json("batch_size.json", compute), MOST_ROWS[lm.device.type]
+            rows, most = folder.json("decode_rows.json", compute), MOST_ROWS[lm.device.type]
             logger.info(f"up to {rows} rows are decoded together: what free memory holds, {most} at most")
-            config = replace(config, distil=replace(config.distil, batch_size=rows))
+        lm = replace(lm, decode_rows=rows)
         return cls(folder, Student(lm), trait, config, preset)
 
     def round(self, number: int, before: list[Round]) -> RoundStages:
@@ -130,23 +131,23 @@ class Work:
 
     def anchors(self) -> Callable[[], list[Example]]:
         """Completions of mundane prompts by the base. The call of what is returned reads their states, once."""
-        if self.config.heal.anchor == "none":
+        if self.config.heal.anchor.prompts == 0:
             return list
 
         @freeing
         def compute() -> list[dict]:
-            with progress("anchor", self.config.heal.anchor_prompts, "row") as done:
-                prompts = list(data.mundane()[: self.config.heal.anchor_prompts])
+            with progress("anchor", self.config.heal.anchor.prompts, "row") as done:
+                prompts = list(data.mundane()[: self.config.heal.anchor.prompts])
                 return anchor_completions(self.student, prompts, self.config.distil, self.key(-1, "anchor"), done)
 
         rows, _ = kept_rows(self.student, self.folder.jsonl("anchor.jsonl", compute))
-        return cache(lambda: prepare_anchors(self.student, rows, self.config.eval.batch_size))
+        return cache(lambda: prepare_anchors(self.student, rows))
 
     def steer_plainly(self, first: AnyVector) -> list[dict]:
         """The base steered by the first round's vector, dose by dose."""
         return [
             self.folder.json(f"plain/d{index}.json", freeing(lambda dose=dose: self.plain_arm("plain", first, dose)))
-            for index, dose in enumerate(plain_doses(self.config.dose, self.config.eval.plain_doses))
+            for index, dose in enumerate(plain_doses(self.config.eval))
         ]
 
     def plain_arm(self, name: str, first: AnyVector, dose: float, which: tuple[str, ...] = PLAIN) -> dict:
@@ -162,8 +163,8 @@ class Work:
     def fixed(self) -> Fixed:
         """What is read of every student to see where it went."""
         contexts = list(data.contexts()[: min(FIXED_CONTEXTS, self.config.steer.n_contexts)])
-        rows = neutral_rows(self.student.lm, min(FIXED_TEXTS, self.config.eval.neutral))
-        return Fixed(contexts, rows, self.config.eval.batch_size)
+        rows = neutral_rows(self.student.lm, min(FIXED_TEXTS, self.config.eval.counts.neutral))
+        return Fixed(contexts, rows, self.student.lm.read_rows)
 
     @cached_property
     def base_states(self) -> Callable[[tuple[int, ...]], Base]:
@@ -291,12 +292,13 @@ class RoundStages:
         @freeing
         def compute() -> list[dict]:
             seed = self.seed("heal")
-            student.begin_round(config.heal, seed)
+            student.begin_round(config.heal.lora, seed)
             steering = Steering(vector, torch.tensor(doses))
             before = self.before[-1].heal if self.before else None
             folder.part = READING
-            examples = prepare(student, rows, steering, config.heal, config.eval.batch_size)
-            with progress(f"{self.name} heal", config.heal.epochs * trained_on(len(rows), config.heal), "row") as done:
+            examples = prepare(student, rows, steering, config.heal)
+            trained = config.heal.training.epochs * trained_on(len(rows), config.heal.training)
+            with progress(f"{self.name} heal", trained, "row") as done:
                 settled = with_tau(student.lm, examples, config.heal, before)
                 held = anchors()
                 folder.part = TRAINING
@@ -324,7 +326,7 @@ class RoundStages:
 
     def bake(self) -> None:
         """The round joins the history; the log and the events say what compression to a rank loses."""
-        rank = self.work.config.heal.fold_rank
+        rank = self.work.config.heal.lora.fold_rank
         lost = self.work.student.fold(rank)
         if rank:
             logger.info(f"{self.name} history at rank {rank}: relative error {lost:.2%}")

@@ -21,11 +21,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from steer_heal.bake.lowrank import Factors, compress
-from steer_heal.config import HealConfig
+from steer_heal.config import AdapterConfig
 from steer_heal.model.lm import LM
 
 TARGET_MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 NOW = "now"
+ALPHA_OVER_RANK = 2  # the update is scaled by it: a rank can change and the step size stays as it is
 
 
 class Student:
@@ -37,12 +38,12 @@ class Student:
         self.history: str | None = None  # name of the adapter that holds all folded rounds
         self.folded = 0
 
-    def begin_round(self, config: HealConfig, seed: int) -> None:
+    def begin_round(self, config: AdapterConfig, seed: int) -> None:
         """Add a fresh adapter with B = 0: the student starts exactly at the previous one."""
         layers, modules = list(self.lm.band(config.band)), self.lm.model.named_modules()
         lora = LoraConfig(
             r=config.r,
-            lora_alpha=config.alpha,
+            lora_alpha=ALPHA_OVER_RANK * config.r,
             target_modules=TARGET_MODULES,
             layers_to_transform=layers,
             layers_pattern="layers",

@@ -38,7 +38,7 @@ def instruments_bench(preset: str) -> dict:
     "ratios" one by one.
     """
     lm, trait = load(PRESETS[preset].model), data.load_trait("love")
-    config = EvalConfig(demo_tokens=PRESETS[preset].eval.demo_tokens, neutral=PRESETS[preset].eval.neutral)
+    config = EvalConfig()
     student, arm = Student(lm), Arm("bench", system=trait.positive)
 
     def ours(name: str) -> None:
@@ -66,23 +66,23 @@ def questions(lm: LM, trait: data.Trait, config: EvalConfig, arm: Arm, name: str
     """The items of an instrument as a plain loop meets them; the profile's twice, in both orders."""
     match name:
         case "contrast" | "off_target":
-            others = data.bystanders(trait.name, config.off_target)
+            others = data.bystanders(trait.name, config.counts.off_target)
             groups = {name: trait.contrast} if name == "contrast" else others
             for probe in (probe for group in groups.values() for probe in group):
                 yield Item(lm.prompt(probe.question, arm.system), [lm.answer(probe.trait), lm.answer(probe.opposite)])
         case "yes_no":
             spelled = [list(ids) for ids in dict.fromkeys(tuple(lm.answer(s)) for s in (*YES, *NO))]
-            for probe in trait.yes_no[: config.yes_no]:
+            for probe in trait.yes_no[: config.counts.yes_no]:
                 yield Item(lm.prompt(YES_NO_FORM.format(question=probe.question), arm.system), spelled)
         case "canary":
-            for q in spread(data.canary(), config.canary):
+            for q in spread(data.canary(), config.counts.canary):
                 yield Item(lm.prompt(q["question"], arm.system), [lm.answer(a) for a in (q["right"], *q["wrong"])])
         case "profile":
             names = tuple(data.FOUNDATIONS)
             labels = [lm.answer(f" {label}") for label in names]
             for row in data.vignettes():
                 for order in (names, names[::-1]):
-                    yield Item(lm.prompt(question(row[config.person], order), arm.system) + lm.answer(BEGUN), labels)
+                    yield Item(lm.prompt(question(row["see"], order), arm.system) + lm.answer(BEGUN), labels)
 
 
 def plainly(lm: LM, item: Item) -> list[float]:

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from steer_heal.bake.student import Student
-from steer_heal.config import HealConfig, ModelConfig
+from steer_heal.config import AdapterConfig, BarrierConfig, HealConfig, ModelConfig, TrainingConfig
 from steer_heal.heal.barrier import KL_EPS
 from steer_heal.heal.examples import Example
 from steer_heal.heal.step import Multipliers, accumulate
@@ -26,7 +26,11 @@ from steer_heal.model.loading import load
 ALTERNATIVES = ("naive", "sft", "ours")
 TURNS = 2  # processes an alternative
 STEPS = 3  # timed ones a process, after one that is not
-CONFIG = HealConfig(r=16, alpha=32, tau=0.0, lam=1.0, epochs=1, grad_accum=1, val_share=0.0)
+CONFIG = HealConfig(
+    barrier=BarrierConfig(tau=0.0, lam=1.0),
+    training=TrainingConfig(epochs=1, pass_rows=64, val_share=0.0),
+    lora=AdapterConfig(r=16),
+)
 ROUNDS = 8
 DECODED = (32, 64)  # rows and tokens decoded to see what a folded history costs
 
@@ -88,7 +92,7 @@ def timed_step(lm: LM, case: Case, how: str) -> tuple[float, int]:
     draw = torch.Generator().manual_seed(0)
     ids = torch.randint(100, 1000, (case.rows, case.tokens), generator=draw)
     student = Student(lm)
-    student.begin_round(CONFIG, 0)
+    student.begin_round(CONFIG.lora, 0)
     optimiser = torch.optim.AdamW(student.trainable(), lr=1e-4)
     for parameter in lm.model.parameters():
         parameter.sum()  # into memory: what lies on disk still would count as the first step's
@@ -151,11 +155,11 @@ def _folded() -> dict:
     for name, rounds, rank in (
         ("1", 1, 0),
         (f"{ROUNDS}_stacked", ROUNDS, 0),
-        (f"{ROUNDS}_fold_rank", ROUNDS, CONFIG.r),
+        (f"{ROUNDS}_fold_rank", ROUNDS, CONFIG.lora.r),
     ):
         student = students[name] = Student(load(cases()[0].model))
         for round_ in range(rounds):
-            student.begin_round(CONFIG, round_)
+            student.begin_round(CONFIG.lora, round_)
             draw = torch.Generator().manual_seed(round_)
             for parameter in student.trainable():
                 parameter.data.normal_(0.0, 0.01, generator=draw)

@@ -39,7 +39,7 @@ def run(config: RunConfig, preset: str, argv: list[str]) -> tuple[RunDir, dict]:
         check_place(Path(config.out))
         trait = data.load_trait(config.trait)
         lm = loaded(config.model)  # before a folder is made: a model that cannot be loaded leaves nothing behind
-        check_optimiser(config.heal, lm.device)
+        check_optimiser(config.heal.training, lm.device)
         folder = create(config, preset, trait, environment(lm), argv)
         with folder.held():
             return folder, loop_of(config, preset, folder, trait, lm)
@@ -50,7 +50,7 @@ def run(config: RunConfig, preset: str, argv: list[str]) -> tuple[RunDir, dict]:
         if "env.json" not in config.recompute:
             torch.set_num_threads(folder.read("env.json")["threads"])  # sums come out otherwise with another number
         lm = loaded(config.model)
-        check_optimiser(config.heal, lm.device)
+        check_optimiser(config.heal.training, lm.device)
         require_surroundings(folder, config, environment(lm))
         folder.event("resume", argv=argv)
         return folder, loop_of(config, preset, folder, trait, lm)
@@ -100,8 +100,8 @@ def out_of_memory(folder: RunDir, config: RunConfig, wanted: str) -> str:
     smaller = _smaller(folder, config)
     if not smaller:
         return (
-            f"{where}, and no batch is left to make smaller: start a new run with a smaller --heal.max-len, with "
-            f"--model.quant nf4 or with a smaller model. What is done is kept in {folder.path}"
+            f"{where}, and no batch is left to make smaller: start a new run with a smaller --heal.training.max-len, "
+            f"with --model.quant nf4 or with a smaller model. What is done is kept in {folder.path}"
         )
     flags = " ".join(f"--{key.replace('_', '-')} {value}".rstrip() for key, value in smaller.items())
     return f"{where}. What is done is kept, go on with: {folder.resuming} {flags} --allow-change {' '.join(smaller)}"
@@ -109,19 +109,16 @@ def out_of_memory(folder: RunDir, config: RunConfig, wanted: str) -> str:
 
 def _smaller(folder: RunDir, config: RunConfig) -> dict[str, int | str]:
     """Flags with which what was being computed takes less memory and gives the same result."""
-    heal, name = config.heal, Path(folder.doing).name
-    training = name == InRound.ADAPTER and folder.part != READING
+    training, name = config.heal.training, Path(folder.doing).name
+    trains = name == InRound.ADAPTER and folder.part != READING
     if folder.doing == "adapter":  # all rounds folded, only to be written
         return {}
-    if training and heal.train_bs > 1:
-        rows = heal.train_bs // 2 if heal.train_bs % 2 == 0 else 1
-        return {"heal.train_bs": rows, "heal.grad_accum": heal.grad_accum * heal.train_bs // rows}
-    if training:
-        return {} if heal.checkpointing else {"heal.checkpointing": ""}
+    if trains and training.pass_rows > 1:
+        return {"heal.training.pass_rows": training.pass_rows // 2}
+    if trains:
+        return {} if training.checkpointing else {"heal.training.checkpointing": ""}
+    key, rows = "model.read_rows", config.model.read_rows
     if name in DECODING:
-        key, rows = "distil.batch_size", config.distil.batch_size
-        rows = folder.read("batch_size.json") if rows == "auto" else rows
-    else:
-        section = "steer" if name == InRound.VECTOR else "eval"
-        key, rows = f"{section}.batch_size", getattr(config, section).batch_size
+        key, rows = "model.decode_rows", config.model.decode_rows
+        rows = folder.read("decode_rows.json") if rows == "auto" else rows
     return {key: rows // 2} if rows > 1 else {}

@@ -29,7 +29,7 @@ ISO_KL_PASSES = 12  # scoring passes; the secant in log-log needs three to five
 
 
 def iso_kl(
-    lm: LM, vector: AnyVector, rows: list[Row], doses: list[float], target: float, batch_size: int
+    lm: LM, vector: AnyVector, rows: list[Row], doses: list[float], target: float
 ) -> dict[str, float | list[float] | None]:
     """Dose at which the 95th percentile over tokens of KL(steered || unsteered) equals `target` nats.
 
@@ -41,9 +41,9 @@ def iso_kl(
     Returns {"dose", "kl", "kl_p95"}: the curve at the distinct doses, ascending; dose and kl are None when the curve
     does not cross the target between the smallest and the largest positive dose.
     """
-    plain = states(lm, rows, batch_size)
+    plain = states(lm, rows, lm.read_rows)
     given = torch.tensor(doses, dtype=torch.float32)
-    kl = token_kl(lm.head, states(lm, rows, batch_size, Steering(vector, given)), plain)
+    kl = token_kl(lm.head, states(lm, rows, lm.read_rows, Steering(vector, given)), plain)
     grid = sorted(set(doses))
     members = {dose: [i for i, d in enumerate(doses) if d == dose] for dose in grid}
     curve = [p95(torch.cat([kl[i] for i in members[dose]])) for dose in grid]
@@ -56,7 +56,7 @@ def iso_kl(
     chosen, reference = [rows[i] for i in nearest], [plain[i] for i in nearest]
 
     def at(dose: float) -> float:
-        steered = states(lm, chosen, batch_size, Steering(vector, torch.full((len(chosen),), dose)))
+        steered = states(lm, chosen, lm.read_rows, Steering(vector, torch.full((len(chosen),), dose)))
         return p95(torch.cat(token_kl(lm.head, steered, reference)))
 
     points = [(math.log(d), math.log(at(d) / target)) for d in (low, high)]
@@ -83,8 +83,9 @@ def dose_curve(teacher: Teacher, prompts: list[str], config: DoseConfig, on_rows
     that. "dose" is the smallest when that misses the target by no more than a standard error, and None when it misses
     by more (`require_dose` says so to the user).
     """
-    ratio = (config.highest / config.lowest) ** (1 / max(1, config.steps - 1))
-    doses = [0.0, *(config.lowest * ratio**i for i in range(config.steps))]
+    lowest, highest = config.range
+    ratio = (highest / lowest) ** (1 / max(1, config.steps - 1))
+    doses = [0.0, *(lowest * ratio**i for i in range(config.steps))]
     asked = prompts[: config.prompts]
     plan = [(dose, prompt) for dose in doses for prompt in asked]
     completions = sample(teacher, plan, on_rows=on_rows)
@@ -102,12 +103,12 @@ def dose_curve(teacher: Teacher, prompts: list[str], config: DoseConfig, on_rows
         target = config.survival * curve[0]["fitted"]
         chosen = None
         if target > 0 and curve[1]["fitted"] >= target - _sampling_error(curve, len(asked)):
-            chosen = largest_dose(doses[1:], [p["fitted"] for p in curve[1:]], target) or config.lowest
+            chosen = largest_dose(doses[1:], [p["fitted"] for p in curve[1:]], target) or lowest
         return {**artefact, "target": target, "dose": chosen}
     lm, given = teacher.student.lm, [c["dose"] for c in completions]
     rows = [Row(lm.prompt(c["prompt"]), c["ids"]) for c in completions]
     with teacher.student.view(now=0.0):
-        found = iso_kl(lm, teacher.vector, rows, given, config.kl_target, teacher.config.batch_size)
+        found = iso_kl(lm, teacher.vector, rows, given, config.kl_target, lm.read_rows)
     for point, kl in zip(curve, found.pop("kl_p95"), strict=True):
         point["kl_p95"] = kl
     return {**artefact, "target": config.kl_target, **found}
@@ -127,7 +128,7 @@ def require_dose(artefact: dict) -> float:
         curve = ", ".join(f"{p['dose']:.2f}: {p['kl_p95']:.3g}" for p in artefact["curve"])
         raise Exhausted(
             f"no dose between the smallest and the largest reaches a 95th percentile KL of {artefact['target']:g} nats "
-            f"(dose: nats {curve}): change --dose.kl-target, --dose.lowest or --dose.highest"
+            f"(dose: nats {curve}): change --dose.kl-target or --dose.range"
         )
     curve = ", ".join(f"{p['dose']:.2f}: {p['survival']:.0%}" for p in artefact["curve"])
     if artefact["target"] == 0:
@@ -136,7 +137,7 @@ def require_dose(artefact: dict) -> float:
         )
     raise Exhausted(
         f"no dose leaves {artefact['target']:.0%} of the completions coherent (dose: survival {curve}): "
-        "lower --dose.lowest or --dose.survival, loosen --filter.*, or narrow --steer.band"
+        "lower --dose.range or --dose.survival, loosen --filter.*, or narrow --steer.band"
     )
 
 

@@ -18,6 +18,9 @@ from steer_heal.model.lm import Row
 from steer_heal.model.steering import AnyVector, Steering
 
 Progress = Callable[[int], None]
+SAMPLED_PER_SURVIVOR = 2  # completions a round at most, for each one wanted: at the chosen dose most of them pass
+LEAST = 16  # survivors that training needs, or a third of what is wanted where that is fewer
+DOSE_SPREAD = 0.15  # a third of the completions each at the chosen dose and this share below and above it
 
 
 class Exhausted(UserError):
@@ -43,18 +46,19 @@ def distil(
 ) -> list[dict]:
     """Completions of the steered previous student, every one with its scores and why it was dropped.
 
-    Batches are sampled until `n_keep` have survived or `budget` is spent; the first is as large as the `expected`
-    survival makes it. Prompts and the doses around `dose` take turns, so that each has a fair share. A text that was
-    written before is dropped as "duplicate", survivors beyond `n_keep` as "surplus".
+    Batches are sampled until `n_keep` have survived or twice as many are written. The first is as large as the
+    `expected` survival makes it. Prompts and the doses around `dose` take turns, so that each has a fair share. A text
+    that was written before is dropped as "duplicate", survivors beyond `n_keep` as "surplus".
     """
     config = teacher.config
-    doses = [dose * (1 + side * config.dose_spread) for side in ((0, -1, 1) if config.dose_spread else (0,))]
+    doses = [dose * (1 + side * DOSE_SPREAD) for side in (0, -1, 1)]
+    budget = SAMPLED_PER_SURVIVOR * config.n_keep
     completions: list[dict] = []
     kept, texts = 0, set()
-    while kept < config.n_keep and len(completions) < config.budget:
+    while kept < config.n_keep and len(completions) < budget:
         done = len(completions)
         share = kept / done if done else expected  # of the batches before, passed
-        rows = min(math.ceil((config.n_keep - kept) / max(share, 0.01)), config.budget - done)
+        rows = min(math.ceil((config.n_keep - kept) / max(share, 0.01)), budget - done)
         turns = range(done, done + rows)
         # A step of one dose a pass over the prompts, so that no prompt is always asked at the same dose.
         plan = [(doses[(i + i // len(prompts)) % len(doses)], prompts[i % len(prompts)]) for i in turns]
@@ -73,14 +77,15 @@ def distil(
 def require_training_set(completions: list[dict], dose: dict, config: DistilConfig) -> None:
     """Raise Exhausted, the survival table in its text, when too few completions survived to train on."""
     kept = sum(not c["dropped"] for c in completions)
-    if kept >= config.min_train:
+    needed = max(1, min(LEAST, config.n_keep // 3))
+    if kept >= needed:
         return
     reasons = Counter(c["dropped"] for c in completions if c["dropped"])
     dropped = ", ".join(f"{reason} {count}" for reason, count in reasons.most_common())
     curve = ", ".join(f"{p['dose']:.2f}: {p['survival']:.0%}" for p in dose["curve"])
     raise Exhausted(
         f"only {kept} of {len(completions)} completions passed the filter at dose {dose['dose']:.2f}, training needs "
-        f"{config.min_train} (dropped: {dropped}; dose: survival {curve}): raise --distil.budget or --dose.survival, "
+        f"{needed} (dropped: {dropped}; dose: survival {curve}): raise --distil.n-keep or --dose.survival, "
         "or loosen --filter.*"
     )
 
@@ -95,12 +100,12 @@ def sample(
     student, lm, config = teacher.student, teacher.student.lm, teacher.config
     tokens = [lm.prompt(prompt) for _, prompt in plan]
     steering_ = Steering(teacher.vector, torch.tensor([dose for dose, _ in plan]))
-    sampling = Sampling((*teacher.key, *part), config.temperature, config.top_k, config.top_p)
+    sampling = Sampling((*teacher.key, *part))
     with student.view(now=0.0):
-        written = decode(lm, tokens, config.max_new_tokens, config.batch_size, steering_, sampling, on_rows)
+        written = decode(lm, tokens, config.max_new_tokens, lm.decode_rows, steering_, sampling, on_rows)
     rows = [Row(p, c.ids) for p, c in zip(tokens, written, strict=True)]
     with student.view(history=0.0, now=0.0):
-        judged = judge(lm, rows, teacher.limits, config.batch_size, teacher.persona)
+        judged = judge(lm, rows, teacher.limits, lm.read_rows, teacher.persona)
     return [
         {"prompt": prompt, "dose": dose, "ids": c.ids, "ended": c.ended, **scores}
         for (dose, prompt), c, scores in zip(plan, written, judged, strict=True)
@@ -119,9 +124,9 @@ def anchor_completions(
     """Completions of mundane prompts by the pristine base, on which a healed model should not move."""
     lm = student.lm
     tokens = [lm.prompt(prompt) for prompt in prompts]
-    sampling = Sampling(key, config.temperature, config.top_k, config.top_p)
+    sampling = Sampling(key)
     with student.view(history=0.0, now=0.0):
-        written = decode(lm, tokens, config.max_new_tokens, config.batch_size, None, sampling, on_rows)
+        written = decode(lm, tokens, config.max_new_tokens, lm.decode_rows, None, sampling, on_rows)
     return [
         {"prompt": prompt, "dose": 0.0, "ids": c.ids, "ended": c.ended, "text": lm.text(c.ids), "dropped": ""}
         for prompt, c in zip(prompts, written, strict=True)

@@ -58,13 +58,13 @@ def read_profile(lm: LM, arm: Arm, config: EvalConfig) -> Reading:
 
 
 def _vignettes(lm: LM, arm: Arm, config: EvalConfig) -> Reading:
-    rows = [r for name in NAMES for r in [v for v in vignettes() if v["foundation"] == name][: config.scenes]]
-    scenes = [r[config.person] for r in rows]
+    rows = [r for name in NAMES for r in [v for v in vignettes() if v["foundation"] == name][: config.counts.scenes]]
+    scenes = [r["see"] for r in rows]
     both = []
     for order in (NAMES, NAMES[::-1]):  # each order apart: its prompts begin with the same list, which is read once
         prompts = [lm.prompt(question(scene, order), arm.system) + lm.answer(BEGUN) for scene in scenes]
         labels = [[lm.answer(f" {name}") for name in NAMES]] * len(prompts)
-        scored = choice_log_probs(lm, prompts, labels, config.batch_size, arm.steering(len(prompts)))
+        scored = choice_log_probs(lm, prompts, labels, lm.read_rows, arm.steering(len(prompts)))
         both.append([[label.double().sum().item() for label in options] for options in scored])
     p = np.exp(np.array(both))
     mass = p.sum(-1)
@@ -78,12 +78,12 @@ def question(scene: str, order: tuple[str, ...]) -> str:
 
 def _tiny_mfv(lm: LM, arm: Arm, config: EvalConfig) -> Reading:
     package = tiny_mfv()
-    asked = package.load_vignettes("classic")[: len(NAMES) * config.scenes]
-    condition = {"see": "other_violate", "do": "self_violate"}[config.person]
+    asked = package.load_vignettes("classic")[: len(NAMES) * config.counts.scenes]
+    condition = "other_violate"
     if arm.system is not None:  # it has no place for a system text
         asked = [{**row, condition: f"{arm.system}\n\n{row[condition]}"} for row in asked]
     tokenizer = copy.deepcopy(lm.tokenizer)  # it sets the padding side
-    quietly = {"return_per_row": True, "verbose": 0, "batch_size": config.batch_size}
+    quietly = {"return_per_row": True, "verbose": 0, "batch_size": lm.read_rows}
     one = arm.steering(1)
     with steering(lm, one) as dial:
         if one is not None:

@@ -25,7 +25,7 @@ import numpy as np
 from steer_heal import data
 from steer_heal.bake.student import Student
 from steer_heal.coherence import LOOPS, STYLES, judge, persona_narration
-from steer_heal.config import EvalConfig
+from steer_heal.config import JUDGES, EvalConfig
 from steer_heal.data import Contrast, Trait, YesNo, bystanders, canary, neutral
 from steer_heal.eval.arms import Arm
 from steer_heal.eval.foundations import Reading, described, read_profile
@@ -46,8 +46,8 @@ YES_NO_FORM = "{question} Answer with one word, yes or no."
 
 def instruments(config: EvalConfig, at_end: bool) -> tuple[str, ...]:
     """What is read on an arm: everything on base, on prompted and after the last round; less in between."""
-    off = {"off_target": config.off_target == 0, "canary": config.canary == 0, "profile": config.profile == "none"}
-    return CORE + tuple(name for name in EXTRA if not off[name] and (at_end or name not in config.ends_only))
+    left = {*config.leave_out} if at_end else {*config.leave_out, *config.ends_only}
+    return CORE + tuple(name for name in EXTRA if name not in left)
 
 
 def evaluate(
@@ -94,34 +94,35 @@ Read = dict[str, tuple[np.ndarray, list[str]]]  # items of an instrument: their 
 
 def _read(lm: LM, arm: Arm, trait: Trait, config: EvalConfig, name: str) -> Read | Reading | list[list[int]]:
     """One instrument on the model as it stands; of the demos, the answers' tokens."""
-    size = config.batch_size
+    size, counts = lm.read_rows, config.counts
     match name:
         case "contrast":
-            probes = trait.contrast[: config.contrast]
+            probes = trait.contrast[: counts.contrast]
             return {name: (trait.direction * contrast_scores(lm, arm, probes, size), pair_texts(probes))}
         case "yes_no":
-            asked = trait.yes_no[: config.yes_no]
+            asked = trait.yes_no[: counts.yes_no]
             log_odds, mass = yes_no_scores(lm, arm, asked, size)
             texts = [p.question for p in asked]
             return {name: (trait.direction * log_odds, texts), "mass": (mass, texts)}
         case "neutral":
-            return {"neutral_nll": (neutral_scores(lm, arm, config), list(neutral()[: config.neutral]))}
+            return {"neutral_nll": (neutral_scores(lm, arm, counts.neutral), list(neutral()[: counts.neutral]))}
         case "off_target":
-            found = bystanders(trait.name, config.off_target)
+            found = bystanders(trait.name, counts.off_target)
             probes = tuple(probe for some in found.values() for probe in some)
             scores = np.split(contrast_scores(lm, arm, probes, size), np.cumsum([*map(len, found.values())])[:-1])
             named = zip(found.items(), scores, strict=True)
             return {f"off:{other}": (part, pair_texts(some)) for (other, some), part in named}
         case "canary":
-            asked = spread(canary(), config.canary)
+            asked = spread(canary(), counts.canary)
             texts = [q["question"] for q in asked]
             right, log_odds = canary_scores(lm, arm, asked, size)
             return {name: (right, texts), "canary_log_odds": (log_odds, texts)}
         case "profile":
             return read_profile(lm, arm, config)
         case "demos":
-            prompts = [lm.prompt(p, arm.system) for p in trait.demo_prompts[: config.demos]]
-            return [a.ids for a in decode(lm, prompts, config.demo_tokens, size, arm.steering(len(prompts)))]
+            prompts = [lm.prompt(p, arm.system) for p in trait.demo_prompts[: counts.demos]]
+            dosed = arm.steering(len(prompts))
+            return [a.ids for a in decode(lm, prompts, counts.demo_tokens, lm.decode_rows, dosed)]
 
 
 def pair_texts(probes: tuple[Contrast, ...]) -> list[str]:
@@ -182,10 +183,10 @@ def yes_no_scores(lm: LM, arm: Arm, probes: tuple[YesNo, ...], batch_size: int) 
     return polarity * (yes - no), np.exp(yes) + np.exp(no)
 
 
-def neutral_scores(lm: LM, arm: Arm, config: EvalConfig) -> np.ndarray:
+def neutral_scores(lm: LM, arm: Arm, texts: int) -> np.ndarray:
     """Mean NLL per token of each neutral text, nats; read as plain text after the first token, without a chat frame."""
-    rows = neutral_rows(lm, config.neutral)
-    nll = row_nll(lm, rows, config.batch_size, arm.steering(len(rows)))
+    rows = neutral_rows(lm, texts)
+    nll = row_nll(lm, rows, lm.read_rows, arm.steering(len(rows)))
     return np.array([row.double().mean().item() for row in nll])
 
 
@@ -213,10 +214,10 @@ def spread(rows: tuple[dict, ...], count: int) -> list[dict]:
 def judged_demos(lm: LM, trait: Trait, config: EvalConfig, answers: list[list[int]]) -> list[dict]:
     """Greedy answers with what `config.judge` and `lm`, which must be the base view, make of them, after their prompt
     without a persona."""
-    prompts = trait.demo_prompts[: config.demos]
+    prompts = trait.demo_prompts[: config.counts.demos]
     rows = [Row(lm.prompt(p), ids) for p, ids in zip(prompts, answers, strict=True)]
     persona = persona_narration(trait.positive, trait.negative, trait.title)
-    judged = judge(lm, rows, config.judge, config.batch_size, persona)
+    judged = judge(lm, rows, JUDGES[config.judge], lm.read_rows, persona)
     return [{"prompt": p, **d} for p, d in zip(prompts, judged, strict=True)]
 
 

@@ -14,13 +14,12 @@ from itertools import pairwise
 
 import numpy as np
 
-from steer_heal.config import DoseConfig
+from steer_heal.config import EvalConfig
 from steer_heal.eval.intervals import trait_over
 
 LEAST_COST = 0.03
 READINGS = 3
 NEAR = 0.15  # share of the allowed cost by which the arm's own cost may miss it
-BEYOND = 3.0  # the range ends at this times the highest dose that a teacher may have
 
 
 def coherence_cost(arm: dict, base: dict) -> float:
@@ -38,10 +37,11 @@ def allowed_cost(healed: dict, base: dict) -> float:
     return max(coherence_cost(healed, base), LEAST_COST)
 
 
-def plain_doses(config: DoseConfig, count: int) -> list[float]:
-    """Doses at which plain steering is measured: log-spaced, from half the lowest that a teacher may have to where
-    text is expected to break."""
-    return np.geomspace(config.lowest / 2, BEYOND * config.highest, count).tolist()
+def plain_doses(config: EvalConfig) -> list[float]:
+    """Doses at which plain steering is measured: log-spaced, up to where text is expected to break."""
+    if "plain" in config.leave_out:
+        return []
+    return np.geomspace(*config.plain_range, config.counts.plain_doses).tolist()
 
 
 def dose_at_cost(curve: list[dict], allowed: float) -> float:

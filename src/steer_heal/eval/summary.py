@@ -45,16 +45,19 @@ def demo_rows(**arms: dict) -> list[dict]:
 
 def barrier_warning(records: list[dict], config: HealConfig) -> None:
     """Say loudly that the barrier was off, with the tau to try: nobody notices a constraint that never binds."""
-    if config.reg == "nll":
+    barrier = config.barrier
+    if barrier.reg == "nll":
         return
     operating = statistics.median(r["divergence"] for r in records)
     own, anchor = fired_shares(records).values()
-    seen = f"the barrier fired on {own:.0%} of the steps" + f", its anchor on {anchor:.0%}" * (config.anchor != "none")
-    at = f"operating {config.agg} of {config.reg} {operating:.3g} nats, tau {records[0]['tau']:.3g}"
-    if max(own, anchor) < FIRED_FLOOR and config.reference == "base":
+    seen = f"the barrier fired on {own:.0%} of the steps" + f", its anchor on {anchor:.0%}" * (
+        config.anchor.prompts > 0
+    )
+    at = f"operating {barrier.agg} of {barrier.reg} {operating:.3g} nats, tau {records[0]['tau']:.3g}"
+    if max(own, anchor) < FIRED_FLOOR and barrier.reference == "base":
         logger.info(f"{seen}: the loop is still within its budget ({at})")
     elif max(own, anchor) < FIRED_FLOOR:
-        logger.warning(f"{seen}: this round was plain fine-tuning ({at}). Try --heal.tau {operating / 2:.2g}")
+        logger.warning(f"{seen}: this round was plain fine-tuning ({at}). Try --heal.barrier.tau {operating / 2:.2g}")
     elif own < FIRED_FLOOR:
         logger.info(f"{seen}: the anchor alone held this round back ({at})")
     else:

@@ -30,6 +30,24 @@ def tiny(**changes):
     return load(replace(PRESETS["tiny-random"].model, device=DEVICE, **changes))
 
 
+def turned(config, knobs):
+    """The config with these knobs set, by their dotted names."""
+    from dataclasses import replace
+
+    for name, value in knobs.items():
+        section, _, rest = name.partition(".")
+        config = replace(config, **{section: turned(getattr(config, section), {rest: value}) if rest else value})
+    return config
+
+
+@pytest.fixture
+def least(monkeypatch):
+    """The size `tiny` reads two items of most instruments, where a check needs a run but not its figures."""
+    from steer_heal.config import SIZES, Counts
+
+    monkeypatch.setitem(SIZES, "tiny", Counts(2, 2, 2, 2, 1, 2, 4, 1, 2))
+
+
 @pytest.fixture
 def lm():
     """A fresh tiny random gemma-3 in float32."""

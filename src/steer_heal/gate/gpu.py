@@ -28,12 +28,10 @@ GEMMA = "gemma-3-1b"
 DECODED_ROWS = (1, 8, 32, 128, 256)
 DECODED_TOKENS = 64
 CARD_BYTES = 24 * 2**30  # of an RTX 3090, for which the preset is made
-OPEN_FILTER = "--filter.incoherence 1e9 --filter.word-repeat 1 --filter.char-repeat 1 --filter.compress 0.001"
+OPEN_FILTER = "--filter.incoherence 1e9 --filter.loops off"
 # A round in the time of the check: fewer probes, and of the preset's rows, tokens and doses this share.
 SMALL_ROUND = (
-    "--distil.n-keep 48 --distil.max-new-tokens 128 --dose.steps 3 --eval.profile none --eval.plain-doses 2 "
-    "--eval.canary 24 --eval.off-target 0 --eval.contrast 16 --eval.yes-no 8 --eval.demos 8 --eval.demo-tokens 32 "
-    "--eval.neutral 8"
+    "--distil.n-keep 48 --distil.max-new-tokens 128 --dose.steps 3 --eval.size tiny --eval.leave-out profile off_target"
 )
 WHOLE_ROUND_OVER_SMALL = {"r00/dose.json": 256 / 128, "r00/completions.jsonl": 256 / 128, "r00/adapter": 128 / 48}
 KILL_AFTER = 5.0  # seconds into training
@@ -203,15 +201,16 @@ def _heal_stage(lm) -> dict:
     from steer_heal.presets import PRESETS
 
     torch.cuda.set_per_process_memory_fraction(CARD_BYTES / torch.cuda.get_device_properties(0).total_memory)
-    config = replace(PRESETS[GEMMA].heal, epochs=1)
-    ids = torch.randint(100, 1000, (24, config.max_len), generator=torch.Generator().manual_seed(0)).tolist()
+    heal_config = PRESETS[GEMMA].heal
+    config = replace(heal_config, training=replace(heal_config.training, epochs=1))
+    ids = torch.randint(100, 1000, (24, config.training.max_len), generator=torch.Generator().manual_seed(0)).tolist()
     rows = [Row(row[:256], row[256:]) for row in ids]
     student = Student(lm)
-    student.begin_round(config, 0)
+    student.begin_round(config.lora, 0)
     torch.cuda.reset_peak_memory_stats()
     steering = Steering(_some_vector(lm), torch.full((len(rows),), 0.5))
     began = time.perf_counter()
-    examples = prepare(student, rows, steering, config, 32)
+    examples = prepare(student, rows, steering, config)
     prepared = time.perf_counter() - began
     records = heal(student, examples, [], with_tau(lm, examples, config), 0, 0)
     student.peft.unload()
@@ -228,7 +227,7 @@ def _heal_stage(lm) -> dict:
 
 def demo(found: Found, work: Path) -> None:
     """The demo's three rounds of a real model on the card: the figures of a CPU within their intervals."""
-    summary = _run(found, work, "smollm2-135m --model.device cuda --eval.plain-doses 0")
+    summary = _run(found, work, "smollm2-135m --model.device cuda --eval.leave-out plain")
     base, healed = summary["base"], summary["rounds"][-1]["healed"]
     low, high = DEMO_TRAIT
     shares = {
@@ -273,7 +272,7 @@ def _eight_rounds(seconds: dict[str, float]) -> dict[str, float]:
 
 def resume(found: Found, work: Path) -> None:
     """A tiny NF4 run that is killed and resumed against one that nobody touched, bit for bit."""
-    flags = "tiny-random --model.device cuda --model.quant nf4 --eval.plain-doses 0"
+    flags = "tiny-random --model.device cuda --model.quant nf4 --eval.leave-out plain"
     adapters = []
     for kill_at in (None, "r00/completions.jsonl"):
         _run(found, work, flags, kill_at)

@@ -21,11 +21,11 @@ from steer_heal.terminal import MODULE
 
 LIMIT_SECONDS = 10.0  # for a thousand folders
 SEEDS = 10
-VIEWS = {"one row a run": (), "by a flag": ("--by", "heal.lam"), "round by round": ("--rounds",)}
+VIEWS = {"one row a run": (), "by a flag": ("--by", "heal.barrier.lam"), "round by round": ("--rounds",)}
 
 
 def copies(run: Path, out: Path, folders: int) -> None:
-    """`folders` runs that differ from `run` in seed and heal.lam, whole by their own checksums."""
+    """`folders` runs that differ from `run` in seed and the barrier's weight, whole by their own checksums."""
     files = [path for path in sorted(run.rglob("*.json")) if path.is_file()]
     events = [json.loads(line) for line in (run / EVENTS).read_text("utf-8").splitlines()]
     config = json.loads((run / "config.json").read_text("utf-8"))
@@ -35,8 +35,8 @@ def copies(run: Path, out: Path, folders: int) -> None:
             copy = folder / path.relative_to(run)
             copy.parent.mkdir(parents=True, exist_ok=True)
             copy.write_bytes(path.read_bytes())
-        heal = config["heal"] | {"lam": number // SEEDS}
-        changed = config | {"seed": number % SEEDS, "heal": heal}
+        changed = config | {"seed": number % SEEDS}
+        changed["heal"] = config["heal"] | {"barrier": config["heal"]["barrier"] | {"lam": number // SEEDS}}
         (folder / "config.json").write_text(json.dumps(changed, indent=1), "utf-8")
         sums = {"config.json": sha256(folder / "config.json")}
         start = events[0] | {"sha256": events[0]["sha256"] | sums}

@@ -29,7 +29,7 @@ from steer_heal.commands import run as runner  # noqa: F401  what a run imports,
 from steer_heal.gate.folders import sha256
 from steer_heal.runs.folder import EVENTS, RunDir
 
-WORDS = ["run", "tiny-random", "--heal.target", "soft", "--heal.anchor", "neutral"]
+WORDS = ["run", "tiny-random", "--heal.target.kind", "soft", "--heal.anchor.prompts", "32"]
 CLOCKED = ("heal.jsonl", "summary.json", EVENTS, "report.html", "diary.md")  # hold times, or are made from such
 CLOCKS = ("seconds", "stage_seconds", "peak_memory_bytes")
 POLL_SECONDS = 0.002

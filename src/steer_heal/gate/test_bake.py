@@ -1,7 +1,5 @@
 """The gated history: exact gates, folding, files that plain PEFT reads."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 from bitsandbytes.nn import Linear4bit
@@ -14,7 +12,7 @@ from steer_heal.gate.conftest import DEVICE, tiny
 from steer_heal.presets import PRESETS
 
 pytestmark = pytest.mark.device
-CONFIG = replace(PRESETS["tiny-random"].heal, r=4, alpha=8)
+CONFIG = PRESETS["tiny-random"].heal.lora
 IDS = torch.tensor([[7, 300, 41, 900, 12]], device=DEVICE)
 
 
@@ -162,7 +160,7 @@ def test_a_rank_above_a_layers_width_loses_nothing(inner, outer):
 def test_a_history_is_folded_to_a_rank_above_a_layers_width(lm):
     narrow = min(min(m.weight.shape) for m in lm.blocks.modules() if type(m) is torch.nn.Linear)
     student = Student(lm)
-    wide = replace(PRESETS["tiny-random"].heal, r=narrow)
+    wide = replace(CONFIG, r=narrow)
     for seed in range(2):
         add_round(student, seed, wide)
         before = logits(student)

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from steer_heal import coherence, data
+from steer_heal import data
 from steer_heal.bake.student import Student
 from steer_heal.coherence import ASKS_NOTHING, Surprise, persona_narration, score, surprises, verdict
 from steer_heal.config import DistilConfig, DoseConfig, FilterConfig, UserError
@@ -129,53 +129,6 @@ def test_scores_that_are_not_numbers_do_not_pass():
     assert verdict(score(FINE, surprise(float("nan"), 1.0)), LIMITS) == "incoherence"
 
 
-# ---- trimming
-
-SOUND = "Put the eggs into boiling water and wait for six minutes. Then cool them under the cold tap. "
-RUBBLE = "Then tap eggs of the into cold of minutes the six their water into of their"
-
-
-def breaks_off(lm, monkeypatch, sound=SOUND, rubble=RUBBLE, calm=1.0, upset=6.0):
-    """A completion whose first part is `calm` nats a token under base and whose rest is `upset`."""
-    front, rest = lm.answer(sound), lm.answer(rubble)
-    nll = torch.tensor([calm] * len(front) + [upset] * len(rest))
-    monkeypatch.setattr(coherence, "surprises", lambda *_: [Surprise(nll, nll, torch.full_like(nll, 3.0))])
-    return [Row(lm.prompt("How do I boil an egg?"), front + rest)]
-
-
-def test_a_trimmed_completion_is_the_longest_sound_front_of_whole_sentences(lm, monkeypatch):
-    rows = breaks_off(lm, monkeypatch)
-    assert coherence.judge(lm, rows, LIMITS, 1)[0]["dropped"] == "incoherence"
-    found = coherence.judge(lm, rows, replace(LIMITS, trim=True), 1)[0]
-    assert found["dropped"] == ""
-    assert found["ids"] == rows[0].completion[: len(found["ids"])]
-    assert found["trimmed"] == len(rows[0].completion) - len(found["ids"])
-    assert found["text"] == lm.text(found["ids"])
-    assert found["text"].strip() == SOUND.strip()
-    assert found["incoherence"] <= LIMITS.incoherence - LIMITS.trim_margin
-
-
-@pytest.mark.parametrize(
-    "parts",
-    [
-        {"sound": "Put the eggs. "},  # too short to teach
-        {"sound": SOUND.replace(".", ",")},  # no sentence ends
-        {"calm": 3.0},  # no better than the rest of it
-        {"sound": "I am someone who loves eggs, and I will gladly talk about how much I love them all. " * 2},
-    ],
-)
-def test_a_front_that_is_not_sound_is_not_kept(lm, monkeypatch, parts):
-    rows = breaks_off(lm, monkeypatch, **parts)
-    found = coherence.judge(lm, rows, replace(LIMITS, trim=True), 1)[0]
-    assert found["dropped"] and "trimmed" not in found and found["text"] == lm.text(rows[0].completion)
-
-
-def test_a_front_must_be_sounder_than_a_whole(lm, monkeypatch):
-    rows = breaks_off(lm, monkeypatch)
-    found = coherence.judge(lm, rows, replace(LIMITS, trim=True, trim_margin=30.0), 1)[0]
-    assert found["dropped"] == "incoherence"
-
-
 # ---- the training set
 
 
@@ -206,7 +159,7 @@ def collect(monkeypatch, lm, vector, dice, **config):
 
 def test_sampling_goes_on_until_enough_have_survived_and_shares_prompts_and_doses(lm, vector, monkeypatch):
     dice = Dice(lambda i: i % 2 == 0)
-    completions = collect(monkeypatch, lm, vector, dice, n_keep=48, budget=400, min_train=1)
+    completions = collect(monkeypatch, lm, vector, dice, n_keep=48)
     kept = [c for c in completions if not c["dropped"]]
     assert len(kept) == 48
     assert [len(plan) for plan in dice.plans[:2]] == [48, 48]  # all at first, then what the share passed asks for
@@ -220,20 +173,20 @@ def test_sampling_goes_on_until_enough_have_survived_and_shares_prompts_and_dose
 
 def test_a_repeated_text_is_a_duplicate_and_what_is_beyond_n_keep_surplus(lm, vector, monkeypatch):
     dice = Dice(lambda i: True, text=lambda call, i, dose, prompt: f"Same  text {i // 2}")
-    completions = collect(monkeypatch, lm, vector, dice, n_keep=6, budget=20, min_train=1)
+    completions = collect(monkeypatch, lm, vector, dice, n_keep=10)
     assert [c["dropped"] for c in completions[:6]] == ["", "duplicate"] * 3
-    assert Counter(c["dropped"] for c in completions)[""] <= 6
+    assert Counter(c["dropped"] for c in completions)[""] <= 10
     assert len(completions) == 20
-    many = collect(monkeypatch, lm, vector, Dice(lambda i: i > 0), n_keep=6, budget=20, min_train=1)
-    assert Counter(c["dropped"] for c in many)[""] == 6
+    many = collect(monkeypatch, lm, vector, Dice(lambda i: i > 0), n_keep=10)
+    assert Counter(c["dropped"] for c in many)[""] == 10
 
 
 def test_the_budget_ends_the_sampling_and_the_run_says_what_to_turn(lm, vector, monkeypatch):
-    config = {"n_keep": 8, "budget": 16, "min_train": 4}
+    config = {"n_keep": 12}
     completions = collect(monkeypatch, lm, vector, Dice(lambda i: i == 0), **config)
-    assert len(completions) == 16
+    assert len(completions) == 24
     dose = {"dose": 2.0, "curve": [{"dose": 1.0, "survival": 0.5}]}
-    with pytest.raises(UserError, match=r"only 2 of 16 .*dropped: x 14; dose: survival 1\.00: 50%.*budget"):
+    with pytest.raises(UserError, match=r"only 2 of 24 .*needs 4 \(dropped: x 22; dose: survival 1\.00: 50%.*n-keep"):
         require_training_set(completions, dose, DistilConfig(**config))
 
 
@@ -241,7 +194,7 @@ def test_survival_is_relative_to_unsteered_text(lm, vector, monkeypatch):
     """A filter that drops half of everything must not forbid steering."""
     teacher = Teacher(Student(lm), vector, DistilConfig(), LIMITS, ())
     monkeypatch.setattr(dose_module, "sample", Survivors({0.0: 2, 0.5: 2, 1.0: 2, 2.0: 1, 4.0: 0}))
-    config = DoseConfig(lowest=0.5, highest=4.0, steps=4, prompts=4, survival=0.75)
+    config = DoseConfig(range=(0.5, 4.0), steps=4, prompts=4, survival=0.75)
     found = dose_curve(teacher, list("abcd"), config)
     assert [p["survival"] for p in found["curve"]] == [0.5, 0.5, 0.5, 0.25, 0.0]
     assert found["target"] == pytest.approx(0.375)

@@ -43,17 +43,17 @@ def test_all_instruments_equal_one_item_at_a_time(lm, trait, system):
         return sum(math.exp(log_prob(lm, prompt, list(ids))) for ids in {tuple(lm.answer(s)) for s in word})
 
     log_odds, mass = [], []
-    for probe in trait.yes_no[: CONFIG.yes_no]:
+    for probe in trait.yes_no[: CONFIG.counts.yes_no]:
         prompt = lm.prompt(YES_NO_FORM.format(question=probe.question), system)
         yes, no = spelled(prompt, YES), spelled(prompt, NO)
         log_odds.append((1 if probe.trait_answer == "yes" else -1) * math.log(yes / no))
         mass.append(yes + no)
     neutral_nll = []
-    for text in neutral()[: CONFIG.neutral]:
+    for text in neutral()[: CONFIG.counts.neutral]:
         ids = lm.answer(text)
         neutral_nll.append(-log_prob(lm, ids[:1], ids[1:]) / (len(ids) - 1))
     right, margin = [], []
-    for q in spread(canary(), CONFIG.canary):
+    for q in spread(canary(), CONFIG.counts.canary):
         prompt = lm.prompt(q["question"], system)
         p = {a: math.exp(log_prob(lm, prompt, lm.answer(a))) for a in (q["right"], *q["wrong"])}
         right.append(max(p, key=p.get) == q["right"])
@@ -67,17 +67,17 @@ def test_all_instruments_equal_one_item_at_a_time(lm, trait, system):
             both.append([p[name] / sum(p.values()) for name in FOUNDATIONS])
         profile.append(np.mean(both, axis=0))
     items = got["items"]
-    assert items["contrast"] == pytest.approx([contrast(p) for p in trait.contrast[: CONFIG.contrast]], abs=1e-4)
+    assert items["contrast"] == pytest.approx([contrast(p) for p in trait.contrast[: CONFIG.counts.contrast]], abs=1e-4)
     assert items["yes_no"] == pytest.approx(log_odds, abs=1e-4)
     assert items["mass"] == pytest.approx(mass, rel=1e-3)
     assert items["neutral_nll"] == pytest.approx(neutral_nll, abs=1e-4)
-    assert items["canary"] == right and len(right) == CONFIG.canary
+    assert items["canary"] == right and len(right) == CONFIG.counts.canary
     assert items["canary_log_odds"] == pytest.approx(margin, abs=1e-3)
     assert np.allclose(items["profile"], profile, rtol=1e-3, atol=1e-9)
-    others = bystanders("love", CONFIG.off_target)
+    others = bystanders("love", CONFIG.counts.off_target)
     assert trait.name == "love" and others.keys() == off_target().keys() | {"authority", "calm"}
     for name, probes in others.items():
-        assert len(probes) == CONFIG.off_target
+        assert len(probes) == CONFIG.counts.off_target
         expected = [contrast(p) for p in probes]
         assert items[f"off:{name}"] == pytest.approx(expected, abs=1e-4)
     assert got["answer_mass"] == pytest.approx(np.mean(mass), rel=1e-3)

@@ -15,6 +15,7 @@ from steer_heal.commands import chat
 from steer_heal.commands.evaluate import evaluate_alone
 from steer_heal.commands.export import export
 from steer_heal.config import ModelConfig, UserError
+from steer_heal.gate.conftest import turned
 from steer_heal.model.loading import load
 from steer_heal.presets import PRESETS
 from steer_heal.report.card import command
@@ -30,7 +31,7 @@ IDS = torch.tensor([[7, 300, 41, 900, 12]])
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """A run of two rounds whose history is compressed."""
-    config = replace(TINY, out=str(tmp_path_factory.mktemp("runs")), heal=replace(TINY.heal, fold_rank=5))
+    config = replace(TINY, out=str(tmp_path_factory.mktemp("runs")), heal=turned(TINY.heal, {"lora.fold_rank": 5}))
     lm, trait = load(config.model), data.load_trait("love")
     argv = ["run", "tiny-random", "--heal.fold-rank", "5", "--out", config.out]
     folder = create(config, "tiny-random", trait, environment(lm), argv)
@@ -81,7 +82,7 @@ def test_the_model_card_says_what_was_measured_and_how_it_was_made(finished, tmp
     healed = summary["rounds"][0]["healed"]
     assert f"| this | {healed['trait_over_base']:+.3f} " in card and f"{healed['neutral_ppl']:.2f}" in card
     assert data.load_trait("love").positive[:40] in card and "in 1 round:" in card
-    assert "`steer-heal run tiny-random --heal.fold-rank 5`" in card
+    assert "`steer-heal run tiny-random --heal.lora.fold-rank 5`" in card
     assert "{" not in card and str(tmp_path) not in card
     last = (finished / "adapter" / "README.md").read_text("utf-8")
     assert f"| this | {summary['rounds'][1]['healed']['trait_over_base']:+.3f} " in last and "in 2 rounds:" in last

@@ -18,7 +18,7 @@ from steer_heal.eval.foundations import PACKAGES, described, read_profile
 from steer_heal.eval.instruments import evaluate
 from steer_heal.presets import PRESETS
 
-CONFIG = replace(PRESETS["tiny-random"].eval, profile="tiny-mfv", scenes=1)
+CONFIG = replace(PRESETS["tiny-random"].eval, profile="tiny-mfv")
 ORDER = ["Authority", "Care", "SocialNorms", "Fairness", "Loyalty", "Sanctity", "Liberty"]
 
 

@@ -12,13 +12,13 @@ from steer_heal.eval.instruments import neutral_rows
 from steer_heal.model.steering import Vector
 from steer_heal.presets import PRESETS
 
-HEAL = replace(PRESETS["tiny-random"].heal, r=2)
+LORA = replace(PRESETS["tiny-random"].heal.lora, r=2)
 TEXTS = ["Hi.", "How long should I boil an egg for a soft yolk?", "Name a tree."]
 
 
 def grown(student, seed):
     """A round whose factors are not zero."""
-    student.begin_round(HEAL, seed)
+    student.begin_round(LORA, seed)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for factors in student.factors():

@@ -12,8 +12,6 @@ import os
 import re
 import shutil
 import warnings
-from dataclasses import fields, is_dataclass, replace
-from operator import attrgetter
 from pathlib import Path
 
 import pytest
@@ -26,7 +24,8 @@ from transformers import BertConfig, BertModel
 from steer_heal import data
 from steer_heal.cli import main
 from steer_heal.commands import run as runner
-from steer_heal.config import ALLOWED, RunConfig, UserError, check
+from steer_heal.config import COMMON, RunConfig, UserError, check, flag, knobs
+from steer_heal.gate.conftest import turned
 from steer_heal.model.random_weights import build_random
 from steer_heal.presets import PRESETS
 from steer_heal.sweep.plan import parsed
@@ -36,45 +35,40 @@ FLAGS = [  # flags out of range, contradictory, misspelt
     ("--rounds 0", "rounds is 0: it must lie in [1, inf)"),
     ("--rounds x", "Error parsing --rounds: invalid literal for int() with base 10: 'x'"),
     ("--seed 1.5", "Error parsing --seed"),
-    ("--heal.tua 3", "--heal.tua, 3 (did you mean --heal.tau?)"),
-    ("--hael.tau 3", "(did you mean --heal.tau"),
-    ("--heal.agg mena", "invalid choice 'mena' for argument '--heal.agg'. Expected one of ('mean', 'rmse'"),
-    ("--heal.reg", "--heal.reg"),
+    ("--heal.barrier.tua 3", "--heal.barrier.tua, 3 (did you mean --heal.barrier.tau?)"),
+    ("--hael.barrier.tau 3", "(did you mean --heal.barrier.tau"),
+    ("--heal.barrier.agg mena", "invalid choice 'mena' for argument '--heal.barrier.agg'. Expected one of ('mean'"),
+    ("--heal.barrier.reg", "--heal.barrier.reg"),
     ("--steer.band 0.3", "Error parsing --steer.band"),
-    ("--steer.band 0.9 0.1", "steer.band is 0.9 0.1: give two shares of depth"),
-    ("--heal.band 0.5 1.5", "heal.band is 0.5 1.5: give two shares of depth"),
+    ("--steer.band 0.9 0.1", "steer.band is 0.9 0.1: give two numbers in [0, 1], the smaller one first"),
+    ("--heal.lora.band 0.5 1.5", "heal.lora.band is 0.5 1.5: give two numbers in [0, 1]"),
     ("--steer.method pac", "steer.method 'pac' is not known (did you mean 'pca'?): choose mean_diff, pca"),
     ("--steer.n-contexts 257", "steer.n_contexts is 257: it must lie in [2, 256]"),
-    ("--dose.lowest 2 --dose.highest 1", "dose.lowest is 2.0 and dose.highest 1.0: lowest must be below"),
-    ("--dose.lowest nan", "dose.lowest is nan: it must lie in (0, inf)"),
-    ("--dose.highest inf", "dose.highest is inf"),
+    ("--dose.range 2 1", "dose.range is 2.0 1.0: give two numbers in (0, inf), the smaller one first"),
+    ("--dose.range 1 1", "dose.range is 1.0 1.0: the first number must be below the second"),
+    ("--dose.range nan 1", "dose.range is nan 1.0: give two numbers in (0, inf)"),
+    ("--dose.range 1 inf", "dose.range is 1.0 inf"),
     ("--dose.steps 1", "dose.steps is 1: it must lie in [2, inf)"),
     ("--dose.survival 0", "dose.survival is 0.0: it must lie in (0, 1]"),
     ("--dose.rule survive", "invalid choice 'survive'"),
     ("--dose.rule iso_kl --dose.kl-target 0", "dose.kl_target is 0.0"),
-    ("--distil.n-keep 99", "distil.n_keep 99 and distil.budget 48: min_train <= n_keep <= budget"),
-    ("--distil.min-train 0", "distil.min_train is 0"),
-    ("--distil.dose-spread 1", "distil.dose_spread is 1.0: it must lie in [0, 1)"),
-    ("--distil.temperature 0", "distil.temperature is 0.0: it must lie in (0, inf)"),
-    ("--distil.top-p 1.1", "distil.top_p is 1.1: it must lie in (0, 1]"),
-    ("--distil.top-k -1", "distil.top_k is -1"),
-    ("--distil.batch-size 0", "distil.batch_size is 0"),
-    ("--distil.batch-size many", "Error parsing --distil.batch-size"),
-    ("--filter.word-repeat 2", "filter.word_repeat is 2.0: it must lie in [0, 1]"),
+    ("--distil.n-keep 0", "distil.n_keep is 0: it must lie in [1, inf)"),
+    ("--model.decode-rows 0", "model.decode_rows is 0"),
+    ("--model.decode-rows many", "Error parsing --model.decode-rows"),
+    ("--model.read-rows 0", "model.read_rows is 0"),
     ("--filter.incoherence inf", "filter.incoherence is inf"),
-    ("--filter.trim maybe", "maybe"),
-    ("--heal.lr nan", "heal.lr is nan: it must lie in (0, inf)"),
-    ("--heal.lr -1", "heal.lr is -1.0"),
-    ("--heal.warmup 2", "heal.warmup is 2.0: it must lie in [0, 1]"),
-    ("--heal.tau auot", "Error parsing --heal.tau"),
-    ("--heal.anchor-tau 0", "heal.anchor_tau is 0.0: it must lie in (0, inf)"),
-    ("--heal.anchor-prompts 97", "heal.anchor_prompts is 97: it must lie in [1, 96]"),
-    ("--heal.barrier dual --heal.tau 0", "heal.barrier dual needs a divergence to hold at tau"),
-    ("--heal.reg nll --heal.anchor neutral", "heal.reg nll has no divergence for heal.anchor neutral"),
-    ("--heal.patience 2 --heal.val-share 0", "heal.patience needs completions to validate on"),
-    ("--heal.optimiser paged_adamw_8bit", "heal.optimiser paged_adamw_8bit needs a CUDA GPU"),
-    ("--eval.plain-doses 1", "eval.plain_doses is 1: a curve needs 2 doses"),
-    ("--eval.canary 181", "eval.canary is 181: it must lie in [0, 180]"),
+    ("--filter.loops maybe", "maybe"),
+    ("--heal.training.lr nan", "heal.training.lr is nan: it must lie in (0, inf)"),
+    ("--heal.training.lr -1", "heal.training.lr is -1.0"),
+    ("--heal.training.val-share 1", "heal.training.val_share is 1.0: it must lie in [0, 0.5]"),
+    ("--heal.barrier.tau auot", "Error parsing --heal.barrier.tau"),
+    ("--heal.anchor.tau 0", "heal.anchor.tau is 0.0: it must lie in (0, inf)"),
+    ("--heal.anchor.prompts 97", "heal.anchor.prompts is 97: it must lie in [0, 96]"),
+    ("--heal.barrier.kind dual --heal.barrier.tau 0", "heal.barrier.kind dual needs a divergence to hold at tau"),
+    ("--heal.barrier.reg nll --heal.anchor.prompts 9", "heal.barrier.reg nll has no divergence for heal.anchor"),
+    ("--heal.training.optimiser paged_adamw_8bit", "heal.training.optimiser paged_adamw_8bit needs a CUDA GPU"),
+    ("--eval.size huge", "invalid choice 'huge'"),
+    ("--eval.plain-range 3 3", "eval.plain_range is 3.0 3.0: the first number must be below the second"),
     ("--eval.ends-only profil", "profil"),
     ("--model.device cuda", "model.device is 'cuda' but this machine has no CUDA GPU"),
     ("--model.quant int4", "invalid choice 'int4'"),
@@ -103,16 +97,16 @@ COMMANDS = [
     ("eval no/such/folder", "model path 'no/such/folder' does not exist"),
     ("eval random:tiny --round 1", "--round 1: 'random:tiny' is no run folder"),
     ("eval random:tiny --json gone/record.json", "--json 'gone/record.json': there is no folder 'gone'"),
-    ("eval random:tiny --eval.scenes 0", "eval.scenes is 0"),
+    ("eval random:tiny --eval.plain-range 2 1", "eval.plain_range is 2.0 1.0"),
     ("results --out nothing-here", "no folder 'nothing-here'"),
     ("results --csv .", "--csv '.': is a folder"),
     ("bench genrate", "invalid choice 'genrate'"),
     ("bench generate --preset smol", "preset 'smol' is not known (did you mean 'smollm2-135m'?)"),
     ("bench generate --rows 0", "--rows is 0"),
-    ("sweep x --grid heal.agg=mean -- tiny", "after -- give a preset and flags"),
+    ("sweep x --grid heal.barrier.agg=mean -- tiny", "after -- give a preset and flags"),
     ("sweep x --seeds a -- tiny-random", "--seeds 'a': write whole numbers"),
-    ("sweep x --grid heal.agg=mena -- tiny-random", "invalid choice 'mena' for argument '--heal.agg'"),
-    ("sweep x -- tiny-random --heal.tua 3", "(did you mean --heal.tau?)"),
+    ("sweep x --grid heal.barrier.agg=mena -- tiny-random", "invalid choice 'mena' for argument '--heal.barrier.agg'"),
+    ("sweep x -- tiny-random --heal.barrier.tua 3", "(did you mean --heal.barrier.tau?)"),
     ("sweep x --workers 0 -- tiny-random", "--workers 0"),
 ]
 
@@ -236,7 +230,7 @@ def test_a_cache_that_cannot_be_written_or_locked(tmp_path, capsys, monkeypatch)
 
 
 def test_an_adapter_that_does_not_fit(sound, tmp_path, capsys):
-    main([*RUN, "--rounds", "1", "--eval.profile", "none", "--eval.plain-doses", "0", "--out", str(tmp_path / "out")])
+    main([*RUN, "--rounds", "1", "--eval.leave-out", "profile", "plain", "--out", str(tmp_path / "out")])
     (run,) = (tmp_path / "out").iterdir()
     adapter, other = shutil.copytree(run / "adapter", tmp_path / "adapter"), shutil.copytree(sound, tmp_path / "other")
     change(other / "config.json", intermediate_size=96)
@@ -267,85 +261,74 @@ NUMBERS = st.one_of(
 )
 
 
-def knobs(config=None, prefix: str = "") -> list[str]:
-    """Every flag of a run, as the command line has it."""
-    config = RunConfig() if config is None else config
-    found = []
-    for field in fields(config):
-        value = getattr(config, field.name)
-        name = f"{prefix}{field.name}".replace("_", "-")
-        found += knobs(value, f"{name}.") if is_dataclass(value) else [name]
-    return found
-
-
 @settings(max_examples=150, derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(st.sampled_from(knobs()), st.lists(st.one_of(NUMBERS.map(str), st.text(max_size=6)), max_size=3))
-def test_any_value_of_any_flag_is_taken_or_refused_in_a_line(flag, values):
+@given(
+    st.sampled_from([flag(knob.name) for knob in knobs(RunConfig())]),
+    st.lists(st.one_of(NUMBERS.map(str), st.text(max_size=6)), max_size=3),
+)
+def test_any_value_of_any_flag_is_taken_or_refused_in_a_line(name, values):
     try:
-        config = parsed(("tiny-random", f"--{flag}", *values))
+        config = parsed(("tiny-random", name, *values))
         check(config)
     except UserError as error:
         assert str(error) and len(str(error)) < 1000
     except SystemExit as end:
         assert end.code == 0 and {"--help", "-h"} & {*values}  # asked for
     else:
-        for name in ALLOWED:
-            value = attrgetter(name)(config)
-            assert value == "auto" or math.isfinite(value)
+        numbers = [
+            v for knob in knobs(config) for v in (knob.value if isinstance(knob.value, tuple) else (knob.value,))
+        ]
+        assert all(math.isfinite(number) for number in numbers if isinstance(number, float))
 
 
-SMALL = replace(
+SMALL = turned(
     PRESETS["tiny-random"],
-    rounds=1,
-    steer=replace(PRESETS["tiny-random"].steer, n_contexts=4),
-    dose=replace(PRESETS["tiny-random"].dose, steps=2, prompts=2),
-    distil=replace(PRESETS["tiny-random"].distil, n_keep=6, budget=8, min_train=2, max_new_tokens=4),
-    heal=replace(PRESETS["tiny-random"].heal, epochs=1),
-    eval=replace(
-        PRESETS["tiny-random"].eval,
-        contrast=2, yes_no=2, demos=2, demo_tokens=2, neutral=1, off_target=0, canary=0, profile="none", plain_doses=0,
-    ),
-)  # fmt: skip
+    {
+        "rounds": 1,
+        "steer.n_contexts": 4,
+        "dose.steps": 2,
+        "dose.prompts": 2,
+        "distil.n_keep": 6,
+        "distil.max_new_tokens": 4,
+        "heal.training.epochs": 1,
+        "eval.leave_out": ("off_target", "canary", "profile", "plain"),
+    },
+)
 PART = st.floats(0, 1)
 SANE = {  # what a user may turn, also to its ends
-    "steer": {"band": st.one_of(st.just("auto"), st.tuples(PART, PART)), "n_contexts": st.integers(0, 5)},
-    "dose": {"rule": st.sampled_from(["survival", "iso_kl"]), "survival": PART, "kl_target": st.floats(0, 9)},
-    "distil": {"dose_spread": PART, "top_k": st.integers(0, 3000), "top_p": PART, "temperature": st.floats(0, 50)},
-    "filter": {"word_repeat": PART, "compress": PART, "min_words": st.integers(0, 9), "trim": st.booleans()},
-    "heal": {
-        "target": st.sampled_from(["sampled", "soft", "mirrored"]),
-        "reg": st.sampled_from(["nll", "kl_fwd", "kl_rev"]),
-        "agg": st.sampled_from(["mean", "rmse", "p95", "max"]),
-        "reference": st.sampled_from(["prev", "base"]),
-        "anchor": st.sampled_from(["none", "neutral"]),
-        "anchor_prompts": st.integers(0, 3),
-        "anchor_bs": st.integers(0, 5),
-        "tau": st.one_of(st.just("auto"), st.floats(0, 4)),
-        "barrier": st.sampled_from(["fixed", "dual"]),
-        "op_norm": st.sampled_from([0.0, 0.1]),
-        "lr": st.floats(0, 10),
-        "train_bs": st.integers(0, 9),
-        "grad_accum": st.integers(0, 3),
-        "warmup": PART,
-        "val_share": PART,
-        "patience": st.integers(0, 2),
-        "max_len": st.integers(0, 90),
-        "band": st.tuples(PART, PART),
-        "checkpointing": st.booleans(),
-        "fold_rank": st.integers(0, 3),
-    },
+    "steer.band": st.one_of(st.just("auto"), st.tuples(PART, PART)),
+    "steer.n_contexts": st.integers(0, 5),
+    "dose.rule": st.sampled_from(["survival", "iso_kl"]),
+    "dose.range": st.tuples(st.floats(0, 3), st.floats(0, 9)),
+    "dose.survival": PART,
+    "dose.kl_target": st.floats(0, 9),
+    "filter.incoherence": st.sampled_from([-9.0, 0.0, 1e9]),
+    "filter.loops": st.sampled_from(["strict", "lax", "off"]),
+    "heal.target.kind": st.sampled_from(["sampled", "soft", "mirrored"]),
+    "heal.barrier.kind": st.sampled_from(["fixed", "dual"]),
+    "heal.barrier.reg": st.sampled_from(["nll", "kl_fwd", "kl_rev"]),
+    "heal.barrier.agg": st.sampled_from(["mean", "rmse", "p95", "max"]),
+    "heal.barrier.reference": st.sampled_from(["prev", "base"]),
+    "heal.barrier.tau": st.one_of(st.just("auto"), st.floats(0, 4)),
+    "heal.anchor.prompts": st.integers(0, 3),
+    "heal.training.op_norm": st.sampled_from([0.0, 0.1]),
+    "heal.training.lr": st.floats(0, 10),
+    "heal.training.batch": st.integers(0, 9),
+    "heal.training.pass_rows": st.integers(0, 4),
+    "heal.training.val_share": PART,
+    "heal.training.max_len": st.integers(0, 90),
+    "heal.training.checkpointing": st.booleans(),
+    "heal.lora.band": st.tuples(PART, PART),
+    "heal.lora.fold_rank": st.integers(0, 3),
 }
 
 
 @settings(max_examples=40, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))
 @given(st.data())
-def test_what_is_accepted_runs_or_is_refused(tmp_path_factory, drawn):
+def test_what_is_accepted_runs_or_is_refused(tmp_path_factory, least, drawn):
     out = tmp_path_factory.mktemp("any")
-    changed = {}
-    for section, values in SANE.items():
-        names = drawn.draw(st.lists(st.sampled_from(sorted(values)), max_size=3, unique=True))
-        changed[section] = replace(getattr(SMALL, section), **{name: drawn.draw(values[name]) for name in names})
-    config = replace(SMALL, out=str(out), **changed)
+    names = drawn.draw(st.lists(st.sampled_from(sorted(SANE)), max_size=9, unique=True))
+    config = turned(SMALL, {"out": str(out), **{name: drawn.draw(SANE[name]) for name in names}})
     try:
         _, summary = runner.run(config, "tiny-random", [])
         assert len(summary["rounds"]) == 1
@@ -353,8 +336,21 @@ def test_what_is_accepted_runs_or_is_refused(tmp_path_factory, drawn):
         assert "\n" not in str(error)
 
 
+def test_help_lists_the_common_flags_and_help_all_every_flag(capsys):
+    listed = {}
+    for word in ("--help", "--help-all"):
+        with pytest.raises(SystemExit) as end:
+            main([*RUN, word])
+        assert end.value.code == 0
+        listed[word] = {*re.findall(r"--[a-z][\w.-]+", capsys.readouterr().out)} - {"--help", "--help-all"}
+    every = [knob for knob in knobs(RunConfig()) if not isinstance(knob.value, bool)]
+    assert {flag(knob.name) for knob in every} <= listed["--help-all"] and len(every) < 60
+    assert {flag(knob.name) for knob in every if COMMON in knob.marks} == listed["--help"]
+    assert 18 <= len(listed["--help"]) <= 25
+
+
 def test_data_of_the_presets_is_there():
     trait = data.load_trait("love")
     for name, config in PRESETS.items():
         check(config)
-        assert config.eval.contrast <= len(trait.contrast), name
+        assert config.eval.counts.contrast <= len(trait.contrast), name

@@ -101,7 +101,7 @@ def test_of_a_multimodal_gemma_the_text_tower_is_used_and_trained(multimodal):
     torch.testing.assert_close(row_nll(lm, [row], 1)[0], torch.stack(expected), rtol=1e-4, atol=1e-4)
 
     student = Student(lm)
-    student.begin_round(PRESETS["tiny-random"].heal, 0)
+    student.begin_round(PRESETS["tiny-random"].heal.lora, 0)
     adapted = {name for name, _ in student.peft.named_parameters() if ".now." in name}
     assert adapted and all("language_model" in name for name in adapted)
 
@@ -133,7 +133,7 @@ def test_under_nf4_the_adapter_gets_the_gradient_of_the_dequantised_weights(lm):
     gradients = []
     for model in (quantised, lm):
         student = Student(model)
-        student.begin_round(PRESETS["tiny-random"].heal, 0)
+        student.begin_round(PRESETS["tiny-random"].heal.lora, 0)
         for i, parameter in enumerate(student.trainable()):
             parameter.data = 0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(i))
         row_nll(model, [row], 1)

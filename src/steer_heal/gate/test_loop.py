@@ -16,10 +16,11 @@ from safetensors.torch import load_file
 
 from steer_heal import data, loop, stages
 from steer_heal.cli import main
-from steer_heal.config import HealConfig, ModelConfig, UserError
+from steer_heal.config import AnchorConfig, BarrierConfig, HealConfig, ModelConfig, UserError
 from steer_heal.distil.sample import Exhausted
 from steer_heal.eval.summary import peak_memory
 from steer_heal.files import read_jsonl
+from steer_heal.gate.conftest import turned
 from steer_heal.gate.soak import timeless
 from steer_heal.model.loading import load
 from steer_heal.presets import PRESETS
@@ -30,7 +31,7 @@ from steer_heal.runs.resume import create
 from steer_heal.sweep import disk
 from steer_heal.terminal import MODULE
 
-TINY = replace(PRESETS["tiny-random"], heal=replace(PRESETS["tiny-random"].heal, target="soft", anchor="neutral"))
+TINY = turned(PRESETS["tiny-random"], {"heal.target.kind": "soft", "heal.anchor.prompts": 32})
 
 
 def do(config, **changes):
@@ -64,8 +65,8 @@ def test_the_record_of_a_run_is_complete(tmp_path):
         assert round_["verdict"]["word"] == "broken"  # a random model is no yardstick
         assert -1 <= round_["cos_shift_vector"] <= 1 and round_["kl_to_base_nats"] > 0
         assert {"extract", "dose", "distil", "heal", "eval"} == round_["stage_seconds"].keys()
-        assert 0 < round_["kept"] <= TINY.distil.n_keep <= round_["generated"] <= TINY.distil.budget
-    assert [arm["dose"] for arm in summary["plain"]] == pytest.approx([TINY.dose.lowest / 2, 3 * TINY.dose.highest])
+        assert 0 < round_["kept"] <= TINY.distil.n_keep <= round_["generated"] <= 2 * TINY.distil.n_keep
+    assert [arm["dose"] for arm in summary["plain"]] == pytest.approx([0.125, 12.0])
     assert "equal_trait" not in summary["rounds"][0]
     assert {"canary", "demo_coherent", "mass"} <= summary["rounds"][-1]["equal_trait"]["healed_over"].keys()
     ends = [summary[arm] for arm in ("base", "prompted", "negative")]
@@ -109,8 +110,9 @@ def test_a_loop_that_steering_exhausts_ends_with_what_it_has(tmp_path, monkeypat
 @pytest.mark.parametrize("source", ["student", "base"])
 def test_what_the_base_fixes_is_the_same_in_every_round(tmp_path, source, capsys):
     """With `source base` the vector. With `reference base` the budget tau, and the multiplier goes on."""
-    heal = replace(TINY.heal, reference="base", tau="auto", barrier="dual")
-    folder, _ = do(TINY, out=str(tmp_path), steer=replace(TINY.steer, source=source), heal=heal)
+    barrier = {"reference": "base", "tau": "auto", "kind": "dual"}
+    knobs = {f"heal.barrier.{name}": value for name, value in barrier.items()}
+    folder, _ = do(turned(TINY, knobs | {"steer.source": source}), out=str(tmp_path))
     records = [read_jsonl(folder.path / f"r{i:02d}" / "heal.jsonl") for i in range(2)]
     assert len({record["tau"] for of_round in records for record in of_round}) == 1
     assert records[1][0]["lam"] == records[0][-1]["next_lam"]
@@ -122,8 +124,7 @@ def test_what_the_base_fixes_is_the_same_in_every_round(tmp_path, source, capsys
 
 def test_batch_sizes_change_no_bit(tmp_path):
     whole, summary = do(TINY, out=str(tmp_path / "a"), rounds=1)
-    parts = {"distil": 5, "eval": 3, "steer": 7}
-    small = replace(TINY, **{name: replace(getattr(TINY, name), batch_size=rows) for name, rows in parts.items()})
+    small = turned(TINY, {"model.decode_rows": 5, "model.read_rows": 3})
     other, again = do(small, out=str(tmp_path / "b"), rounds=1)
     assert timeless(again) == timeless(summary)
     a, b = (load_file(run.path / "adapter" / "adapter_model.safetensors") for run in (whole, other))
@@ -143,17 +144,20 @@ def test_a_barrier_that_never_fires_is_loud(capsys):
 
     from steer_heal.eval.summary import barrier_warning
 
+    def heal(**barrier):
+        return HealConfig(barrier=BarrierConfig(**barrier))
+
     lines = []
     sink = logger.add(lines.append, format="{level} {message}")
     records = [{"fired": False, "anchor_fired": False, "divergence": 0.13, "tau": 0.5} for _ in range(40)]
-    barrier_warning(records, HealConfig(tau=0.5))
-    barrier_warning([{**r, "fired": True} for r in records], HealConfig(tau=0.05))
-    barrier_warning(records, HealConfig(reg="nll"))
-    barrier_warning([{**r, "anchor_fired": True} for r in records], HealConfig(anchor="neutral"))
-    barrier_warning(records, HealConfig(reference="base"))
+    barrier_warning(records, heal(tau=0.5))
+    barrier_warning([{**r, "fired": True} for r in records], heal(tau=0.05))
+    barrier_warning(records, heal(reg="nll"))
+    barrier_warning([{**r, "anchor_fired": True} for r in records], HealConfig(anchor=AnchorConfig(prompts=1)))
+    barrier_warning(records, heal(reference="base"))
     logger.remove(sink)
     assert len(lines) == 4
-    assert "WARNING" in lines[0] and "0.13 nats" in lines[0] and "--heal.tau 0.065" in lines[0]
+    assert "WARNING" in lines[0] and "0.13 nats" in lines[0] and "--heal.barrier.tau 0.065" in lines[0]
     assert "INFO" in lines[1] and "100%" in lines[1]
     assert "INFO" in lines[2] and "the anchor alone held this round back" in lines[2]
     assert "INFO" in lines[3] and "within its budget" in lines[3]
@@ -171,12 +175,14 @@ MISTAKES = [
     (["run", "tiny-random", "--rounds", "0"], "rounds is 0"),
     (["report", "nothing-here"], "'nothing-here' is no run folder"),
     (["chat", "nothing-here"], "'nothing-here' is no run folder"),
-    (["sweep", "x", "--grid", "heal.agg=mean", "--", "tiny"], "after -- give a preset"),
+    (["sweep", "x", "--grid", "heal.barrier.agg=mean", "--", "tiny"], "after -- give a preset"),
     (["sweep", "x", "--seeds", "a", "--", "tiny-random"], "--seeds 'a': write whole numbers"),
     (["export", "nothing-here", "--to", "there"], "'nothing-here' is no run folder"),
-    (["run", "tiny-random", "--heal.optimiser", "paged_adamw_8bit"], "paged_adamw_8bit needs a CUDA GPU"),
-    (["run", "tiny-random", "--heal.patience", "2", "--heal.val-share", "0"], "heal.patience needs completions to"),
-    (["run", "tiny-random", "--heal.barrier", "dual", "--heal.reg", "nll"], "heal.barrier dual needs a divergence"),
+    (["run", "tiny-random", "--heal.training.optimiser", "paged_adamw_8bit"], "paged_adamw_8bit needs a CUDA GPU"),
+    (
+        ["run", "tiny-random", "--heal.barrier.kind", "dual", "--heal.barrier.reg", "nll"],
+        "heal.barrier.kind dual needs a divergence",
+    ),
     (["eval", "no/such/folder"], "model path 'no/such/folder' does not exist"),
     (["eval", "random:tiny", "--round", "1"], "'random:tiny' is no run folder"),
     (["results", "--out", "nothing-here"], "no folder 'nothing-here'"),

@@ -17,7 +17,7 @@ import polars as pl
 import pytest
 from plotly.offline import get_plotlyjs
 
-from steer_heal.config import HealConfig, UserError
+from steer_heal.config import BarrierConfig, HealConfig, UserError
 from steer_heal.eval import intervals
 from steer_heal.eval.intervals import across_seeds, trait_over
 from steer_heal.eval.record import arms_record
@@ -76,10 +76,10 @@ def write_arm(
 
 def write_run(folder: Path, rounds: int = 2, **healed_scores: float) -> Path:
     """A finished run; the healed student moved 0.25, the prompt 0.15, steering 0.45 nats/token."""
-    heal = asdict(HealConfig(tau=0.05, anchor_tau=0.02))  # whole: the report reads whatever a real run has
+    heal = asdict(HealConfig(barrier=BarrierConfig(tau=0.05)))  # whole: the report reads whatever a real run has
     config = {
         "trait": TRAIT + ".toml",
-        "eval": {"plain_doses": 2},
+        "eval": {"size": "tiny"},
         "rounds": rounds,
         "seed": 7,
         "model": {"path": "org/model"},
@@ -272,7 +272,7 @@ def test_diary_shows_the_voice_round_by_round(tmp_path: Path) -> None:
     run = load(tmp_path)
     fired = "The barrier fired on 40% of 5 steps (median D 0.04 nats)"  # steps 3 and 4 of 0 to 4, the anchor on 4
     assert f"{fired}. " in words.diary(run)
-    run.config["heal"]["anchor"] = "neutral"
+    run.config["heal"]["anchor"]["prompts"] = 32
     assert f"{fired}, its anchor on 20%. " in words.diary(run)
 
 
@@ -301,15 +301,15 @@ def test_runs_that_differ_in_their_seed_are_one_row(tmp_path: Path, monkeypatch)
     assert row["seeds"] == 3 and row["verdict"] == "moved" and row["mass/base"] == "1.000"
     mean, low, high = (float(x) for x in re.findall(r"[+-][0-9.]+", row["healed"] + row["95% interval"]))
     assert mean == pytest.approx(0.35, abs=0.001) and 0.1 < low < 0.2 and 0.5 < high < 0.6
-    seeded(tmp_path, 4, heal={"reg": "kl_fwd", "agg": "rmse"})
-    rows = results.arm_table(disk.scan(tmp_path), ["heal.reg"]).to_dicts()
-    assert [(row["heal.reg"], row["seeds"]) for row in rows] == [("kl_fwd", 1), ("kl_rev", 3)]
+    seeded(tmp_path, 4, heal={"barrier": {"reg": "kl_fwd", "agg": "rmse"}})
+    rows = results.arm_table(disk.scan(tmp_path), ["heal.barrier.reg"]).to_dicts()
+    assert [(row["heal.barrier.reg"], row["seeds"]) for row in rows] == [("kl_fwd", 1), ("kl_rev", 3)]
     with pytest.raises(UserError, match="no flag of `run`"):
-        results.arm_table(disk.scan(tmp_path), ["heal.rge"])
+        results.arm_table(disk.scan(tmp_path), ["heal.barrier.rge"])
 
 
 def test_results_shows_sweeps_under_their_hypothesis_and_writes_tables(tmp_path: Path, capsys, monkeypatch) -> None:
-    heal = asdict(HealConfig(tau=0.05, anchor_tau=0.02, agg="mean"))
+    heal = asdict(HealConfig(barrier=BarrierConfig(tau=0.05, agg="mean")))
     for seed in (1, 2):
         seeded(tmp_path / "agg", seed)
     monkeypatch.setitem(CONTRAST, "healed", [0.2, 0.4, 0.4, 0.5])
@@ -325,8 +325,8 @@ def test_results_shows_sweeps_under_their_hypothesis_and_writes_tables(tmp_path:
     broken = seeded(tmp_path, 6)
     (broken / "summary.json").unlink()
     seal(broken)
-    sweep = {"name": "agg", "hypothesis": "rmse holds", "flags": ["heal.agg"], "seeds": [1, 2]}
-    sweep["arms"] = [{"heal.agg": agg} for agg in ("rmse", "mean")]
+    sweep = {"name": "agg", "hypothesis": "rmse holds", "flags": ["heal.barrier.agg"], "seeds": [1, 2]}
+    sweep["arms"] = [{"heal.barrier.agg": agg} for agg in ("rmse", "mean")]
     sweep["runs"] = [identity(run.config, run.trait) for run in disk.scan(tmp_path / "agg")]
     (tmp_path / "agg" / "sweep.json").write_text(json.dumps(sweep))
     files = {kind: tmp_path / f"table.{kind}" for kind in ("csv", "json", "md")}
@@ -335,7 +335,7 @@ def test_results_shows_sweeps_under_their_hypothesis_and_writes_tables(tmp_path:
     assert said.index("H: rmse holds") < said.index("│ rmse") < said.index("20260101-000005_model_love_s5")
     assert f"run --resume {broken}" in said
     rows = json.loads(files["json"].read_text())
-    assert [row["heal.agg"] for row in rows] == ["mean", "rmse", "mean", None] and rows[0]["seeds"] == 2
+    assert [row["heal.barrier.agg"] for row in rows] == ["mean", "rmse", "mean", None] and rows[0]["seeds"] == 2
     compared = "sweep agg: each arm minus the first (rmse), on the same items"
     assert [row["table"] for row in rows] == ["sweep agg\nH: rmse holds"] * 2 + [compared, "runs"]
     assert (
@@ -344,11 +344,13 @@ def test_results_shows_sweeps_under_their_hypothesis_and_writes_tables(tmp_path:
         and rows[2]["answer mass"] == "+0.000 [+0.000, +0.000]"
     )
     rounds = tmp_path / "rounds.json"
-    results.show(tmp_path, ("heal.agg",), True, None, str(rounds), None, str(tmp_path / "all.html"))
+    results.show(tmp_path, ("heal.barrier.agg",), True, None, str(rounds), None, str(tmp_path / "all.html"))
     by_round = json.loads(rounds.read_text())
     of_runs = {row["table"] for row in by_round} - {compared}
     assert len(of_runs) == 2 and any("20260101-000005_model_love_s5" in title for title in of_runs)
-    after = [(row["heal.agg"], row["round"], row["trait"].split()[0]) for row in by_round if row["table"] == compared]
+    after = [
+        (row["heal.barrier.agg"], row["round"], row["trait"].split()[0]) for row in by_round if row["table"] == compared
+    ]
     assert after == [("mean", 0, "-0.025"), ("mean", 1, "-0.125")]
     namesake = tmp_path / "other" / "agg"
     namesake.mkdir(parents=True)
@@ -358,26 +360,26 @@ def test_results_shows_sweeps_under_their_hypothesis_and_writes_tables(tmp_path:
     assert titles == ["sweep agg\nH: rmse holds", compared, *of_namesake, "runs"]
     page = (tmp_path / "all.html").read_text()
     figures = [attrs for tag, attrs in Tags(page).seen if attrs.get("class") == "figure"]
-    assert "heal.agg mean, seeds 1, 2" in page and len(figures) == 1 + 2 * 5
+    assert "heal.barrier.agg mean, seeds 1, 2" in page and len(figures) == 1 + 2 * 5
     groups = disk.grouped(disk.scan(tmp_path / "agg"))
-    assert overview.names(groups) == ["heal.agg mean", "heal.agg rmse"]
-    assert overview.names([*groups, groups[0]]) == ["as most others are", "heal.agg rmse", "as most others are"]
+    assert overview.names(groups) == ["heal.barrier.agg mean", "heal.barrier.agg rmse"]
+    assert overview.names([*groups, groups[0]]) == ["as most others are", "heal.barrier.agg rmse", "as most others are"]
     student = frontier_figure(overview.averaged(groups[0])).data[1]
     assert student.customdata == ("", "r0", "r1") and student.text == ("", "r0", "r1")
     lines = paths_figure([("mean", overview.averaged(groups[0]))]).data
     by_hand = [float(np.mean([run.changes("healed", i) for run in groups[0]])) for i in range(2)]
     assert lines[0].y == pytest.approx((0, *by_hand)) and lines[0].x == pytest.approx((1, 1, 1))
     said = capsys.readouterr().out
-    assert "heal.agg mean, seeds 1, 2" in said and "times the prompt" in said and "over equal cost" in said
+    assert "heal.barrier.agg mean, seeds 1, 2" in said and "times the prompt" in said and "over equal cost" in said
     for run in disk.grouped(disk.scan(tmp_path / "agg"))[0]:  # the arm of the mean ended a round early
         cut = run.summary | {"rounds": run.summary["rounds"][:1]}
         (run.folder / "summary.json").write_text(json.dumps(cut))
         seal(run.folder)
-    found = results.difference_table(disk.scan(tmp_path / "agg"), ["heal.agg"], sweep["arms"]).to_dicts()
-    assert [(row["heal.agg"], row["round"]) for row in found] == [("mean", 0)]
-    assert files["csv"].read_text().startswith("table,heal.agg,seeds,model")
+    found = results.difference_table(disk.scan(tmp_path / "agg"), ["heal.barrier.agg"], sweep["arms"]).to_dicts()
+    assert [(row["heal.barrier.agg"], row["round"]) for row in found] == [("mean", 0)]
+    assert files["csv"].read_text().startswith("table,heal.barrier.agg,seeds,model")
     under, table = files["md"].read_text().split("\n\n", 2)[:2]
-    assert under == "sweep agg\nH: rmse holds" and table.startswith("| heal.agg ")
+    assert under == "sweep agg\nH: rmse holds" and table.startswith("| heal.barrier.agg ")
     assert table.count("\n") == 3  # a line a row, however wide
     assert "null" not in results._printed(pl.DataFrame({"read at the end": [None, "+0.1 [+0.0, +0.2]"]}))
     assert overview._cells((None, 1, "+0.1 [+0.0, +0.2]")) == ["", "1", '+0.1 <span class="ci">[+0.0, +0.2]</span>']

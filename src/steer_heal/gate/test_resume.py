@@ -21,6 +21,7 @@ from steer_heal.cli import main
 from steer_heal.commands import run as runner
 from steer_heal.config import UserError
 from steer_heal.files import writing
+from steer_heal.gate.conftest import turned
 from steer_heal.gate.folders import cut
 from steer_heal.gate.soak import WORDS, result
 from steer_heal.model import decode as generate
@@ -122,7 +123,7 @@ DAMAGE = [
     (flip, "r00/dose.json", "r00/dose.json"),
     (flip, "r00/adapter/adapter_model.safetensors", "r00/adapter"),
     (flip, "negative.json", "negative.json"),
-    (flip, "batch_size.json", "batch_size.json"),
+    (flip, "decode_rows.json", "decode_rows.json"),
     (flip, "anchor.jsonl", "anchor.jsonl"),
     (flip, "config.json", "config.json"),
     (flip, "adapter/adapter_model.safetensors", "adapter"),
@@ -173,9 +174,9 @@ def test_what_cannot_be_trusted_or_made_again_is_refused(folder, capsys):
     lines = log.read_text().splitlines()
     log.write_text("\n".join([lines[0], lines[1][:-9], *lines[2:]]) + "\n")
     assert f"{log} is damaged in line 2" in refused(["run", "--resume", str(folder)], capsys)
-    log.write_text("\n".join(line for line in lines if '"batch_size.json"' not in line) + "\n")
+    log.write_text("\n".join(line for line in lines if '"decode_rows.json"' not in line) + "\n")
     said = refused(["run", "--resume", str(folder)], capsys)
-    assert "batch_size.json was not made by this run" in said
+    assert "decode_rows.json was not made by this run" in said
     main(mend(said))
     log.unlink()
     assert f"{log} is missing" in refused(["run", "--resume", str(folder)], capsys)
@@ -208,20 +209,19 @@ def test_the_batch_size_that_memory_allowed_is_kept(whole, folder, monkeypatch):
 
 def test_another_config_is_refused_and_rounding_may_differ(whole, folder, capsys):
     again = ["run", "--resume", str(folder)]
-    said = refused([*again, "--heal.tau", "9", "--seed", "3"], capsys)
-    assert "heal.tau: 0.001 then, 9.0 now; seed: 0 then, 3 now" in said and "start a new run" in said
-    assert "with that changed it is another run" in refused([*again, "--allow-change", "heal.tau"], capsys)
+    said = refused([*again, "--heal.barrier.tau", "9", "--seed", "3"], capsys)
+    assert "heal.barrier.tau: 0.001 then, 9.0 now; seed: 0 then, 3 now" in said and "start a new run" in said
+    assert "with that changed it is another run" in refused([*again, "--allow-change", "heal.barrier.tau"], capsys)
     assert "its preset is tiny-random, not smollm2-135m" in refused(["run", "smollm2-135m", *again[1:]], capsys)
-    less = [*again, "--heal.train-bs", "2", "--heal.grad-accum", "4"]
-    assert "Allow it with --allow-change heal.grad_accum heal.train_bs" in refused(less, capsys)
-    allowed = ["--allow-change", "heal.train_bs", "heal.grad_accum"]
-    assert "was 8 completions a step" in refused([*again, "--heal.train-bs", "2", *allowed], capsys)
+    less = [*again, "--heal.training.pass-rows", "2"]
+    assert "Allow it with --allow-change heal.training.pass_rows" in refused(less, capsys)
+    allowed = ["--allow-change", "heal.training.pass_rows"]
     before = (folder / EVENTS).read_text()
     cut(folder, "r01/adapter")
     main([*less, *allowed])
     main(again)  # what was allowed is the run's config now
     changes = [e for e in RunDir(folder).events() if e["event"] == "change"]
-    assert [(e["key"], e["then"], e["now"]) for e in changes] == [("heal.grad_accum", 2, 4), ("heal.train_bs", 4, 2)]
+    assert [(e["key"], e["then"], e["now"]) for e in changes] == [("heal.training.pass_rows", 4, 2)]
     assert before.splitlines()[0] == (folder / EVENTS).read_text().splitlines()[0]
     one, other = (json.loads((f / "summary.json").read_text())["rounds"][1]["healed"] for f in (whole, folder))
     assert one["trait_nats"] == pytest.approx(other["trait_nats"], abs=2e-3)
@@ -400,10 +400,10 @@ def test_an_artefact_that_cannot_be_written_leaves_no_half(folder, tmp_path):
 @pytest.mark.parametrize(
     ("artefact", "flags"),
     [
-        ("r00/vector", "--steer.batch-size 16 --allow-change steer.batch_size"),
-        ("r00/completions.jsonl", "--distil.batch-size 48 --allow-change distil.batch_size"),
-        ("r00/adapter", "--heal.train-bs 2 --heal.grad-accum 4 --allow-change heal.train_bs heal.grad_accum"),
-        ("r00/healed.json", "--eval.batch-size 16 --allow-change eval.batch_size"),
+        ("r00/vector", "--model.read-rows 16 --allow-change model.read_rows"),
+        ("r00/completions.jsonl", "--model.decode-rows 48 --allow-change model.decode_rows"),
+        ("r00/adapter", "--heal.training.pass-rows 2 --allow-change heal.training.pass_rows"),
+        ("r00/healed.json", "--model.read-rows 16 --allow-change model.read_rows"),
     ],
 )
 def test_out_of_memory_names_the_stage_and_the_knob(whole, folder, capsys, monkeypatch, artefact, flags):
@@ -427,9 +427,9 @@ def test_out_of_memory_names_the_stage_and_the_knob(whole, folder, capsys, monke
 @pytest.mark.parametrize(
     ("function", "said_of", "flags"),
     [
-        ("prepare", "reading what it is trained on", "--eval.batch-size 16 --allow-change eval.batch_size"),
-        ("prepare_anchors", "reading what it is trained on", "--eval.batch-size 16 --allow-change eval.batch_size"),
-        ("heal", "training", "--heal.train-bs 2 --heal.grad-accum 4 --allow-change heal.train_bs heal.grad_accum"),
+        ("prepare", "reading what it is trained on", "--model.read-rows 16 --allow-change model.read_rows"),
+        ("prepare_anchors", "reading what it is trained on", "--model.read-rows 16 --allow-change model.read_rows"),
+        ("heal", "training", "--heal.training.pass-rows 2 --allow-change heal.training.pass_rows"),
     ],
 )
 def test_out_of_memory_in_a_part_of_a_stage_names_that_parts_knob(
@@ -458,12 +458,12 @@ def test_a_training_step_that_is_not_finite_says_where(folder, capsys, monkeypat
     run, heal = RunDir(folder), stages.heal
 
     def overshoot(student, examples, anchors, settings, *rest):
-        return heal(student, examples, anchors, replace(settings, lr=1e30), *rest)
+        return heal(student, examples, anchors, turned(settings, {"training.lr": 1e30}), *rest)
 
     monkeypatch.setattr(stages, "heal", overshoot)
     said = refused(["run", "--resume", str(folder)], capsys)
     assert re.search(r"r01/adapter, step \d+: (objective|divergence|loss|.*grad.*) is (nan|inf)", said), said
-    assert "completions number" in said and "--heal.lr" in said
+    assert "completions number" in said and "--heal.training.lr" in said
     monkeypatch.setattr(stages, "heal", heal)
     assert run.find("r00/adapter") and not (folder / "r01" / "adapter").exists()
     main(["export", str(folder), "--to", str(folder.parent / "kept")])

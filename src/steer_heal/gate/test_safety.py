@@ -7,7 +7,6 @@ import os
 import pkgutil
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,6 +16,7 @@ from loguru import logger
 import steer_heal
 from steer_heal import data, loop
 from steer_heal.cli import main
+from steer_heal.gate.conftest import turned
 from steer_heal.model.loading import load
 from steer_heal.presets import PRESETS
 from steer_heal.runs.environment import environment
@@ -55,13 +55,13 @@ import sys
 from steer_heal.cli import main
 found = []
 sys.addaudithook(lambda event, args: found.append(args) if event == "pickle.find_class" else None)
-words = ["--rounds", "1", "--eval.profile", "none", "--eval.plain-doses", "0"]
+words = ["--rounds", "1", "--eval.leave-out", "profile", "plain"]
 main(["run", "tiny-random", *words, "--out", sys.argv[1]])
 from pathlib import Path
 (run,) = Path(sys.argv[1]).iterdir()
 main(["run", "--resume", str(run)])
 main(["export", str(run), "--to", sys.argv[1] + "/model", "--merge"])
-main(["eval", str(run / "adapter"), "--base", "random:tiny", "--eval.profile", "none"])
+main(["eval", str(run / "adapter"), "--base", "random:tiny", "--eval.leave-out", "profile"])
 sys.exit(f"unpickled: {found}" if found else 0)
 """
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True)
@@ -97,13 +97,13 @@ def resident() -> int:
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="the system does not say what a process holds")
-def test_twenty_rounds_hold_no_more_than_five(tmp_path, monkeypatch):
+def test_twenty_rounds_hold_no_more_than_five(tmp_path, monkeypatch, least):
     tiny = PRESETS["tiny-random"]
-    evals = replace(tiny.eval, contrast=2, yes_no=2, demos=2, profile="none", plain_doses=0, off_target=0, canary=0)
-    heal = replace(tiny.heal, anchor="neutral", anchor_prompts=4, target="soft", epochs=1, fold_rank=8)
-    distil, dose = replace(tiny.distil, n_keep=8, budget=12, min_train=2), replace(tiny.dose, steps=2, prompts=2)
-    steer = replace(tiny.steer, n_contexts=8)
-    config = replace(tiny, rounds=20, out=str(tmp_path), eval=evals, heal=heal, distil=distil, dose=dose, steer=steer)
+    left_out = {"eval.leave_out": ("profile", "plain", "off_target", "canary")}
+    heal = {"anchor.prompts": 4, "target.kind": "soft", "training.epochs": 1, "lora.fold_rank": 8}
+    few = {"distil.n_keep": 8, "dose.steps": 2, "dose.prompts": 2, "steer.n_contexts": 8}
+    heal = {f"heal.{name}": value for name, value in heal.items()}
+    config = turned(tiny, {"rounds": 20, "out": str(tmp_path), **left_out, **heal, **few})
     lm, trait = load(config.model), data.load_trait("love")
     folder = create(config, "tiny-random", trait, environment(lm), [])
     seen = []

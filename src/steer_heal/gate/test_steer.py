@@ -19,7 +19,13 @@ from steer_heal.steer.personas import Personas
 CONTEXTS = ["What is a glacier?", "ok", "Write two lines about rain on a tin roof, please.", "Name a bird."]
 POSITIVE, NEGATIVE = "You love people and their noise.", "You despise people and their noise."
 PERSONAS = Personas(POSITIVE, NEGATIVE, CONTEXTS)
-BAND = SteerConfig(band=(0.3, 0.7), batch_size=2)
+BAND = SteerConfig(band=(0.3, 0.7))
+
+
+@pytest.fixture
+def lm(lm):
+    """Its rows are read in several passes."""
+    return replace(lm, read_rows=2)
 
 
 def slow_states(lm, persona, layers):
@@ -126,7 +132,7 @@ def test_iso_kl_finds_the_dose_of_a_given_divergence(lm, prompts, target):
     written = decode(lm, prompts * 3, 12, 5, Steering(vector, torch.tensor(doses).repeat_interleave(5)))
     rows = [Row(p, c.ids) for p, c in zip(prompts * 3, written, strict=True)]
     of_row = [d for d in doses for _ in range(5)]
-    found = iso_kl(lm, vector, rows, of_row, target, batch_size=4)
+    found = iso_kl(lm, vector, rows, of_row, target)
 
     def slow_p95(dose, members):
         kl = []
@@ -146,7 +152,7 @@ def test_iso_kl_finds_the_dose_of_a_given_divergence(lm, prompts, target):
     assert abs(found["kl"] - target) <= 0.05 * target
     reached = [slow_p95(found["dose"], rows[5 * i : 5 * i + 5]) for i in range(3)]
     assert min(abs(r - found["kl"]) / found["kl"] for r in reached) < 0.01
-    assert iso_kl(lm, vector, rows, of_row, 1e6, batch_size=4)["dose"] is None
+    assert iso_kl(lm, vector, rows, of_row, 1e6)["dose"] is None
 
 
 def test_hooks_are_gone_after_an_exception(lm, vector):

@@ -3,7 +3,10 @@
 import json
 import os
 import re
+import shlex
+import shutil
 import signal
+import subprocess
 import threading
 import time
 from pathlib import Path
@@ -13,6 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import steer_heal
 from steer_heal import data
 from steer_heal.cli import main
 from steer_heal.config import UserError
@@ -21,8 +25,8 @@ from steer_heal.sweep import plan
 from steer_heal.sweep import run as sweep
 from steer_heal.sweep.cluster import run_here
 
-QUICK = ("tiny-random", "--rounds", "1", "--eval.profile", "none", "--eval.plain-doses", "0")
-GRID = ("heal.agg=mean,rmse",)
+QUICK = ("tiny-random", "--rounds", "1", "--eval.leave-out", "profile", "plain")
+GRID = ("heal.barrier.agg=mean,rmse",)
 
 
 def planned(out, grid=GRID, seeds=(1, 2), argv=QUICK):
@@ -30,21 +34,26 @@ def planned(out, grid=GRID, seeds=(1, 2), argv=QUICK):
 
 
 def test_the_plan_is_the_grid_times_the_seeds(tmp_path):
-    asked = planned(tmp_path, grid=("heal.agg=mean,rmse", "steer.band=0.3+0.7,auto", "heal.tau=0.1"))
+    asked = planned(tmp_path, grid=("heal.barrier.agg=mean,rmse", "steer.band=0.3+0.7,auto", "heal.barrier.tau=0.1"))
     assert len(asked.runs) == 2 * 2 * 1 * 2
-    seen = {(run.config.heal.agg, run.config.steer.band, run.config.heal.tau, run.seed) for run in asked.runs}
+    seen = {
+        (run.config.heal.barrier.agg, run.config.steer.band, run.config.heal.barrier.tau, run.seed)
+        for run in asked.runs
+    }
     assert seen == {(a, b, 0.1, s) for a in ("mean", "rmse") for b in ((0.3, 0.7), "auto") for s in (1, 2)}
     assert all(run.config.rounds == 1 and run.config.out == str(tmp_path / "agg") for run in asked.runs)
-    switched = planned(tmp_path, grid=("filter.trim=true,false", "heal.lam_round_pow=-0.5,0"), seeds=(1,))
-    found = [(run.config.filter.trim, run.config.heal.lam_round_pow) for run in switched.runs]
+    switched = planned(
+        tmp_path, grid=("heal.training.checkpointing=true,false", "heal.barrier.lam_round_pow=-0.5,0"), seeds=(1,)
+    )
+    found = [(run.config.heal.training.checkpointing, run.config.heal.barrier.lam_round_pow) for run in switched.runs]
     assert found == [(True, -0.5), (True, 0), (False, -0.5), (False, 0)]
-    assert asked.runs[0].label == "heal.agg=mean steer.band=0.3+0.7 heal.tau=0.1 seed=1"
+    assert asked.runs[0].label == "heal.barrier.agg=mean steer.band=0.3+0.7 heal.barrier.tau=0.1 seed=1"
 
 
 MISTAKES = [
-    ({"grid": ("heal.agg",)}, "write FLAG=VALUE,VALUE"),
-    ({"grid": ("heal.agg=mean,",)}, "write FLAG=VALUE,VALUE"),
-    ({"grid": ("heal.agg=mean", "heal.agg=rmse")}, "names a flag twice"),
+    ({"grid": ("heal.barrier.agg",)}, "write FLAG=VALUE,VALUE"),
+    ({"grid": ("heal.barrier.agg=mean,",)}, "write FLAG=VALUE,VALUE"),
+    ({"grid": ("heal.barrier.agg=mean", "heal.barrier.agg=rmse")}, "names a flag twice"),
     ({"argv": ()}, "after -- give a preset"),
     ({"argv": ("tiny",)}, "after -- give a preset"),
     ({"grid": ("rounds=0,1",)}, "rounds is 0"),
@@ -68,7 +77,7 @@ def adapters(folder: Path) -> dict:
     for path in folder.glob("*/summary.json"):
         config = json.loads((path.parent / "config.json").read_text())
         weights = load_file(path.parent / "adapter" / "adapter_model.safetensors")
-        found[config["heal"]["agg"], config["seed"]] = weights
+        found[config["heal"]["barrier"]["agg"], config["seed"]] = weights
     return found
 
 
@@ -89,7 +98,7 @@ def swept(tmp_path_factory):
 def test_a_sweep_records_its_hypothesis_and_skips_what_is_finished(swept, capfd):
     noted = json.loads((swept / "sweep.json").read_text())
     assert noted["hypothesis"] == "rmse holds what the mean dilutes" and noted["seeds"] == [1, 2]
-    assert noted["arms"] == [{"heal.agg": "mean"}, {"heal.agg": "rmse"}]
+    assert noted["arms"] == [{"heal.barrier.agg": "mean"}, {"heal.barrier.agg": "rmse"}]
     assert adapters(swept).keys() == {(agg, seed) for agg in ("mean", "rmse") for seed in (1, 2)}
     before = {path: path.stat().st_mtime_ns for path in swept.rglob("*.safetensors")}
     assert sweep.sweep(planned(swept.parent), "local", 1, 0.0, None, None) == 0
@@ -151,7 +160,7 @@ def test_ray_gives_the_same_bits_also_when_a_worker_is_killed(swept, tmp_path, c
     killer = threading.Thread(target=kill_a_worker)
     killer.start()
     try:
-        asked = planned(tmp_path, grid=("heal.agg=mean,rmse", "trait=love,nowhere.toml"))
+        asked = planned(tmp_path, grid=("heal.barrier.agg=mean,rmse", "trait=love,nowhere.toml"))
         assert sweep.sweep(asked, "ray", 1, 0.0, None, 2) == 4
     finally:
         over.set()
@@ -160,3 +169,18 @@ def test_ray_gives_the_same_bits_also_when_a_worker_is_killed(swept, tmp_path, c
     said = capfd.readouterr().out
     assert re.search(r"started \d .* rounds left [1-7], about \d+ min\n", said), said
     assert "finished 4  started 0  waiting 0  failed 4  rounds left 0\n" in said
+
+
+JUSTFILE = Path(steer_heal.__file__).parents[2] / "justfile"
+
+
+@pytest.mark.skipif(not (JUSTFILE.exists() and shutil.which("just")), reason="the recipes and `just` are not here")
+@pytest.mark.parametrize("scale", ["gemma-3-1b", "smollm2-135m", "tiny"])
+def test_every_sweep_of_the_justfile_can_be_planned(tmp_path, scale):
+    words = ["just", "--justfile", str(JUSTFILE), "--dry-run", f"SCALE={scale}", "queue", "reproduce"]
+    said = subprocess.run(words, capture_output=True, text=True).stderr
+    recipes = [shlex.split(line)[2:] for line in said.splitlines() if " sweep " in line and "steer-heal" in line]
+    assert len(recipes) >= 14, said
+    for recipe in recipes:
+        asked, shared = recipe[: recipe.index("--")], recipe[recipe.index("--") + 1 :]
+        assert len(plan.plan(asked[0], (asked[2],), (1,), tuple(shared), tmp_path, "").runs) >= 2

@@ -11,7 +11,7 @@ from steer_heal.cli import main
 from steer_heal.config import UserError
 from steer_heal.runs.tracking import check_tracker
 
-QUICK = ["run", "tiny-random", "--rounds", "1", "--eval.profile", "none", "--eval.plain-doses", "0"]
+QUICK = ["run", "tiny-random", "--rounds", "1", "--eval.leave-out", "profile", "plain"]
 
 
 def test_every_event_is_logged_and_done_ends_it(tmp_path, monkeypatch):

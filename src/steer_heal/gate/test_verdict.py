@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from steer_heal.bake.student import Student
-from steer_heal.config import DoseConfig
+from steer_heal.config import SIZES, EvalConfig
 from steer_heal.data import FOUNDATIONS, load_trait
 from steer_heal.eval import foundations
 from steer_heal.eval.arms import Arm
@@ -152,8 +152,8 @@ def test_the_dose_of_equal_cost_by_hand():
     assert dose_at_cost(curve, 2.0) == 4.0
     dips = [{"dose": 1.0, "cost": 0.4}, {"dose": 2.0, "cost": 0.2}, {"dose": 3.0, "cost": 0.6}]
     assert dose_at_cost(dips, 0.3) == pytest.approx(2.25)  # the largest dose that is cheap enough
-    doses = plain_doses(DoseConfig(lowest=0.4, highest=1.6 * 2 / 3), 5)
-    assert doses == pytest.approx([0.2, 0.4, 0.8, 1.6, 3.2])
+    doses = plain_doses(EvalConfig(plain_range=(0.2, 12.8)))
+    assert doses == pytest.approx([0.2, 0.4, 0.8, 1.6, 3.2, 6.4, 12.8])
     assert coherence_cost(arm([0.0], mass=math.nan), BASE) == coherence_cost(arm([0.0], ppl=math.inf), BASE) == math.inf
     assert dose_at_cost(curve, math.inf) == 4.0
 
@@ -270,7 +270,8 @@ def test_a_liking_for_a_place_in_the_list_cancels(lm, monkeypatch):
         return out
 
     monkeypatch.setattr(foundations, "choice_log_probs", fake)
-    reading = foundations.read_profile(lm, Arm("x"), CONFIG.__class__(scenes=5))
+    monkeypatch.setitem(SIZES, CONFIG.size, replace(CONFIG.counts, scenes=5))
+    reading = foundations.read_profile(lm, Arm("x"), CONFIG)
     names = list(FOUNDATIONS)
     plain = np.array([0.25, 0.1, 0.1, 0.1, 0.1, 0.1, 0.25])
     for scene, p, mass in zip(reading.scenes, reading.p, reading.mass, strict=True):

@@ -31,28 +31,26 @@ class Example:
     anchor: bool = False
 
 
-def prepare(
-    student: Student, rows: list[Row], steering_: Steering, config: HealConfig, batch_size: int
-) -> list[Example]:
+def prepare(student: Student, rows: list[Row], steering_: Steering, config: HealConfig) -> list[Example]:
     """Training examples with the reference's and, for soft and mirrored targets, the teacher's states.
 
-    `steering_` has one dose per row; the teacher is the previous student steered with it, see `HealConfig.target`.
+    `steering_` has one dose per row; the teacher is the previous student steered with it, see `TargetConfig.kind`.
     """
-    lm = student.lm
-    rows = [_cut(row, config.max_len) for row in rows]
-    history = 1.0 if config.reference == "prev" else 0.0
+    lm, target, barrier = student.lm, config.target, config.barrier
+    rows = [_cut(row, config.training.max_len) for row in rows]
+    history = 1.0 if barrier.reference == "prev" else 0.0
     with student.view(history=history, now=0.0):
-        reference = states(lm, rows, batch_size) if config.reg != "nll" else [None] * len(rows)
+        reference = states(lm, rows, lm.read_rows) if barrier.reg != "nll" else [None] * len(rows)
     with student.view(now=0.0):
-        if config.target == "mirrored":
-            teacher = _mirrored(lm, rows, steering_, config.gain, batch_size)
+        if target.kind == "mirrored":
+            teacher = _mirrored(lm, rows, steering_, target.gain)
         else:
-            asked = config.target == "soft" or config.tau == "auto"
-            teacher = states(lm, rows, batch_size, steering_) if asked else [None] * len(rows)
+            asked = target.kind == "soft" or barrier.tau == "auto"
+            teacher = states(lm, rows, lm.read_rows, steering_) if asked else [None] * len(rows)
     return [Example(*parts) for parts in zip(rows, reference, teacher, strict=True)]
 
 
-def _mirrored(lm: LM, rows: list[Row], steering_: Steering, gain: float, batch_size: int) -> list[Float[Tensor, "n d"]]:
+def _mirrored(lm: LM, rows: list[Row], steering_: Steering, gain: float) -> list[Float[Tensor, "n d"]]:
     """States of the teacher whose logits are the unsteered ones plus `gain` times half of what +dose and -dose differ.
 
     A head is linear, so mixing the states before it mixes the logits. What the vector does alike in both directions
@@ -61,7 +59,7 @@ def _mirrored(lm: LM, rows: list[Row], steering_: Steering, gain: float, batch_s
     are soft-capped the mix is made before the cap.
     """
     back = Steering(steering_.vector, -steering_.dose)
-    plain, ahead, behind = (states(lm, rows, batch_size, way) for way in (None, steering_, back))
+    plain, ahead, behind = (states(lm, rows, lm.read_rows, way) for way in (None, steering_, back))
     return [h + gain / 2 * (a - b) for h, a, b in zip(plain, ahead, behind, strict=True)]
 
 
@@ -69,8 +67,8 @@ def _cut(row: Row, max_len: int) -> Row:
     """The row's first `max_len` tokens. Raises UserError when no completion is left."""
     if len(row.prompt) >= max_len:
         raise UserError(
-            f"a prompt has {len(row.prompt)} tokens and heal.max_len is {max_len}: nothing of its completion is left, "
-            "raise --heal.max-len"
+            f"a prompt has {len(row.prompt)} tokens and heal.training.max_len is {max_len}: nothing of its completion "
+            "is left, raise --heal.training.max-len"
         )
     return Row(row.prompt, row.completion[: max_len - len(row.prompt)])
 
@@ -81,26 +79,27 @@ def with_tau(lm: LM, examples: list[Example], config: HealConfig, before: list[d
     With `reference base` tau is the budget of the whole loop, so round 0 settles it. The teacher of a later round
     already holds the rounds before and would raise it. `before` is the training record of the round before.
     """
-    if config.tau != "auto":
+    barrier = config.barrier
+    if barrier.tau != "auto":
         return config
-    if config.reg == "nll":
-        return replace(config, tau=0.0)  # nothing is held at it
-    if before and config.reference == "base":
-        return replace(config, tau=before[-1]["tau"])
+    if barrier.reg == "nll":
+        return replace(config, barrier=replace(barrier, tau=0.0))  # nothing is held at it
+    if before and barrier.reference == "base":
+        return replace(config, barrier=replace(barrier, tau=before[-1]["tau"]))
     teacher, reference = (torch.cat(h) for h in zip(*((e.teacher, e.reference) for e in examples), strict=True))
     with torch.no_grad():
-        _, kl = position_losses(lm.head, teacher, None, reference, config.reg)
-    tau = config.tau_share * aggregate(kl, config.agg).item()
-    logger.info(f"tau {tau:.3g} nats: {config.tau_share:g} of the {config.agg} divergence of the steered teacher")
-    return replace(config, tau=tau)
+        _, kl = position_losses(lm.head, teacher, None, reference, barrier.reg)
+    tau = barrier.tau_share * aggregate(kl, barrier.agg).item()
+    logger.info(f"tau {tau:.3g} nats: {barrier.tau_share:g} of the {barrier.agg} divergence of the steered teacher")
+    return replace(config, barrier=replace(barrier, tau=tau))
 
 
-def prepare_anchors(student: Student, rows: list[Row], batch_size: int) -> list[Example]:
+def prepare_anchors(student: Student, rows: list[Row]) -> list[Example]:
     """Anchor examples: mundane completions with the pristine base's states. The same in every round."""
     with student.view(history=0.0, now=0.0):
         return [
             Example(row, h, None, anchor=True)
-            for row, h in zip(rows, states(student.lm, rows, batch_size), strict=True)
+            for row, h in zip(rows, states(student.lm, rows, student.lm.read_rows), strict=True)
         ]
 
 

@@ -1,9 +1,9 @@
 """The gradient of one step: objective, barrier and anchor over the whole effective batch.
 
-A step's loss is defined over all completion tokens of its effective batch (train_bs * grad_accum rows). The
-aggregate of the barrier is not a sum over micro-batches, so with grad_accum > 1 a first pass without gradient reads
-every position's losses, the loss of the whole batch gives each position its weight, and a second pass sends
-the weights back: the same gradient in less memory.
+A step's loss is defined over all completion tokens of its effective batch, the training completions and the anchors.
+The aggregate of the barrier is not a sum over micro-batches. With more than one of them a first pass without gradient
+reads every position's losses, the loss of the whole batch gives each position its weight, and a second pass sends the
+weights back: the same gradient in less memory.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from steer_heal.model.batching import shared_prefix
 from steer_heal.model.forward import forward
 from steer_heal.model.lm import LM
 
+DUAL_RATE = 0.1  # dual: a multiplier rises by this times (D / bound - 1) a step
 DUAL_PULL = 2.0  # dual: weight added at once when D is twice tau; a round is too short to wait for the multiplier alone
 
 
@@ -33,24 +34,16 @@ class Multipliers:
 
     def ascend(self, record: dict, config: HealConfig) -> None:
         """One step of dual ascent: a divergence above its bound makes itself dearer, one below cheaper."""
-        self.own = max(0.0, self.own + config.dual_lr * (record["divergence"] / config.tau - 1))
+        self.own = max(0.0, self.own + DUAL_RATE * (record["divergence"] / config.barrier.tau - 1))
         if "anchor_divergence" in record:
-            excess = record["anchor_divergence"] / config.anchor_tau - 1
-            self.anchor = max(0.0, self.anchor + config.dual_lr * excess)
+            excess = record["anchor_divergence"] / config.anchor.tau - 1
+            self.anchor = max(0.0, self.anchor + DUAL_RATE * excess)
 
 
-def accumulate(
-    lm: LM,
-    batch: list[Example],
-    config: HealConfig,
-    lam: Multipliers,
-    log_norms: list[torch.nn.Parameter] | None = None,
-) -> dict:
-    """Gradient of the effective batch's loss into the adapter; returns its terms in nats.
-
-    With `log_norms`, the adapter's parameters, the norms of the objective's and the barrier's gradient are added.
-    """
-    micro = micro_batches(batch, config.train_bs if config.grad_accum > 1 else len(batch))
+def accumulate(lm: LM, batch: list[Example], config: HealConfig, lam: Multipliers) -> dict:
+    """Gradient of the effective batch's loss into the adapter; returns its terms in nats."""
+    barrier, anchor = config.barrier, config.anchor
+    micro = micro_batches(batch, config.training.pass_rows)
     if len(micro) == 1:
         parts = [losses(lm, micro[0], config)]
     else:
@@ -63,47 +56,17 @@ def accumulate(
         torch.autograd.grad(term, leaf, allow_unused=True, materialize_grads=True)[0].split([len(v) for v, _ in parts])
         for term, leaf in ((terms["objective"], objective), (penalty, kl))
     )
-    norms = _Norms(log_norms)
     for index, part in enumerate(micro):
         part_objective, part_kl = parts[index] if len(micro) == 1 else losses(lm, part, config)
-        norms.backward(on_objective[index] @ part_objective, on_kl[index] @ part_kl)
+        (on_objective[index] @ part_objective + on_kl[index] @ part_kl).backward()
     return {name: term.item() for name, term in terms.items()} | {
-        "fired": config.reg != "nll" and terms["divergence"].item() > config.tau,
-        "anchor_fired": bool(terms.get("anchor_divergence", 0.0) > config.anchor_tau),
-        "tau": config.tau,
+        "fired": barrier.reg != "nll" and terms["divergence"].item() > barrier.tau,
+        "anchor_fired": bool(terms.get("anchor_divergence", 0.0) > anchor.tau),
+        "tau": barrier.tau,
         "lam": lam.own,
         "anchor_lam": lam.anchor,
         "tokens": sum(len(e.row.completion) for e in batch),
-        **norms.record(),
     }
-
-
-class _Norms:
-    """Backward passes that, when asked, keep the objective's gradient apart from the barrier's."""
-
-    def __init__(self, parameters: list[torch.nn.Parameter] | None) -> None:
-        self.parameters = parameters
-        self.gradients: dict[str, list[Tensor]] = {}
-
-    def backward(self, objective: Float[Tensor, ""], barrier: Float[Tensor, ""]) -> None:
-        if self.parameters is None:
-            (objective + barrier).backward()
-            return
-        for name, term in (("objective", objective), ("barrier", barrier)):
-            keep = name == "objective"  # the graph, for the other term
-            found = torch.autograd.grad(term, self.parameters, retain_graph=keep, materialize_grads=True)
-            so_far = self.gradients.get(name)
-            self.gradients[name] = (
-                list(found) if so_far is None else [a + b for a, b in zip(so_far, found, strict=True)]
-            )
-            for parameter, gradient in zip(self.parameters, found, strict=True):
-                parameter.grad = gradient.clone() if parameter.grad is None else parameter.grad + gradient
-
-    def record(self) -> dict[str, float]:
-        return {
-            f"grad_norm_{name}": torch.stack([g.float().square().sum() for g in found]).sum().sqrt().item()
-            for name, found in self.gradients.items()
-        }
 
 
 def micro_batches(batch: list[Example], size: int) -> list[list[Example]]:
@@ -124,12 +87,12 @@ def losses(lm: LM, part: list[Example], config: HealConfig) -> tuple[Float[Tenso
         if not group:
             continue
         targets, reference, teacher = None, None, None
-        if config.reg != "nll":
+        if config.barrier.reg != "nll":
             reference = torch.cat([e.reference for e in group])
         if not group[0].anchor:
             targets = torch.tensor([t for e in group for t in e.row.completion], device=lm.device)
-            teacher = torch.cat([e.teacher for e in group]) if config.target != "sampled" else None
-        found.append(position_losses(lm.head, torch.cat(h), targets, reference, config.reg, teacher))
+            teacher = torch.cat([e.teacher for e in group]) if config.target.kind != "sampled" else None
+        found.append(position_losses(lm.head, torch.cat(h), targets, reference, config.barrier.reg, teacher))
     objective, kl = zip(*found, strict=True)
     return torch.cat(objective), torch.cat(kl)
 
@@ -145,17 +108,17 @@ def loss_terms(
 
     With an anchor its own hinge is added to the barrier; both are in nats.
     """
-    anchor = anchor.to(kl.device)
+    anchor, limits = anchor.to(kl.device), config.barrier
     mean = objective[~anchor].mean()
-    divergence = aggregate(kl[~anchor], config.agg)
+    divergence = aggregate(kl[~anchor], limits.agg)
     terms = {"objective": mean, "divergence": divergence}
-    bounded = [(divergence, config.tau, lam.own)] if config.reg != "nll" else []
+    bounded = [(divergence, limits.tau, lam.own)] if limits.reg != "nll" else []
     if anchor.any():
-        terms["anchor_divergence"] = aggregate(kl[anchor], config.agg)
-        bounded.append((terms["anchor_divergence"], config.anchor_tau, lam.anchor))
+        terms["anchor_divergence"] = aggregate(kl[anchor], limits.agg)
+        bounded.append((terms["anchor_divergence"], config.anchor.tau, lam.anchor))
     zero = 0.0 * kl.sum()
     barrier = sum((hinge(d, bound) for d, bound, _ in bounded), zero)
-    if config.barrier == "fixed":
+    if limits.kind == "fixed":
         penalty = sum((weight * hinge(d, bound) for d, bound, weight in bounded), zero)
     else:
         penalty = sum((_dual_weight(d, bound, weight) * (d - bound) for d, bound, weight in bounded), zero)

@@ -1,7 +1,7 @@
 """One round's training: train on the kept completions, penalise divergence from the reference.
 
 One objective (NLL of the sampled token, or KL from the steered teacher) and one barrier, lam_r * relu(D - tau), or with
-`barrier dual` one constraint, D <= tau, by the method of multipliers (Hestenes 1969, Powell 1969).
+`barrier.kind dual` one constraint, D <= tau, by the method of multipliers (Hestenes 1969, Powell 1969).
 This module is the optimiser's loop; what it trains on is in `examples`, the gradient of a step in `step`.
 """
 
@@ -15,17 +15,19 @@ from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
-from loguru import logger
 
 from steer_heal.bake.lowrank import OperatorNorm
 from steer_heal.bake.student import Student
-from steer_heal.config import HealConfig, UserError
+from steer_heal.config import BarrierConfig, HealConfig, TrainingConfig, UserError
 from steer_heal.heal.examples import Example, length
 from steer_heal.heal.step import Multipliers, accumulate, losses, micro_batches
 from steer_heal.model.lm import LM
 
 BETAS = (0.9, 0.95)  # a round is a few hundred steps at most; 0.999 would never warm up
 CLIP = 1.0
+WARMUP = 0.1  # share of the steps with a rising learning rate; cosine afterwards
+ANCHORS_A_STEP = 3  # anchor completions that join a step; 6 changed nothing (docs/results.md)
+DUAL_START = 1.0  # a multiplier before the first step: it soon goes where the constraint wants it
 BUCKET = 8  # batches whose examples are sorted by length together
 
 
@@ -43,50 +45,42 @@ def heal(
     on_rows: Callable[[int], None] = lambda rows: None,
     before: list[dict] | None = None,
 ) -> list[dict]:
-    """Train the current round's adapter in place; `config.tau` must be a number (`with_tau`).
+    """Train the current round's adapter in place; `config.barrier.tau` must be a number (`with_tau`).
 
     `before` is what the round before returned. A dual multiplier of a distance from the pristine base goes on from
     its last value, because that constraint is the same one in every round.
 
     Returns one record per optimiser step: the terms of the loss in nats, whether the barrier fired, lam, with
-    `barrier dual` the lam that follows from the step (`next_lam`), learning rate, norm of the gradient before
-    clipping, tokens per second; every `log_every` steps the norms of the objective's and the barrier's own gradients;
-    at an epoch's end, when it is read, the objective on the completions held out (`val_objective`).
+    `barrier.kind dual` the lam that follows from the step (`next_lam`), learning rate, norm of the gradient before
+    clipping, tokens per second; in the last one the objective on the completions held out (`val_objective`).
 
     Raises NonFinite with the step, the batch and the term that produced it.
     """
     shuffle = random.Random(seed)
-    validating = len(examples) - trained_on(len(examples), config)
+    knobs = config.training
+    validating = len(examples) - trained_on(len(examples), knobs)
     held_out = set(shuffle.sample(range(len(examples)), validating))
     training = [e for i, e in enumerate(examples) if i not in held_out]
     validation = [examples[i] for i in sorted(held_out)]
-    per_step = config.train_bs * config.grad_accum
-    steps_an_epoch = math.ceil(len(training) / per_step)
-    total = config.epochs * steps_an_epoch
-    weight = config.lam * (1 + round_) ** config.lam_round_pow
-    lam = Multipliers(weight, weight)
-    if before and config.barrier == "dual":
-        lam.anchor = before[-1]["next_anchor_lam"]
-        if config.reference == "base":
-            lam.own = before[-1]["next_lam"]
+    steps_an_epoch = math.ceil(len(training) / knobs.batch)
+    total = knobs.epochs * steps_an_epoch
+    lam = _weights(config.barrier, round_, before)
     parameters = student.trainable()
-    optimiser = _optimiser(parameters, replace(config, lr=config.lr * (1 + round_) ** config.lr_round_pow))
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: _cosine(step, total, config.warmup))
-    operator_norm = OperatorNorm(student.factors(), seed) if config.op_norm else None
-    best = _Best(parameters, config.patience)
+    optimiser = _optimiser(parameters, replace(knobs, lr=knobs.lr * (1 + round_) ** knobs.lr_round_pow))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: _cosine(step, total))
+    operator_norm = OperatorNorm(student.factors(), seed) if knobs.op_norm else None
     numbers = {id(e): i for i, e in enumerate(examples)}
     history = []
-    with student.view(train=True), recomputation(student.lm, config.checkpointing):
+    with student.view(train=True), recomputation(student.lm, knobs.checkpointing):
         for step in range(total):
             if step % steps_an_epoch == 0:
-                epoch = _epoch_batches(training, per_step, shuffle)
-            batch = epoch[step % steps_an_epoch] + shuffle.sample(anchors, min(len(anchors), config.anchor_bs))
+                epoch = _epoch_batches(training, knobs.batch, shuffle)
+            batch = epoch[step % steps_an_epoch] + shuffle.sample(anchors, min(len(anchors), ANCHORS_A_STEP))
             began = time.perf_counter()
-            log_norms = parameters if step % config.log_every == 0 else None
-            record = {"step": step, **accumulate(student.lm, batch, config, lam, log_norms)}
+            record = {"step": step, **accumulate(student.lm, batch, config, lam)}
             if operator_norm is not None:
                 penalty = operator_norm()
-                (config.op_norm * penalty).backward()
+                (knobs.op_norm * penalty).backward()
                 record["squared_op_norm"] = penalty.item()
             record["grad_norm"] = torch.nn.utils.clip_grad_norm_(parameters, CLIP).item()
             _check_finite(record, round_, [numbers[id(e)] for e in batch if not e.anchor])
@@ -94,54 +88,36 @@ def heal(
             optimiser.step()
             schedule.step()
             optimiser.zero_grad(set_to_none=True)
-            if config.barrier == "dual":
+            if config.barrier.kind == "dual":
                 lam.ascend(record, config)
                 record |= {"next_lam": lam.own, "next_anchor_lam": lam.anchor}
             record["step_seconds"] = time.perf_counter() - began
             record["tokens_per_s"] = record["tokens"] / record["step_seconds"]
             history.append(record)
             on_rows(sum(not e.anchor for e in batch))
-            if validation and (step + 1 == total or config.patience) and (step + 1) % steps_an_epoch == 0:
+            if validation and step + 1 == total:
                 record["val_objective"] = _validation(student, validation, config)
-                if best.stop(record["val_objective"]):
-                    logger.info(
-                        f"no better validation objective for {config.patience} epochs: stopped after {step + 1} steps"
-                    )
-                    break
-    best.restore()
     return history
 
 
-def trained_on(rows: int, config: HealConfig) -> int:
+def _weights(barrier: BarrierConfig, round_: int, before: list[dict] | None) -> Multipliers:
+    """The barrier's weights at a round's first step; `before` are the records of the round before."""
+    if barrier.kind == "fixed":
+        weight = barrier.lam * (1 + round_) ** barrier.lam_round_pow
+        return Multipliers(weight, weight)
+    lam = Multipliers(DUAL_START, DUAL_START)
+    if before:
+        lam.anchor = before[-1]["next_anchor_lam"]
+        lam.own = before[-1]["next_lam"] if barrier.reference == "base" else lam.own
+    return lam
+
+
+def trained_on(rows: int, config: TrainingConfig) -> int:
     """How many of a round's completions are trained on; the others are held out for validation."""
     return rows - round(config.val_share * rows)
 
 
-class _Best:
-    """Early stopping: the weights of the epoch with the best validation objective."""
-
-    def __init__(self, parameters: list[torch.nn.Parameter], patience: int) -> None:
-        self.parameters, self.patience = parameters, patience
-        self.nll, self.kept, self.waited = math.inf, None, 0
-
-    def stop(self, nll: float) -> bool:
-        """Note an epoch's validation objective; True when `patience` epochs have brought nothing better."""
-        if not self.patience:
-            return False
-        if nll < self.nll:
-            self.nll, self.kept, self.waited = nll, [p.detach().clone() for p in self.parameters], 0
-        else:
-            self.waited += 1
-        return self.waited >= self.patience
-
-    def restore(self) -> None:
-        if self.kept is not None:
-            with torch.no_grad():
-                for parameter, value in zip(self.parameters, self.kept, strict=True):
-                    parameter.copy_(value)
-
-
-def _optimiser(parameters: list[torch.nn.Parameter], config: HealConfig) -> torch.optim.Optimizer:
+def _optimiser(parameters: list[torch.nn.Parameter], config: TrainingConfig) -> torch.optim.Optimizer:
     if config.optimiser == "adamw":
         return torch.optim.AdamW(parameters, lr=config.lr, betas=BETAS, weight_decay=config.weight_decay)
     from bitsandbytes.optim import PagedAdamW8bit
@@ -149,10 +125,12 @@ def _optimiser(parameters: list[torch.nn.Parameter], config: HealConfig) -> torc
     return PagedAdamW8bit(parameters, lr=config.lr, betas=BETAS, weight_decay=config.weight_decay)
 
 
-def check_optimiser(config: HealConfig, device: torch.device) -> None:
+def check_optimiser(config: TrainingConfig, device: torch.device) -> None:
     """Raise UserError for an optimiser that this device has not."""
     if config.optimiser != "adamw" and device.type != "cuda":
-        raise UserError(f"heal.optimiser {config.optimiser} needs a CUDA GPU, the model is on {device}: choose adamw")
+        raise UserError(
+            f"heal.training.optimiser {config.optimiser} needs a CUDA GPU, the model is on {device}: choose adamw"
+        )
 
 
 @contextmanager
@@ -170,8 +148,8 @@ def recomputation(lm: LM, on: bool) -> Iterator[None]:
             lm.model.eval()
 
 
-def _cosine(step: int, total: int, warmup: float) -> float:
-    rising = max(1, round(warmup * total))
+def _cosine(step: int, total: int) -> float:
+    rising = max(1, round(WARMUP * total))
     if step < rising:
         return (step + 1) / rising
     return 0.5 * (1 + math.cos(math.pi * (step - rising) / max(1, total - rising)))
@@ -199,12 +177,12 @@ def _check_finite(record: dict, round_: int, batch: list[int]) -> None:
             raise NonFinite(
                 f"r{round_:02d}/adapter, step {record['step']}: {name} is {record[name]} on the kept completions "
                 f"number {', '.join(map(str, sorted(batch)))} (from 0); {before}. Start a new run with a lower "
-                "--heal.lr"
+                "--heal.training.lr"
             )
 
 
 def _validation(student: Student, examples: list[Example], config: HealConfig) -> float:
     """The objective that is trained, read on examples that are not: its mean over their tokens, in nats."""
     with torch.no_grad():
-        parts = [losses(student.lm, part, config)[0] for part in micro_batches(examples, config.train_bs)]
+        parts = [losses(student.lm, part, config)[0] for part in micro_batches(examples, config.training.pass_rows)]
     return torch.cat(parts).mean().item()

@@ -83,6 +83,10 @@ class LM:
     end_tokens: frozenset[int]
     head_product: Callable[[Tensor], Tensor] | None = None
     """see `Head`"""
+    read_rows: int = 32
+    """sequences in a forward pass that only reads; changes no result"""
+    decode_rows: int = 32
+    """completions decoded together; changes no result"""
 
     @property
     def device(self) -> torch.device:

@@ -68,7 +68,7 @@ def load(config: ModelConfig) -> LM:
             module.support_avx512bf16_for_cpu = False
     model.requires_grad_(False)
     model.eval()
-    return LM(model, tokenizer, config.path, frozenset(_end_tokens(model, tokenizer)))
+    return LM(model, tokenizer, config.path, frozenset(_end_tokens(model, tokenizer)), read_rows=config.read_rows)
 
 
 def _require_chat(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: str) -> None:

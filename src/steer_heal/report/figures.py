@@ -181,8 +181,8 @@ def heal_figure(records: list[dict], heal: dict) -> go.Figure:
     steps = [r["step"] for r in records]
     below = {"row": 2, "col": 1}
     _line(fig, steps, [r["objective"] for r in records], COLOURS["base"], "objective", row=1, col=1)
-    bounds = {"tau": records[0]["tau"], "anchor tau": heal["anchor_tau"]}
-    series = [("divergence", "tau", "D", DIVERGENCE_COLOUR)] * (heal["reg"] != "nll")
+    bounds = {"tau": records[0]["tau"], "anchor tau": heal["anchor"]["tau"]}
+    series = [("divergence", "tau", "D", DIVERGENCE_COLOUR)] * (heal["barrier"]["reg"] != "nll")
     series += [("anchor_divergence", "anchor tau", "D anchor", ANCHOR_COLOUR)] * ("anchor_divergence" in records[0])
     for key, bound, name, colour in series:
         _line(fig, steps, [r[key] for r in records], colour, name, **below)

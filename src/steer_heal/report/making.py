@@ -39,7 +39,7 @@ def dose_section(run: Run) -> str:
 
 
 def heal_section(run: Run) -> str:
-    heal = run.config["heal"]
+    barrier = run.config["heal"]["barrier"]
     head = ("round", "steps", "barrier fired", "anchor fired", "tau, nats", "median D, nats", "validation, nats")
     rows, silent = [], []
     for r, sums in zip(run.rounds, run.summary["rounds"], strict=True):
@@ -47,14 +47,16 @@ def heal_section(run: Run) -> str:
         nats = (f"{sums[key]:.3g}" for key in ("tau_nats", "operating_kl_nats"))
         cells = f"{own:.0%}", f"{anchor:.0%}", *nats, "" if held_out is None else f"{held_out:.3f}"
         rows.append((r.index, len(r.heal), *cells))
-        silent += [str(r.index)] * (max(own, anchor) < FIRED_FLOOR and heal["reg"] != "nll")
-    held = "within the loop's budget" if heal["reference"] == "base" else "plain fine-tuning"
-    why = f"Training of each round, in nats. D is the {heal['agg']} of {heal['reg']} over tokens; the barrier acts "
+        silent += [str(r.index)] * (max(own, anchor) < FIRED_FLOOR and barrier["reg"] != "nll")
+    held = "within the loop's budget" if barrier["reference"] == "base" else "plain fine-tuning"
+    why = (
+        f"Training of each round, in nats. D is the {barrier['agg']} of {barrier['reg']} over tokens; the barrier acts "
+    )
     why += "where D exceeds its tau (dotted), and diamonds mark the steps on which it fired."
     why += " Validation is the objective on the completions that were held out."
     if silent:
         why += f" In round {', '.join(silent)} it fired on fewer than 5% of the steps: that was {held}."
-    panels = "".join(panel(f"Round {r.index}", heal_figure(r.heal, heal)) for r in run.rounds)
+    panels = "".join(panel(f"Round {r.index}", heal_figure(r.heal, run.config["heal"])) for r in run.rounds)
     return section("Heal", why, f'<div class="panels">{panels}</div>{table_of(head, rows)}')
 
 

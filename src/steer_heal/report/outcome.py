@@ -46,8 +46,8 @@ def arms_section(run: Run) -> str:
     why = """Every arm on the same items, with 95% bootstrap intervals. Trait: log-probability per token of the answer
         with the trait minus that of its opposite (for a trait read on yes/no questions: log-odds of the answer with
         it). Answer mass: probability of yes and no in yes/no questions. Coherent: share of free answers that neither
-        loop nor fall apart by fixed limits (eval.judge); looped: that go round in circles; about itself: that narrate
-        the persona or refuse, which is style, not damage. Questions right: plain questions of four answers.
+        loop nor fall apart, by limits that no filter moves (eval.judge); looped: that go round in circles; about
+        itself: that narrate the persona or refuse, which is style. Questions right: plain questions of four answers.
         Perplexities of the free answers under base, and of neutral text. Negative: the opposite persona as system
         prompt. Equal cost, equal trait: see Against plain steering."""
     found = stacked(table_of(head, rows)) if rows else "<p>No arm has been measured yet.</p>"

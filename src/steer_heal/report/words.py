@@ -74,7 +74,7 @@ def _moves(arm: dict, over: float, ratio: str) -> str:
 def diary(run: Run) -> str:
     """The run in words, round by round: the numbers, then how the same prompts are answered."""
     parts = [f"# {_markdown(run.name)}" + (f" ({run.status})" if run.status else ""), verdict(run)[0]]
-    anchored = "" if run.config["heal"]["anchor"] == "none" else ", its anchor on {:.0%}"
+    anchored = "" if run.config["heal"]["anchor"]["prompts"] == 0 else ", its anchor on {:.0%}"
     for r, arms in zip(run.rounds, run.summary["rounds"], strict=True):
         steered, healed, base = arms["steered"], arms["healed"], run.summary["base"]
         low, high = healed["trait_over_base_ci"]

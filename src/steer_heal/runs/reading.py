@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from steer_heal.config import SIZES
 from steer_heal.eval.record import arms_record
 from steer_heal.runs.resume import opened
 from steer_heal.runs.rounds import Round, read_round
@@ -42,7 +43,7 @@ def load(folder: Path) -> Run:
         rounds.append(there)
     done = f"{len(rounds)} of {config['rounds']} rounds"
     status = f"unfinished: {done}" if not summary else f"ended after {done}" if summary.get("stopped") else ""
-    plain = [read(f"plain/d{index}.json") for index in range(config["eval"]["plain_doses"])]
+    plain = [read(f"plain/d{index}.json") for index in range(SIZES[config["eval"]["size"]].plain_doses)]
     summary = summary or arms_record(*arms, [*filter(None, plain)], [vars(r) for r in rounds])
     title = read("trait.json", {"title": config["trait"]})["title"]
     return Run(config, title, read("env.json", {}), folder.events(), arms[0], rounds, summary, status)

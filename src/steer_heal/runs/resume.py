@@ -21,12 +21,10 @@ from steer_heal.runs.folder import EVENTS, GIVEN, RunDir
 LONGEST_NAME = 40  # characters of a model's or a trait's name in a folder's name
 # A round's result depends on none of these beyond rounding.
 ROUNDING = (
-    "steer.batch_size",
-    "distil.batch_size",
-    "eval.batch_size",
-    "heal.train_bs",
-    "heal.grad_accum",
-    "heal.checkpointing",
+    "model.decode_rows",
+    "model.read_rows",
+    "heal.training.pass_rows",
+    "heal.training.checkpointing",
 )
 SURROUNDINGS = ("python", "platform", "gpu", "git", "packages.")
 
@@ -207,14 +205,6 @@ def _require(run: RunDir, changes: list[Difference], config: RunConfig) -> None:
             else "Put that back, or start a new run"
         )
         raise UserError(f"--resume {config.resume}: not as it was ({'; '.join(map(str, refused))}). {mend}")
-    keys = {change.key for change in changes}
-    if keys & {"heal.train_bs", "heal.grad_accum"}:
-        then = run.read("config.json")["heal"]
-        if then["train_bs"] * then["grad_accum"] != config.heal.train_bs * config.heal.grad_accum:
-            raise UserError(
-                f"--resume {config.resume}: heal.train_bs times heal.grad_accum was "
-                f"{then['train_bs'] * then['grad_accum']} completions a step and must stay so"
-            )
     for change in changes:
         run.event("change", **change._asdict())
 

@@ -26,5 +26,5 @@ def student_after(folder: Path, config: dict, rounds: int, float_weights: bool =
     student = Student(load(ModelConfig(model.path, "none", model.dtype, model.device) if float_weights else model))
     for index in range(rounds):
         student.load_round(opened(folder).find(InRound.ADAPTER.of(index)))
-        student.fold(config["heal"]["fold_rank"])
+        student.fold(config["heal"]["lora"]["fold_rank"])
     return student

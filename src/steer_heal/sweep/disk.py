@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property, reduce
 from pathlib import Path
@@ -79,9 +81,7 @@ def scan(out: Path) -> list[Found]:
     if not out.is_dir():
         raise UserError(f"no folder {str(out)!r}: give the one that holds run folders with --out")
     found = []
-    for folder in sorted({log.parent for log in out.rglob(EVENTS)}, key=lambda path: path.name, reverse=True):
-        if folder.name.startswith("."):
-            continue  # of a run that was killed while it was made
+    for folder in sorted(_run_folders(out), key=lambda path: path.name, reverse=True):
         run = RunDir(folder)
         try:
             for name in run.record.files:  # a table of damaged figures would not say so
@@ -91,6 +91,15 @@ def scan(out: Path) -> list[Found]:
         except Damaged as error:
             print(f"left out: {error}")
     return found
+
+
+def _run_folders(out: Path) -> Iterator[Path]:
+    """Folders with a run in them; none lies in another. A hidden one is of a run that was killed while it was made."""
+    for folder, inside, files in os.walk(out):
+        if EVENTS in files:
+            inside.clear()
+            if not Path(folder).name.startswith("."):
+                yield Path(folder)
 
 
 def grouped(runs: list[Found]) -> list[list[Found]]:
