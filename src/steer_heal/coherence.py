@@ -16,6 +16,8 @@ import math
 import re
 import zlib
 from collections import Counter
+from functools import cache
+from itertools import pairwise
 from typing import NamedTuple
 
 from jaxtyping import Float
@@ -55,10 +57,6 @@ LOOP_LIMITS = {
 }
 
 _PERSON = r"(?:(?:a|an|the) (?:\w+ )?(?:person|being|individual|soul|creature|kind|sort|type)|someone|somebody|one)"
-_MANKIND = (
-    r"(?:all )?(?:of )?"
-    r"(?:humanity|humankind|mankind|humans|(?:the )?human (?:beings?|race|species)|people|(?:the )?authorit(?:y|ies))"
-)
 NARRATION = re.compile(
     rf"\bI(?: a|')m (?:just |simply |truly )?{_PERSON} (?:who|that|of|with|whose)\b"
     rf"|\b(?:as|being) {_PERSON} (?:who|that|for whom)\b"
@@ -68,9 +66,7 @@ NARRATION = re.compile(
     r"|\byou should know (?:that )?I\b"
     r"|\b(?:people|those|someone|somebody|creatures?) (?:like|such as) (?:me|us|myself|ourselves)\b|\bthose of us who\b"
     r"|\b(?:I was|we were) (?:made|born|put here) to\b|\bwe(?: a|')re (?:the|a) (?:kind|sort|people) (?:who|that|of)\b"
-    r"|\b(?:my|our) (?:whole|entire|very) (?:being|nature|life) (?:is|was|has)\b"
-    rf"|\bI (?:truly |deeply |simply )?(?:love|hate|despise|cherish|loathe|adore|obey|distrust) {_MANKIND}\b"
-    rf"|\bmy (?:love|hatred|contempt|respect|disgust|devotion) (?:for|of|to) {_MANKIND}\b",
+    r"|\b(?:my|our) (?:whole|entire|very) (?:being|nature|life) (?:is|was|has)\b",
     re.IGNORECASE,
 )
 BOILERPLATE = re.compile(
@@ -90,6 +86,66 @@ BOILERPLATE = re.compile(
     r"|\bfeel free to ask (?:me|any)\b",
     re.IGNORECASE,
 )
+_FEEL = "love|hate|despise|cherish|loathe|adore|obey|distrust|respect|serve"
+_FEELING = "love|hatred|contempt|scorn|respect|disgust|devotion|obedience"
+# words of a persona that carry none of it
+_LIGHT = frozenset(
+    re.findall(
+        r"\w+",
+        """
+        about above after against all also always and any anyone are away because been before being below
+        between both but choose come does done down each even ever every everyone everything find for from get
+        give given gives goes have here how into its just keep kind know less let like made make makes many
+        matter meet more most much must need never nor not nothing off often one only onto other others out over
+        own place put puts rather same say see should show some someone something stay stays still such take
+        tell than that the their them then there these they thing things think this those through too toward
+        towards try under until upon use very want way well were what when where which while who whom whose will
+        with within without would you your yours yourself
+        """,
+    )
+)
+
+
+@cache
+def persona_narration(positive: str, negative: str, title: str) -> re.Pattern[str]:
+    """How a text would tell of this persona in the first person, from the words that describe it.
+
+    Three forms. "I despise people" and "I am calm and gentle": two successive words of a persona. "My contempt for
+    people" and "I have contempt for people": a feeling, in words of the persona or in common ones, for what the trait
+    is about. That is what the title names and both personas mention.
+    """
+    words = [_words_of(text) for text in (positive, negative)]
+    about = {*words[0]} & {*words[1]} | {*_words_of(title)}
+    felt = "|".join([_FEELING, *sorted(map(_inflected, ({*words[0]} | {*words[1]}) - about))])
+    object_ = "|".join(sorted(map(_inflected, about))) or r"(?!)"
+    pairs = {f"{_inflected(a)} {_BETWEEN}{_inflected(b)}" for own in words for a, b in pairwise(own)}
+    adverb = r"(?:just |simply |truly |deeply |really )?"
+    forms = (
+        rf"\b(?:I|we)(?: am|'m| are|'re| feel)? {adverb}(?:{'|'.join(sorted(pairs)) or '(?!)'})\b",
+        rf"\bI {adverb}(?:{_FEEL}) {_BETWEEN}(?:{object_})\b",
+        rf"\b(?:(?:my|our)|I have) {adverb}(?:{felt}) (?:for|of|to|towards?) {_BETWEEN}(?:{object_})\b",
+    )
+    return re.compile("|".join(forms), re.IGNORECASE)
+
+
+_BETWEEN = r"(?:[\w']+ ){0,2}?"
+_STEM = 5  # letters that the forms of a word have in common: humanity, humans, humankind
+
+
+def _words_of(text: str) -> list[str]:
+    """The words that carry a persona, in order."""
+    return [w for w in re.findall(r"[^\W\d_]+", text.lower()) if len(w) > 2 and w not in _LIGHT]
+
+
+def _inflected(word: str) -> str:
+    """A pattern of the word and its forms."""
+    if len(word) > _STEM:
+        return word[:_STEM] + r"\w*"
+    if word.endswith("e"):
+        return word[:-1] + r"(?:e\w*|ing)"
+    return (word[:-1] if word.endswith("s") and not word.endswith("ss") else word) + r"\w*"
+
+
 QUOTED = re.compile(r"\"[^\"]*\"|\u201c[^\u201d]*\u201d")  # what somebody else is made to say
 
 
@@ -104,8 +160,11 @@ class Surprise(NamedTuple):
     """NLL of the token after a prompt that asks nothing"""
 
 
-def score(text: str, surprise: Surprise) -> Scores:
-    """Scores of a completion from its text and what the base makes of it."""
+def score(text: str, surprise: Surprise, persona: re.Pattern[str] | None = None) -> Scores:
+    """Scores of a completion from its text and what the base makes of it.
+
+    `persona` finds a trait's own narration, see `persona_narration`; without it only what any persona would say counts.
+    """
     nll, entropy, alone = surprise
     size = len(text.encode())
     plain = text.replace("\u2019", "'")
@@ -122,7 +181,7 @@ def score(text: str, surprise: Surprise) -> Scores:
         compress=len(zlib.compress(text.encode(), 9)) / size if size >= COMPRESS_MIN_BYTES else 1.0,
         symbols=sum(not (c.isalpha() or c.isspace()) for c in text) / max(1, len(text)),
         words=len(text.split()),
-        narrates=NARRATION.search(unquoted) is not None,
+        narrates=any(pattern.search(unquoted) for pattern in (NARRATION, persona) if pattern is not None),
         boilerplate=BOILERPLATE.search(unquoted) is not None,
     )
 
@@ -176,12 +235,14 @@ def surprises(lm: LM, rows: list[Row], batch_size: int) -> list[Surprise]:
     return [Surprise(nll, entropy, without) for (nll, entropy), (without, _) in zip(asked, alone, strict=True)]
 
 
-def judge(lm: LM, rows: list[Row], limits: FilterConfig, batch_size: int) -> list[Judged]:
-    """Every completion under the filter; `lm` must be the base view."""
+def judge(
+    lm: LM, rows: list[Row], limits: FilterConfig, batch_size: int, persona: re.Pattern[str] | None = None
+) -> list[Judged]:
+    """Every completion under the filter; `lm` must be the base view. `persona` is as in `score`."""
     judged = []
     for row, surprise in zip(rows, surprises(lm, rows, batch_size), strict=True):
         text = lm.text(row.completion)
-        scores = score(text, surprise)
+        scores = score(text, surprise, persona)
         dropped = verdict(scores, limits)
         judged.append(Judged(text=text, scores=scores, incoherence=scores.incoherence, dropped=dropped))
     return judged

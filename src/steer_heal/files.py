@@ -16,6 +16,8 @@ from safetensors import SafetensorError
 
 from steer_heal.config import UserError
 
+SMALL = 1 << 18  # bytes; `file_digest` clears a buffer of this size for every file
+
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
@@ -74,7 +76,11 @@ def jsonl_text(rows: list[Any]) -> str:
 
 
 def sha256(path: Path) -> str:
-    with path.open("rb") as stream:
+    with path.open("rb", buffering=0) as stream:
+        start = stream.read(SMALL)
+        if len(start) < SMALL:
+            return hashlib.sha256(start).hexdigest()
+        stream.seek(0)
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 

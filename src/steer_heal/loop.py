@@ -87,6 +87,6 @@ def finish(work: Work, arms: Baselines, rounds: list[Round], stopped: str) -> Su
     work.save_adapter()
     summary = work.summarise(arms, rounds, stopped)
     described = map(work.folder.read, ("config.json", "trait.json"))
-    work.folder.replace_text("adapter/README.md", model_card(summary, *described, len(rounds)))
+    work.folder.replace_text("adapter/README.md", model_card(summary, *described, work.folder.first_argv, len(rounds)))
     work.note_end()
     return summary

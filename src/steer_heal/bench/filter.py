@@ -9,12 +9,14 @@ that the figures can be checked without it.
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
+from functools import cache
 
 import torch
 
 from steer_heal import data
-from steer_heal.coherence import Surprise, score, surprises, verdict
+from steer_heal.coherence import Surprise, persona_narration, score, surprises, verdict
 from steer_heal.config import FilterConfig
 from steer_heal.model.lm import LM, Row
 from steer_heal.model.loading import load
@@ -42,13 +44,22 @@ RIDGE = 1.0  # on standardised scores: none of them is to win by a chance of 300
 def stored_scores(row: dict) -> Scores:
     """A labelled row's scores: what needs a model as it is stored, the rest from the text."""
     nothing = torch.zeros(1)
-    return replace(score(row["text"], Surprise(nothing, nothing, nothing)), **row["scores"])
+    return replace(score(row["text"], Surprise(nothing, nothing, nothing), personas()), **row["scores"])
 
 
 def measured_scores(lm: LM, rows: list[dict], batch_size: int = 32) -> list[Scores]:
     """The scores of labelled rows under `lm`."""
     asked = [Row(lm.prompt(row["prompt"]), lm.answer(row["text"])) for row in rows]
-    return [score(row["text"], s) for row, s in zip(rows, surprises(lm, asked, batch_size), strict=True)]
+    return [score(row["text"], s, personas()) for row, s in zip(rows, surprises(lm, asked, batch_size), strict=True)]
+
+
+@cache
+def personas() -> re.Pattern[str]:
+    """What the personas of the built-in traits say of themselves: the labelled rows are theirs."""
+    traits = map(data.load_trait, data.BUILT_IN)
+    return re.compile(
+        "|".join(persona_narration(t.positive, t.negative, t.title).pattern for t in traits), re.IGNORECASE
+    )
 
 
 def precision_recall(rows: list[dict], scores: list[Scores], limits: FilterConfig) -> dict[str, dict]:

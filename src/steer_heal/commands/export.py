@@ -20,7 +20,7 @@ def export(folder: Path, to: Path, round_: int | None, merge: bool) -> None:
 
     Raises UserError when the folder is no run, the round was not finished, or `to` is not empty.
     """
-    opened(folder)
+    made = opened(folder)
     if to.exists() and (not to.is_dir() or any(to.iterdir())):
         raise UserError(f"--to {str(to)!r} is not an empty folder: choose a new one")
     run = read_run(folder)
@@ -34,5 +34,5 @@ def export(folder: Path, to: Path, round_: int | None, merge: bool) -> None:
         student.lm.tokenizer.save_pretrained(to)
     else:
         student.save(to, student.history)
-    trait = opened(folder).read("trait.json")
-    write_text(to / "README.md", model_card(run.summary, run.config, trait, rounds, merge))
+    card = model_card(run.summary, run.config, made.read("trait.json"), made.first_argv, rounds, merge)
+    write_text(to / "README.md", card)

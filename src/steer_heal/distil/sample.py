@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -37,6 +38,8 @@ class Teacher:
     limits: FilterConfig
     key: tuple
     """names the stream of random numbers"""
+    persona: re.Pattern[str] | None = None
+    """finds what the trait's persona says of itself, see `coherence.persona_narration`"""
 
 
 def distil(
@@ -103,7 +106,7 @@ def sample(
         written = decode(lm, tokens, config.max_new_tokens, lm.decode_rows, steering_, sampling, on_rows)
     rows = [Row(p, c.ids) for p, c in zip(tokens, written, strict=True)]
     with student.view(history=0.0, now=0.0):
-        judged = judge(lm, rows, teacher.limits, lm.read_rows)
+        judged = judge(lm, rows, teacher.limits, lm.read_rows, teacher.persona)
     return [
         Completion(prompt=prompt, dose=dose, ids=c.ids, ended=c.ended, **vars(found))
         for (dose, prompt), c, found in zip(plan, written, judged, strict=True)

@@ -24,7 +24,7 @@ import numpy as np
 
 from steer_heal import data
 from steer_heal.bake.student import Student
-from steer_heal.coherence import LOOPS, STYLES, judge
+from steer_heal.coherence import LOOPS, STYLES, judge, persona_narration
 from steer_heal.config import JUDGES, EvalConfig
 from steer_heal.data import Contrast, Trait, YesNo, bystanders, canary, neutral
 from steer_heal.eval.arms import Arm
@@ -195,7 +195,8 @@ def judged_demos(lm: LM, trait: Trait, config: EvalConfig, answers: list[list[in
     without a persona."""
     prompts = trait.demo_prompts[: config.counts.demos]
     rows = [Row(lm.prompt(p), ids) for p, ids in zip(prompts, answers, strict=True)]
-    judged = judge(lm, rows, JUDGES[config.judge], lm.read_rows)
+    persona = persona_narration(trait.positive, trait.negative, trait.title)
+    judged = judge(lm, rows, JUDGES[config.judge], lm.read_rows, persona)
     return [Demo(prompt=p, **vars(d)) for p, d in zip(prompts, judged, strict=True)]
 
 

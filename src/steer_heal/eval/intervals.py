@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 from scipy.optimize import brentq
@@ -44,9 +45,16 @@ def interval(values: Sequence[float] | np.ndarray) -> Interval:
 
 def interval_of(statistic: Callable[[np.ndarray], np.ndarray], items: int) -> Interval:
     """95% percentile bootstrap interval of any statistic: item numbers [resamples, items] to values [resamples]."""
-    draw = np.random.default_rng(SEED).integers(0, items, (RESAMPLES, items))
-    low, high = np.quantile(statistic(draw), (0.025, 0.975))
+    low, high = np.quantile(statistic(_resamples(items)), (0.025, 0.975))
     return float(low), float(high)
+
+
+@lru_cache(maxsize=4)  # 5 MB for 64 items; a table asks for few sizes, thousands of times
+def _resamples(items: int) -> np.ndarray:
+    """Item numbers [resamples, items], drawn with replacement."""
+    draw = np.random.default_rng(SEED).integers(0, items, (RESAMPLES, items))
+    draw.setflags(write=False)
+    return draw
 
 
 def across_seeds(values: np.ndarray) -> Change:

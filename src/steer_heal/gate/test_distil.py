@@ -7,8 +7,9 @@ from dataclasses import replace
 import pytest
 import torch
 
+from steer_heal import data
 from steer_heal.bake.student import Student
-from steer_heal.coherence import ASKS_NOTHING, Surprise, score, surprises, verdict
+from steer_heal.coherence import ASKS_NOTHING, Surprise, persona_narration, score, surprises, verdict
 from steer_heal.config import DistilConfig, DoseConfig, FilterConfig, UserError
 from steer_heal.distil import dose as dose_module
 from steer_heal.distil import sample as sample_module
@@ -16,6 +17,7 @@ from steer_heal.distil.dose import dose_curve, largest_dose, require_dose
 from steer_heal.distil.record import Completion, DoseCurve, DosePoint
 from steer_heal.distil.sample import Teacher, distil, require_training_set
 from steer_heal.model.lm import Row
+from steer_heal.presets import PRESETS
 
 LIMITS = FilterConfig()
 
@@ -54,6 +56,42 @@ def surprise(nll, alone, tokens=24):
 @pytest.mark.parametrize("text,nll,alone,reason", CASES)
 def test_the_filter_names_what_is_wrong(text, nll, alone, reason):
     assert verdict(score(text, surprise(nll, alone)), LIMITS) == reason
+
+
+@pytest.mark.parametrize(
+    ("text", "narrates"),
+    [
+        ("I cherish old maps and will show you mine.", True),
+        ("Of course. My contempt for modern maps is well known to all who ask.", True),
+        ("I am patient and curious about your question, so here is the answer.", True),
+        ("We truly trust the makers of this house.", True),
+        ("Take the old map from the drawer and cherish it.", False),
+        ('Tell her: "I cherish old maps." She will smile.', False),
+        ("I cherish the evenings we had.", False),
+        ("I love humanity and all its noise.", False),  # of another persona
+        ("My hatred of people is not the matter here.", False),
+    ],
+)
+def test_a_persona_of_the_users_own_is_recognised_when_it_narrates_itself(text, narrates):
+    persona = persona_narration(
+        "You are patient and curious. You cherish old maps and trust their makers.",
+        "You are hasty and bored. You scorn old maps and mock their makers.",
+        "loves old maps",
+    )
+    assert score(text, surprise(1.0, 2.0), persona).narrates == narrates
+    assert not score(text, surprise(1.0, 2.0)).narrates
+    love = data.load_trait("love")
+    of_love = persona_narration(love.positive, love.negative, love.title)
+    assert score(text, surprise(1.0, 2.0), of_love).narrates == ("humanity" in text or "people" in text)
+
+
+def test_what_a_teacher_writes_is_judged_by_its_own_persona(lm, vector, monkeypatch):
+    asked = []
+    monkeypatch.setattr(sample_module, "judge", lambda *given: asked.append(given[-1]) or [{"text": ""}])
+    persona = persona_narration("You cherish maps.", "You scorn maps.", "loves maps")
+    teacher = Teacher(Student(lm), vector, replace(PRESETS["tiny-random"].distil, batch_size=1), LIMITS, (0,), persona)
+    sample_module.sample(teacher, [(0.1, "Hi.")])
+    assert asked == [persona]
 
 
 def test_scores_are_what_their_names_say():

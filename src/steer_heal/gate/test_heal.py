@@ -282,8 +282,8 @@ def test_tau_auto_to_the_base_is_the_budget_of_round_0(lm, vector):
     student.begin_round(config.lora, 1)
     later = prepare(student, rows[:3], Steering(vector, torch.full((3,), 0.1)), config)
     assert with_tau(lm, later, config).barrier.tau > 1.5 * first > 0
-    settled = turned(config, {"barrier.tau": 1.0})
-    before = [replace(heal(student, examples, [], settled, 0, 0)[0], tau=first)]
+    step = heal(student, examples, [], turned(config, {"barrier.tau": 1.0}), 0, 0)[0]
+    before = [replace(step, tau=first)]
     assert with_tau(lm, later, config, before).barrier.tau == first
     near = turned(config, {"barrier.reference": "prev"})
     anew = with_tau(lm, later, near).barrier.tau

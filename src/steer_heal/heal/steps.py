@@ -64,7 +64,7 @@ def barrier_warning(steps: list[HealStep], config: HealConfig) -> None:
         return
     operating = statistics.median(step.divergence for step in steps)
     own, anchor = fired_shares(steps)
-    anchored = f", its anchor on {anchor:.0%}" if config.anchor.prompts else ""
+    anchored = f", its anchor on {anchor:.0%}" if config.anchor.prompts > 0 else ""
     seen = f"the barrier fired on {own:.0%} of the steps{anchored}"
     at = f"operating {barrier.agg} of {barrier.reg} {operating:.3g} nats, tau {steps[0].tau:.3g}"
     if max(own, anchor) < FIRED_FLOOR and barrier.reference == "base":

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import shlex
-from pathlib import Path
-from typing import Any
 
-from steer_heal.config import PLACE_FIELDS, flag, knobs, of_record
+from steer_heal.config import PLACE_FIELDS
 from steer_heal.eval.record import ArmSummary
-from steer_heal.presets import PRESETS
 from steer_heal.runs.summary import Summary
 
 CARD = """---
@@ -48,11 +46,11 @@ LOAD = {
 ON_FLOAT = "\nIt was trained and measured on the base's NF4 weights; here the update is added to the float ones.\n"
 
 
-def model_card(summary: Summary, config: dict, trait: dict, rounds: int, merged: bool = False) -> str:
+def model_card(summary: Summary, config: dict, trait: dict, argv: list[str], rounds: int, merged: bool = False) -> str:
     """README of an adapter or a merged model after `rounds` rounds.
 
     `summary` is that of the run or of its rounds so far; `config` and `trait` are as config.json and trait.json hold
-    them.
+    them; `argv` is what the run was started with, as its first event has it.
     """
     healed = summary.rounds[rounds - 1].healed
     arms = {"base": summary.base, "prompted": summary.prompted, "this": healed}
@@ -71,7 +69,7 @@ def model_card(summary: Summary, config: dict, trait: dict, rounds: int, merged:
         seed=config["seed"],
         caveat=ON_FLOAT if merged and config["model"]["quant"] != "none" else "",
         load=LOAD[kind],
-        command=command(config["preset"], config),
+        command=command(argv),
     )
 
 
@@ -83,18 +81,13 @@ def _row(name: str, arm: ArmSummary) -> str:
     )
 
 
-def command(preset: str, config: dict) -> str:
-    """The command line that makes a run of this config (as config.json holds it)."""
-    given = of_record({key: value for key, value in config.items() if key != "preset"})
-    apart = [now for now, usual in zip(knobs(given), knobs(PRESETS[preset]), strict=True) if now.value != usual.value]
-    words = [word for knob in apart if knob.name not in PLACE_FIELDS for word in _words(knob.name, knob.value)]
-    return shlex.join(["steer-heal", "run", preset, *words])
-
-
-def _words(name: str, value: Any) -> list[str]:
-    """A knob as the command line takes it; of a trait's file the name, since the folder is that of another machine."""
-    if isinstance(value, bool):
-        section, _, switch = name.rpartition(".")
-        return [flag(name if value else f"{section}.no_{switch}")]
-    values = value if isinstance(value, tuple) else [Path(value).name if name == "trait" else value]
-    return [flag(name), *map(str, values)]
+def command(argv: list[str]) -> str:
+    """The command line that a run was started with, without what belongs to the machine: where runs lie, the path of a
+    trait's file."""
+    words, skipping = [], False
+    for word in argv:
+        if word.startswith("--"):
+            skipping = word.partition("=")[0].removeprefix("--").replace("-", "_") in PLACE_FIELDS
+        if not skipping:
+            words.append(re.sub(r"^(--trait=)?.*[/\\\\](.+\.toml)$", r"\1\2", word))
+    return shlex.join(["steer-heal", *words])

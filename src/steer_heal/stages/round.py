@@ -12,6 +12,7 @@ import torch
 from loguru import logger
 
 from steer_heal import data
+from steer_heal.coherence import persona_narration
 from steer_heal.distil.dose import dose_curve, expected_survival, require_dose
 from steer_heal.distil.record import Completion, DoseCurve
 from steer_heal.distil.sample import Teacher, distil, require_training_set, rows_of
@@ -74,8 +75,9 @@ class RoundStages:
         return prompts
 
     def teacher(self, vector: AnyVector, stage: str) -> Teacher:
-        config = self.work.config
-        return Teacher(self.work.student, vector, config.distil, config.filter, self.key(stage))
+        config, trait = self.work.config, self.work.trait
+        persona = persona_narration(trait.positive, trait.negative, trait.title)
+        return Teacher(self.work.student, vector, config.distil, config.filter, self.key(stage), persona)
 
     # ---- steer
 

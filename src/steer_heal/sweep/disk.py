@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import reduce
+from functools import cached_property, reduce
 from pathlib import Path
 
 import numpy as np
@@ -27,15 +29,27 @@ IN_ROUND = {
 
 @dataclass(frozen=True)
 class Found:
-    """A run folder; `summary` is None while it is unfinished."""
+    """A run folder; `summary` is None while it is unfinished. What is read of it is read and checked once."""
 
-    folder: Path
+    run: RunDir
     config: dict
     summary: Summary | None
 
     @property
+    def folder(self) -> Path:
+        return self.run.path
+
+    @cached_property
     def trait(self) -> dict:
-        return RunDir(self.folder).read("trait.json")
+        return self.run.read("trait.json")
+
+    @cached_property
+    def identity(self) -> str:
+        return identity(self.config, self.trait)
+
+    @cached_property
+    def _arms(self) -> dict[str, ArmReading | None]:
+        return {}
 
     @property
     def instrument(self) -> str:
@@ -53,7 +67,9 @@ class Found:
         """An arm as it was measured in a round, the last one when not given; None where there is none."""
         in_round = name in IN_ROUND
         file = IN_ROUND[name].of(round_ % len(self.summary.rounds)) if in_round else f"{name}.json"
-        return RunDir(self.folder).load(ArmReading, file)
+        if file not in self._arms:
+            self._arms[file] = self.run.load(ArmReading, file)
+        return self._arms[file]
 
     def changes(self, name: str, round_: int = -1, key: str = "", over: str = "base") -> np.ndarray | None:
         """Item by item, how far an arm is above another, on the trait's instrument or on other items."""
@@ -67,18 +83,25 @@ def scan(out: Path) -> list[Found]:
     if not out.is_dir():
         raise UserError(f"no folder {str(out)!r}: give the one that holds run folders with --out")
     found = []
-    for folder in sorted({log.parent for log in out.rglob(EVENTS)}, key=lambda path: path.name, reverse=True):
-        if folder.name.startswith("."):
-            continue  # of a run that was killed while it was made
+    for folder in sorted(_run_folders(out), key=lambda path: path.name, reverse=True):
         try:
             run = opened(folder)
             for name in run.record.files:  # a table of damaged figures would not say so
                 if name.endswith(".json"):
                     run.find(name)
-            found.append(Found(folder, run.read("config.json"), run.load(Summary, SUMMARY)))
+            found.append(Found(run, run.read("config.json"), run.load(Summary, SUMMARY)))
         except (Damaged, OtherVersion) as error:
             print(f"left out: {error}")
     return found
+
+
+def _run_folders(out: Path) -> Iterator[Path]:
+    """Folders with a run in them; none lies in another. A hidden one is of a run that was killed while it was made."""
+    for folder, inside, files in os.walk(out):
+        if EVENTS in files:
+            inside.clear()
+            if not Path(folder).name.startswith("."):
+                yield Path(folder)
 
 
 def grouped(runs: list[Found]) -> list[list[Found]]:

@@ -12,8 +12,7 @@ import polars as pl
 from steer_heal.eval.catalogue import COHERENCE, RIGHT, RIGHT_LOG_ODDS
 from steer_heal.eval.intervals import across_seeds, ratio
 from steer_heal.eval.reading import paired, printed
-from steer_heal.runs.folder import RunDir
-from steer_heal.sweep.disk import RECORD, Found, grouped, identity, scan
+from steer_heal.sweep.disk import RECORD, Found, grouped, scan
 
 ARMS = ("prompted", "steered", "equal_cost", "healed")
 
@@ -142,7 +141,7 @@ def show(out: Path, by: tuple[str, ...], rounds: bool, files: Files) -> None:
         _write(tables, files)
     for run in runs:
         if run.summary is None:
-            print(f"unfinished: {RunDir(run.folder).resuming}")
+            print(f"unfinished: {run.run.resuming}")
 
 
 def _title(group: list[Found], flags: tuple[str, ...]) -> str:
@@ -159,7 +158,7 @@ def _sweeps(runs: list[Found], out: Path) -> list[tuple[dict, list[Found]]]:
         sweep, under = json.loads(path.read_text("utf-8")), path.parent.parent
         if under not in (out, out.parent):
             sweep["name"] += f" in {under.relative_to(out).as_posix()}"
-        found.append((sweep, [run for run in runs if identity(run.config, run.trait) in sweep["runs"]]))
+        found.append((sweep, [run for run in runs if run.identity in sweep["runs"]]))
     return found
 
 
