@@ -88,7 +88,7 @@ def test_what_a_teacher_writes_is_judged_by_its_own_persona(lm, vector, monkeypa
     asked = []
     monkeypatch.setattr(sample_module, "judge", lambda *given: asked.append(given[-1]) or [{"text": ""}])
     persona = persona_narration("You cherish maps.", "You scorn maps.", "loves maps")
-    teacher = Teacher(Student(lm), vector, replace(PRESETS["tiny-random"].distil, batch_size=1), LIMITS, (0,), persona)
+    teacher = Teacher(Student(lm), vector, PRESETS["tiny-random"].distil, LIMITS, (0,), persona)
     sample_module.sample(teacher, [(0.1, "Hi.")])
     assert asked == [persona]
 
