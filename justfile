@@ -52,7 +52,7 @@ test *flags: setup
     {{bin}}/python -c "import ray" 2>/dev/null || {{bin}}/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[cluster]'
     {{bin}}/ruff check
     {{bin}}/ruff format --check
-    {{bin}}/python -m pytest -q {{flags}}
+    OMP_NUM_THREADS=1 {{bin}}/python -m pytest -q -n 2 --dist worksteal --durations 30 {{flags}}
     just fast-dev-run
 
 # what only a GPU can show, in ten minutes: maths, speed, memory, the demo, a QLoRA round that is killed and resumed

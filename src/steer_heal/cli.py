@@ -163,7 +163,7 @@ def run(asked: Run, argv: list[str]) -> None:
     folder, summary = do(asked.config, asked.preset, argv)
     page = reporting.build(folder.path)
     print(
-        f"done in {summary['seconds'] / 60:.1f} minutes of stages. The report: {page}\n\n"
+        f"done in {summary.seconds / 60:.1f} minutes of stages. The report: {page}\n\n"
         "What to do next:\n"
         f"  1. talk to it, base and student side by side:  {program()} chat {folder.path}\n"
         f"  2. load it without steer-heal:  PeftModel.from_pretrained(base_model, '{folder.path}/adapter')\n"
@@ -246,6 +246,7 @@ class Eval:
 def evaluate(asked: Eval) -> None:
     from steer_heal.commands.evaluate import evaluate_alone
     from steer_heal.eval.foundations import check_profile
+    from steer_heal.records import unstructured
 
     _check_files(json=asked.json)
     _check_gate(asked.gate)
@@ -254,7 +255,7 @@ def evaluate(asked: Eval) -> None:
     model = ModelConfig(asked.base, asked.quant, asked.dtype, asked.device)
     record = evaluate_alone(asked.target, asked.round, asked.gate, asked.trait, model, asked.eval)
     if asked.json is not None:
-        Path(asked.json).write_text(dumps(record, indent=1), "utf-8")
+        Path(asked.json).write_text(dumps(unstructured(record), indent=1), "utf-8")
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,6 @@ import math
 import re
 import zlib
 from collections import Counter
-from dataclasses import asdict, dataclass
 from functools import cache
 from itertools import pairwise
 from typing import NamedTuple
@@ -27,16 +26,13 @@ from torch import Tensor
 from steer_heal.config import FilterConfig
 from steer_heal.model.likelihood import row_surprise
 from steer_heal.model.lm import LM, Row
+from steer_heal.scores import Judged, Scores
 
 NGRAMS = (2, 3, 4)
 COMPRESS_MIN_BYTES = 200  # below this the compressor's own header decides
 WINDOW = 12  # tokens over which running surprise and uncertainty are averaged
 ASKS_NOTHING = "Please go on."  # the prompt under which a completion answers nothing
 LEAST_NLL = 0.02  # nats per token; a loop's NLL goes to zero and a ratio of two of them would mean nothing
-
-# Log-odds of broken against coherent. Fitted on the tuning half under SmolLM2-135M by `steer-heal bench filter`.
-WEIGHTS = {"relevance": -5.087, "confusion": 0.317, "entropy": 2.625, "word_repeat": 14.126, "symbols": 8.605}
-BIAS = -9.524
 
 LOOPS = ("word_repeat", "char_repeat", "compress")  # what a text that goes round in circles is dropped for
 STYLES = ("boilerplate", "narrates")  # what is not to be learnt, but is no damage
@@ -164,40 +160,6 @@ class Surprise(NamedTuple):
     """NLL of the token after a prompt that asks nothing"""
 
 
-@dataclass(frozen=True)
-class Scores:
-    """What the filter sees of one completion."""
-
-    ppl: float
-    """perplexity under the pristine base"""
-    tail_ppl: float
-    """perplexity of the last quarter"""
-    surge: float
-    """largest mean NLL of WINDOW tokens in a row, nats"""
-    entropy: float
-    """mean predictive entropy, nats"""
-    confusion: float
-    """largest mean predictive entropy of WINDOW tokens in a row, nats"""
-    relevance: float
-    """log of NLL after a prompt that asks nothing over NLL after its own"""
-    word_repeat: float
-    """share of repeated word n-grams, worst of n = 2, 3, 4"""
-    char_repeat: float
-    """share of the text inside stretches of characters said three or more times in a row"""
-    compress: float
-    """compressed over plain size; 1 for short texts"""
-    symbols: float
-    """share of characters that are neither letters nor space"""
-    words: int
-    narrates: bool
-    boilerplate: bool
-
-    @property
-    def incoherence(self) -> float:
-        """Log-odds that the text is broken rather than coherent."""
-        return BIAS + sum(weight * getattr(self, name) for name, weight in WEIGHTS.items())
-
-
 def score(text: str, surprise: Surprise, persona: re.Pattern[str] | None = None) -> Scores:
     """Scores of a completion from its text and what the base makes of it.
 
@@ -275,15 +237,12 @@ def surprises(lm: LM, rows: list[Row], batch_size: int) -> list[Surprise]:
 
 def judge(
     lm: LM, rows: list[Row], limits: FilterConfig, batch_size: int, persona: re.Pattern[str] | None = None
-) -> list[dict]:
-    """Text, scores and the reason it was dropped ("" when kept) of every completion; `lm` must be the base view.
-
-    `persona` is as in `score`.
-    """
+) -> list[Judged]:
+    """Every completion under the filter; `lm` must be the base view. `persona` is as in `score`."""
     judged = []
     for row, surprise in zip(rows, surprises(lm, rows, batch_size), strict=True):
         text = lm.text(row.completion)
         scores = score(text, surprise, persona)
         dropped = verdict(scores, limits)
-        judged.append({"text": text, **asdict(scores), "incoherence": scores.incoherence, "dropped": dropped})
+        judged.append(Judged(text=text, scores=scores, incoherence=scores.incoherence, dropped=dropped))
     return judged

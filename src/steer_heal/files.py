@@ -71,7 +71,7 @@ def json_text(value: Any) -> str:
     return json.dumps(value, indent=1)
 
 
-def jsonl_text(rows: list[dict]) -> str:
+def jsonl_text(rows: list[Any]) -> str:
     return "".join(json.dumps(row) + "\n" for row in rows)
 
 

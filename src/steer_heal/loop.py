@@ -6,29 +6,35 @@ resumed run, loads it.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from loguru import logger
 
 from steer_heal.distil.sample import Exhausted
-from steer_heal.eval.summary import barrier_warning, headline, last_verdict
+from steer_heal.eval.reading import ArmReading
+from steer_heal.heal.steps import barrier_warning
 from steer_heal.report.card import model_card
 from steer_heal.report.tables import arm_table, verdict_line
-from steer_heal.runs.rounds import Round, folder_of
-from steer_heal.stages import Baselines, Work
+from steer_heal.runs.rounds import Round
+from steer_heal.runs.summary import Baselines, Summary, verdict_of
+from steer_heal.stages import Work
 
 
-def run(work: Work) -> dict:
-    """All rounds of a run; returns the summary that is also in summary.json."""
-    baselines = work.baselines()
-    anchors, rounds, plain, stopped = work.anchors(), [], [], ""
+def run(work: Work) -> Summary:
+    """All rounds of a run; returns what is also in summary.json."""
+    arms, anchors = work.baselines(), work.anchors()
+    rounds: list[Round] = []
+    stopped = ""
     for number in range(work.config.rounds):
         stage = work.round(number, rounds)
         vector, layers = stage.extract()
-        plain = plain or work.steer_plainly(vector)
+        if number == 0:
+            arms = replace(arms, plain=work.steer_plainly(vector))
         try:
             dose = stage.find_dose(vector)
             completions = stage.distil(vector, dose)
         except Exhausted as end:
-            if not rounds:
+            if number == 0:
                 raise
             stopped = str(end)
             logger.warning(f"the loop ends after {number} of {work.config.rounds} rounds: {end}")
@@ -38,32 +44,47 @@ def run(work: Work) -> dict:
         geometry = stage.locate(vector)
         stage.bake()
         healed = stage.measure_healed()
-        equal_cost = stage.steer_at_equal_cost(plain, baselines.base, healed)
-        done = Round(number, layers, dose, completions, steps, steered, healed, geometry, equal_cost, None)
-        rounds.append(stage.ended(done, plain, baselines.base) if stage.last else done)
-        announce(work, baselines, rounds)
+        done = Round(
+            number=number,
+            layers=layers,
+            dose=dose,
+            completions=completions,
+            steps=steps,
+            steered=steered,
+            geometry=geometry,
+            healed=healed,
+            equal_cost=stage.steer_at_equal_cost(arms, healed),
+            equal_trait=None,
+        )
+        rounds.append(stage.read_fully(done, arms) if stage.last else done)
+        stage.note_demos(arms.base, steered, healed)
+        announce(work, arms, rounds)
     if stopped:
-        rounds[-1] = work.round(len(rounds) - 1, rounds[:-1]).ended(rounds[-1], plain, baselines.base)
-    return finish(work, baselines, plain, rounds, stopped)
+        rounds[-1] = work.round(len(rounds) - 1, rounds[:-1]).read_fully(rounds[-1], arms)
+    return finish(work, arms, rounds, stopped)
 
 
-def announce(work: Work, baselines: Baselines, rounds: list[Round]) -> None:
-    """Say what the round came to: its arms, whether the barrier acted, the verdict."""
-    done, config = rounds[-1], work.config
-    opponents = [arm for arm in (done.equal_cost, done.equal_trait) if arm]
-    table = arm_table(baselines.base, baselines.prompted, done.steered, *opponents, done.healed)
-    print(f"\nround {done.index}\n{table}\n")
-    barrier_warning(done.heal, config.heal)
-    said = last_verdict(baselines._asdict(), rounds)
-    logger.info(f"{folder_of(done.index)} verdict: {verdict_line(said, config.rounds - 1 - done.index)}")
-    measures = {arm["arm"]: headline(arm) for arm in (baselines.base, baselines.prompted, done.steered, done.healed)}
-    work.folder.event("round", round=done.index, verdict=said["word"], dose=done.dose["dose"], **measures)
+def announce(work: Work, arms: Baselines, rounds: list[Round]) -> None:
+    """Say what the last round came to: its arms, whether the barrier acted, the verdict."""
+    done, left = rounds[-1], work.config.rounds - len(rounds)
+    table = arm_table(arms.base, arms.prompted, done.steered, *done.opponents, done.healed)
+    print(f"\nround {done.number}\n{table}\n")
+    barrier_warning(done.steps, work.config.heal)
+    verdict = verdict_of(done, arms)
+    logger.info(f"{done.name} verdict: {verdict_line(verdict, left)}")
+    figures = {arm.arm: headline(arm) for arm in (arms.base, arms.prompted, done.steered, done.healed)}
+    work.folder.event("round", round=done.number, verdict=verdict.word, dose=done.dose.dose, **figures)
 
 
-def finish(work: Work, baselines: Baselines, plain: list[dict], rounds: list[Round], stopped: str) -> dict:
-    """The student's adapter, the summary and the model card."""
+def headline(arm: ArmReading) -> dict[str, float]:
+    """An arm in four numbers, for the run's events."""
+    return {name: getattr(arm, name) for name in ("trait_nats", "answer_mass", "coherent_share", "neutral_ppl")}
+
+
+def finish(work: Work, arms: Baselines, rounds: list[Round], stopped: str) -> Summary:
+    """The student as one adapter, the summary and the model card."""
     work.save_adapter()
-    summary = work.summarise(baselines, plain, rounds, stopped)
+    summary = work.summarise(arms, rounds, stopped)
     described = map(work.folder.read, ("config.json", "trait.json"))
     work.folder.replace_text("adapter/README.md", model_card(summary, *described, work.folder.first_argv, len(rounds)))
     work.note_end()

@@ -11,9 +11,9 @@ import random
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
 
 import torch
 from loguru import logger
@@ -23,11 +23,13 @@ from steer_heal.bake.student import Student
 from steer_heal.coherence import persona_narration
 from steer_heal.config import RunConfig
 from steer_heal.distil.dose import dose_curve, expected_survival, require_dose
-from steer_heal.distil.sample import Teacher, anchor_completions, distil, kept_rows, require_training_set
+from steer_heal.distil.record import Anchor, Completion, DoseCurve
+from steer_heal.distil.sample import Teacher, anchor_completions, distil, require_training_set, rows_of
 from steer_heal.eval.arms import Arm
 from steer_heal.eval.geometry import Base, Fixed, geometry, read_base
-from steer_heal.eval.instruments import instruments, joined, neutral_rows, read_arm
+from steer_heal.eval.instruments import instruments, neutral_rows, read_arm
 from steer_heal.eval.opponents import (
+    Cost,
     allowed_cost,
     coherence_cost,
     dose_at_trait,
@@ -35,15 +37,17 @@ from steer_heal.eval.opponents import (
     fitting,
     plain_doses,
 )
-from steer_heal.eval.summary import demo_rows, peak_memory, summarise
+from steer_heal.eval.reading import ArmReading, Geometry, side_by_side
 from steer_heal.heal.examples import Example, prepare, prepare_anchors, with_tau
+from steer_heal.heal.steps import HealStep
 from steer_heal.heal.train import heal, trained_on
 from steer_heal.model.decode import MOST_ROWS, rows_that_fit
 from steer_heal.model.lm import LM
-from steer_heal.model.memory import give_back_freed_memory
+from steer_heal.model.memory import give_back_freed_memory, peak_memory
 from steer_heal.model.steering import AnyVector, Steering
 from steer_heal.runs.folder import RunDir
 from steer_heal.runs.rounds import InRound, Round, folder_of
+from steer_heal.runs.summary import SUMMARY, Baselines, RunName, Summary, plain_file, summarise
 from steer_heal.steer.extract import Extraction, extract, prompts_read, read_vector, write_vector
 from steer_heal.steer.personas import Personas
 from steer_heal.terminal import progress
@@ -67,14 +71,9 @@ def freeing(compute: Callable[[], T]) -> Callable[[], T]:
     return computed
 
 
-class Baselines(NamedTuple):
-    """The arms that need no training."""
-
-    base: dict
-    prompted: dict
-    """the positive persona as system prompt"""
-    negative: dict
-    """the negative persona as system prompt"""
+def plainly(name: str, first: AnyVector, dose: float) -> Arm:
+    """The base under the first round's vector."""
+    return Arm(name, history=0.0, now=0.0, vector=first, dose=dose)
 
 
 @dataclass(frozen=True)
@@ -100,7 +99,7 @@ class Work:
                 longest = max(len(lm.prompt(prompt)) for prompt in trait.generation_prompts)
                 return rows_that_fit(lm, longest, config.distil.max_new_tokens)
 
-            rows, most = folder.json("decode_rows.json", compute), MOST_ROWS[lm.device.type]
+            rows, most = folder.artefact(int, "decode_rows.json", compute), MOST_ROWS[lm.device.type]
             logger.info(f"up to {rows} rows are decoded together: what free memory holds, {most} at most")
         lm = replace(lm, decode_rows=rows)
         return cls(folder, Student(lm), trait, config, preset)
@@ -109,13 +108,13 @@ class Work:
         """The stages of a round that follows on the rounds `before`."""
         return RoundStages(self, number, before)
 
-    def read_arm(self, label: str, arm: Arm, which: tuple[str, ...]) -> dict:
+    def read_arm(self, label: str, arm: Arm, which: tuple[str, ...]) -> ArmReading:
         return read_arm(label, self.student, arm, self.trait, self.config.eval, which)
 
-    def measured(self, name: str, arm: Arm, which: tuple[str, ...]) -> dict:
+    def measured(self, name: str, arm: Arm, which: tuple[str, ...]) -> ArmReading:
         """The reading of an arm that lies under `name`."""
         label = f"eval {name.removesuffix('.json')}"
-        return self.folder.json(name, freeing(lambda: self.read_arm(label, arm, which)))
+        return self.folder.artefact(ArmReading, name, freeing(lambda: self.read_arm(label, arm, which)))
 
     def baselines(self) -> Baselines:
         everything = instruments(self.config.eval, at_end=True)
@@ -126,8 +125,8 @@ class Work:
             name: self.measured(f"{name}.json", Arm(name, history=0.0, now=0.0, system=system), which[name])
             for name, system in arms.items()
         }
-        self.folder.write_jsonl("demos.jsonl", demo_rows(base=read["base"], prompted=read["prompted"]))
-        return Baselines(**read)
+        self.folder.write_jsonl("demos.jsonl", side_by_side(base=read["base"], prompted=read["prompted"]))
+        return Baselines(**read, plain=[])
 
     def anchors(self) -> Callable[[], list[Example]]:
         """Completions of mundane prompts by the base. The call of what is returned reads their states, once."""
@@ -135,25 +134,25 @@ class Work:
             return list
 
         @freeing
-        def compute() -> list[dict]:
+        def compute() -> list[Anchor]:
             with progress("anchor", self.config.heal.anchor.prompts, "row") as done:
                 prompts = list(data.mundane()[: self.config.heal.anchor.prompts])
                 return anchor_completions(self.student, prompts, self.config.distil, self.key(-1, "anchor"), done)
 
-        rows, _ = kept_rows(self.student, self.folder.jsonl("anchor.jsonl", compute))
+        rows = rows_of(self.student, self.folder.artefacts(Anchor, "anchor.jsonl", compute))
         return cache(lambda: prepare_anchors(self.student, rows))
 
-    def steer_plainly(self, first: AnyVector) -> list[dict]:
+    def steer_plainly(self, first: AnyVector) -> list[ArmReading]:
         """The base steered by the first round's vector, dose by dose."""
-        return [
-            self.folder.json(f"plain/d{index}.json", freeing(lambda dose=dose: self.plain_arm("plain", first, dose)))
-            for index, dose in enumerate(plain_doses(self.config.eval))
-        ]
+        found = []
+        for index, dose in enumerate(plain_doses(self.config.eval)):
+            compute = freeing(partial(self.plain_arm, "plain", first, dose))
+            found.append(self.folder.artefact(ArmReading, plain_file(index), compute))
+        return found
 
-    def plain_arm(self, name: str, first: AnyVector, dose: float, which: tuple[str, ...] = PLAIN) -> dict:
+    def plain_arm(self, name: str, first: AnyVector, dose: float, which: tuple[str, ...] = PLAIN) -> ArmReading:
         """The base under the first round's vector at a dose."""
-        arm = Arm(name, history=0.0, now=0.0, vector=first, dose=dose)
-        return self.read_arm(f"plain steering {dose:.2f}", arm, which)
+        return self.read_arm(f"plain steering {dose:.2f}", plainly(name, first, dose), which)
 
     def first_vector(self) -> AnyVector:
         """The vector of round 0, which the later rounds and plain steering are compared with."""
@@ -179,12 +178,13 @@ class Work:
         """All rounds as one adapter."""
         self.folder.stage("adapter", lambda: self.student, lambda path, s: s.save(path, s.history), lambda path: None)
 
-    def summarise(self, baselines: Baselines, plain: list[dict], rounds: list[Round], stopped: str) -> dict:
+    def summarise(self, arms: Baselines, rounds: list[Round], stopped: str) -> Summary:
         """Write summary.json; `stopped` says why the loop ended early, if it did."""
-        arms = baselines._asdict() | {"plain": plain}
-        summary = summarise(self.config, self.preset, self.trait, arms, rounds, self.folder.stage_seconds())
-        summary |= {"stopped": stopped, "peak_memory_bytes": peak_memory(self.student.lm.device)}
-        self.folder.replace_json("summary.json", summary)
+        of = RunName(model=self.config.model.path, trait=self.trait.name, seed=self.config.seed, preset=self.preset)
+        found = summarise(of, arms, rounds, self.folder.stage_seconds())
+        peak = peak_memory(self.student.lm.device)
+        summary = replace(found, stopped=stopped, peak_memory_bytes=peak)
+        self.folder.replace_json(SUMMARY, summary)
         return summary
 
     def note_end(self) -> None:
@@ -234,7 +234,7 @@ class RoundStages:
         """The round's vector. It acts on the blocks of round 0: a band that was chosen there is kept."""
         work, config = self.work, self.work.config.steer
         personas = Personas(work.trait.positive, work.trait.negative, list(data.contexts()[: config.n_contexts]))
-        layers = tuple(r["layer"] for r in self.before[0].layers if r["steered"]) if self.before else None
+        layers = tuple(r.layer for r in self.before[0].layers if r.steered) if self.before else None
 
         @freeing
         def compute() -> Extraction:
@@ -247,54 +247,56 @@ class RoundStages:
         logger.info(f"{self.name} vector {extraction.described(len(work.student.lm.blocks))}")
         return extraction
 
-    def find_dose(self, vector: AnyVector) -> dict:
+    def find_dose(self, vector: AnyVector) -> DoseCurve:
         """The dose curve. Raises Exhausted when no dose leaves text to train on."""
         config = self.work.config.dose
 
         @freeing
-        def compute() -> dict:
+        def compute() -> DoseCurve:
             with progress(f"{self.name} dose curve", (config.steps + 1) * config.prompts, "row") as done:
                 return dose_curve(self.teacher(vector, "dose"), self.prompts("dose"), config, done)
 
-        dose = self.work.folder.json(self.file(InRound.DOSE), compute)
-        shares = "  ".join(f"{point['dose']:.2f}:{point['survival']:.0%}" for point in dose["curve"])
-        chosen = require_dose(dose)
-        if dose["rule"] == "iso_kl":
-            logger.info(f"{self.name} dose {chosen:.2f}: 95th percentile KL {dose['kl']:.3g} nats  (survival {shares})")
+        found = self.work.folder.artefact(DoseCurve, self.file(InRound.DOSE), compute)
+        dose = f"{self.name} dose {require_dose(found):.2f}"
+        if found.rule == "iso_kl":
+            logger.info(f"{dose}: 95th percentile KL {found.kl:.3g} nats  (survival {found.survivals})")
         else:
-            logger.info(f"{self.name} dose {chosen:.2f}, the largest that {dose['target']:.0%} survive  ({shares})")
-        return dose
+            logger.info(f"{dose}, the largest that {found.target:.0%} survive  ({found.survivals})")
+        return found
 
     # ---- distil, heal, bake
 
-    def distil(self, vector: AnyVector, dose: dict) -> list[dict]:
+    def distil(self, vector: AnyVector, dose: DoseCurve) -> list[Completion]:
         """The teacher's completions, judged. Raises Exhausted when too few survive to train on."""
         config = self.work.config.distil
 
         @freeing
-        def compute() -> list[dict]:
+        def compute() -> list[Completion]:
             with progress(f"{self.name} distil", config.n_keep, "row") as done:
                 teacher, survival = self.teacher(vector, "distil"), expected_survival(dose)
-                return distil(teacher, dose["dose"], self.prompts("distil"), survival, done)
+                return distil(teacher, dose.dose, self.prompts("distil"), survival, done)
 
-        completions = self.work.folder.jsonl(self.file(InRound.COMPLETIONS), compute)
-        kept = sum(not c["dropped"] for c in completions)
+        completions = self.work.folder.artefacts(Completion, self.file(InRound.COMPLETIONS), compute)
+        kept = sum(not c.dropped for c in completions)
         logger.info(f"{self.name} distil kept {kept} of {len(completions)} completions")
         require_training_set(completions, dose, config)
         return completions
 
-    def heal(self, vector: AnyVector, completions: list[dict], anchors: Callable[[], list[Example]]) -> list[dict]:
+    def heal(
+        self, vector: AnyVector, completions: list[Completion], anchors: Callable[[], list[Example]]
+    ) -> list[HealStep]:
         """Train the round's adapter, or load it; either way it is the student's current one afterwards."""
         student, folder, config = self.work.student, self.work.folder, self.work.config
-        rows, doses = kept_rows(student, completions)
+        kept = [completion for completion in completions if not completion.dropped]
+        rows = rows_of(student, kept)
         log = self.file(InRound.STEPS)
 
         @freeing
-        def compute() -> list[dict]:
+        def compute() -> list[HealStep]:
             seed = self.seed("heal")
             student.begin_round(config.heal.lora, seed)
-            steering = Steering(vector, torch.tensor(doses))
-            before = self.before[-1].heal if self.before else None
+            steering = Steering(vector, torch.tensor([completion.dose for completion in kept]))
+            before = self.before[-1].steps if self.before else None
             folder.part = READING
             examples = prepare(student, rows, steering, config.heal)
             trained = config.heal.training.epochs * trained_on(len(rows), config.heal.training)
@@ -304,25 +306,25 @@ class RoundStages:
                 folder.part = TRAINING
                 return heal(student, examples, held, settled, self.number, seed, done, before)
 
-        def write(path: Path, records: list[dict]) -> None:
-            folder.write_jsonl(log, records)  # before the adapter, whose existence says that all is done
+        def write(path: Path, steps: list[HealStep]) -> None:
+            folder.write_jsonl(log, steps)  # before the adapter, whose existence says that all is done
             student.save(path)
 
-        def read(path: Path) -> list[dict]:
+        def read(path: Path) -> list[HealStep]:
             student.load_round(path)
-            return folder.read(log)
+            return folder.load(list[HealStep], log)
 
         return folder.stage(self.file(InRound.ADAPTER), compute, write, read, also=(log,))
 
-    def locate(self, vector: AnyVector) -> dict:
+    def locate(self, vector: AnyVector) -> Geometry:
         """Where the round moved the student. Before `bake`, which joins the round to the history."""
         work, first = self.work, self.work.first_vector()
 
         @freeing
-        def compute() -> dict:
+        def compute() -> Geometry:
             return geometry(work.student, work.fixed, vector, first, work.base_states(vector.layers))
 
-        return work.folder.json(self.file(InRound.GEOMETRY), compute)
+        return work.folder.artefact(Geometry, self.file(InRound.GEOMETRY), compute)
 
     def bake(self) -> None:
         """The round joins the history; the log and the events say what compression to a rank loses."""
@@ -334,71 +336,72 @@ class RoundStages:
 
     # ---- measure
 
-    def measure_steered(self, vector: AnyVector, dose: dict) -> dict:
+    def measure_steered(self, vector: AnyVector, dose: DoseCurve) -> ArmReading:
         """The round's teacher."""
-        arm = Arm("steered", now=0.0, vector=vector, dose=dose["dose"])
+        arm = Arm("steered", now=0.0, vector=vector, dose=dose.dose)
         return self.work.measured(self.file(InRound.STEERED), arm, instruments(self.work.config.eval, at_end=False))
 
-    def measure_healed(self) -> dict:
+    def measure_healed(self) -> ArmReading:
         """The round's student; of the last one everything is read."""
         which = instruments(self.work.config.eval, at_end=self.last)
         return self.work.measured(self.file(InRound.HEALED), Arm("healed"), which)
 
-    def steer_at_equal_cost(self, plain: list[dict], base: dict, healed: dict) -> dict | None:
+    def steer_at_equal_cost(self, arms: Baselines, healed: ArmReading) -> ArmReading | None:
         """The base steered at the dose that costs as much coherence as the rounds so far."""
-        if not plain:
+        if not arms.plain:
             return None
-        work, first, allowed = self.work, self.work.first_vector(), allowed_cost(healed, base)
-        which = self.opponents_read if self.last else PLAIN
+        work, base, first, allowed = self.work, arms.base, self.work.first_vector(), allowed_cost(healed, arms.base)
 
         def cost_at(dose: float) -> float:
             return coherence_cost(work.plain_arm("equal_cost", first, dose, ("yes_no", "neutral")), base)
 
         @freeing
-        def compute() -> dict:
-            known = fitting([*plain, *(done.equal_cost for done in self.before)], base, allowed)
+        def compute() -> ArmReading:
+            known = fitting([*arms.plain, *(done.equal_cost for done in self.before)], base, allowed)
             if known and not self.last:
-                return known | {"arm": "equal_cost"}
-            curve = [{"dose": arm["dose"], "cost": coherence_cost(arm, base)} for arm in plain]
-            dose = known["dose"] if known else find_dose_at_cost(allowed, curve, cost_at)
-            return work.plain_arm("equal_cost", first, dose, which)
+                return replace(known, arm="equal_cost")
+            curve = [Cost(arm.dose, coherence_cost(arm, base)) for arm in arms.plain]
+            dose = known.dose if known else find_dose_at_cost(allowed, curve, cost_at)
+            return work.plain_arm("equal_cost", first, dose, self.opponents_read if self.last else PLAIN)
 
-        return work.folder.json(self.file(InRound.EQUAL_COST), compute)
+        return work.folder.artefact(ArmReading, self.file(InRound.EQUAL_COST), compute)
 
-    def steer_at_equal_trait(self, plain: list[dict], base: dict, healed: dict) -> dict | None:
+    def steer_at_equal_trait(self, arms: Baselines, healed: ArmReading) -> ArmReading:
         """The base steered at the dose that moves the trait as far as the student, or as far as any dose does."""
-        if not plain:
-            return None
 
         @freeing
-        def compute() -> dict:
-            dose, reached = dose_at_trait(plain, base, healed)
+        def compute() -> ArmReading:
+            dose, reached = dose_at_trait(arms.plain, arms.base, healed)
             arm = self.work.plain_arm("equal_trait", self.work.first_vector(), dose, self.opponents_read)
-            return arm | {"reached": reached}
+            return replace(arm, reached=reached)
 
-        return self.work.folder.json(self.file(InRound.EQUAL_TRAIT), compute)
+        return self.work.folder.artefact(ArmReading, self.file(InRound.EQUAL_TRAIT), compute)
 
     @property
     def opponents_read(self) -> tuple[str, ...]:
         """What is read of plain steering beside the last student."""
         return tuple(name for name in instruments(self.work.config.eval, at_end=True) if name != "profile")
 
-    def ended(self, done: Round, plain: list[dict], base: dict) -> Round:
-        """The last round, `done`, with everything that is read at the end; a loop that ends early had not known."""
-        healed = self.completed(InRound.HEALED, done.healed, Arm("healed"), instruments(self.work.config.eval, True))
-        if not plain:
+    def read_fully(self, done: Round, arms: Baselines) -> Round:
+        """The last round, `done`, with all that is read at the end. A loop that ends early learns late which it is."""
+        everything = instruments(self.work.config.eval, at_end=True)
+        healed = self.completed(InRound.HEALED, done.healed, Arm("healed"), everything)
+        if not arms.plain:
             return replace(done, healed=healed)
-        cost = done.equal_cost
-        arm = Arm("equal_cost", history=0.0, now=0.0, vector=self.work.first_vector(), dose=cost["dose"])
-        cost = self.completed(InRound.EQUAL_COST, cost, arm, self.opponents_read)
-        return replace(done, healed=healed, equal_cost=cost, equal_trait=self.steer_at_equal_trait(plain, base, healed))
+        arm = plainly("equal_cost", self.work.first_vector(), done.equal_cost.dose)
+        cost = self.completed(InRound.EQUAL_COST, done.equal_cost, arm, self.opponents_read)
+        return replace(done, healed=healed, equal_cost=cost, equal_trait=self.steer_at_equal_trait(arms, healed))
 
-    def completed(self, artefact: InRound, reading: dict, arm: Arm, which: tuple[str, ...]) -> dict:
+    def completed(self, artefact: InRound, reading: ArmReading, arm: Arm, which: tuple[str, ...]) -> ArmReading:
         """A reading with what it lacks of the instruments `which`."""
-        lacking = tuple(name for name in which if name not in reading["read"])
+        lacking, name = tuple(one for one in which if one not in reading.read), self.file(artefact)
         if not lacking:
             return reading
-        name = self.file(artefact)
-        whole = joined(reading, self.work.read_arm(f"eval {name.removesuffix('.json')}", arm, lacking))
+        whole = reading.joined(self.work.read_arm(f"eval {name.removesuffix('.json')}", arm, lacking))
         self.work.folder.replace_json(name, whole)
         return whole
+
+    def note_demos(self, base: ArmReading, steered: ArmReading, healed: ArmReading) -> None:
+        """The free-text answers of the round's arms side by side."""
+        rows = side_by_side(base=base, steered=steered, healed=healed)
+        self.work.folder.write_jsonl(self.file(InRound.DEMOS), rows)

@@ -16,11 +16,12 @@ from functools import cache
 import torch
 
 from steer_heal import coherence, data
-from steer_heal.coherence import Scores, Surprise, persona_narration, score, surprises, verdict
+from steer_heal.coherence import Surprise, persona_narration, score, surprises, verdict
 from steer_heal.config import FilterConfig
 from steer_heal.model.lm import LM, Row
 from steer_heal.model.loading import load
 from steer_heal.presets import PRESETS
+from steer_heal.scores import WEIGHTS, Scores
 
 MODEL_SCORES = ("ppl", "tail_ppl", "surge", "entropy", "confusion", "relevance")
 CONTRASTED = ("coherent", "broken")  # narration and refusals are fluent; patterns find them, not the log-odds
@@ -113,7 +114,7 @@ def operating_points(curve: list[dict]) -> dict[str, float]:
 def fit(rows: list[dict], scores: list[Scores]) -> tuple[dict[str, float], float]:
     """Weights and bias of the log-odds of broken against coherent: ridge logistic regression on the rows given."""
     chosen = [(row, s) for row, s in zip(rows, scores, strict=True) if row["label"] in CONTRASTED]
-    x = torch.tensor([[getattr(s, name) for name in coherence.WEIGHTS] for _, s in chosen], dtype=torch.float64)
+    x = torch.tensor([[getattr(s, name) for name in WEIGHTS] for _, s in chosen], dtype=torch.float64)
     y = torch.tensor([row["label"] == "broken" for row, _ in chosen], dtype=torch.float64)
     mean, std = x.mean(0), x.std(0)
     z = torch.cat([(x - mean) / std, torch.ones(len(x), 1, dtype=torch.float64)], dim=1)
@@ -130,7 +131,7 @@ def fit(rows: list[dict], scores: list[Scores]) -> tuple[dict[str, float], float
     optimiser.step(loss)
     weight = w.detach()[:-1] / std
     bias = w.detach()[-1] - (weight * mean).sum()
-    return dict(zip(coherence.WEIGHTS, weight.tolist(), strict=True)), bias.item()
+    return dict(zip(WEIGHTS, weight.tolist(), strict=True)), bias.item()
 
 
 def half(name: str) -> list[dict]:

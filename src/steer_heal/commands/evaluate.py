@@ -13,8 +13,8 @@ from steer_heal.config import EvalConfig, ModelConfig, UserError
 from steer_heal.data import Trait, load_trait, restored
 from steer_heal.eval.arms import Arm
 from steer_heal.eval.instruments import instruments, read_arm
-from steer_heal.eval.record import arm_record
-from steer_heal.eval.verdict import expressible, validity, verdict
+from steer_heal.eval.record import ArmSummary, arm_record
+from steer_heal.eval.verdict import Validity, Verdict, expressible, validity, verdict
 from steer_heal.model.loading import load
 from steer_heal.report.tables import arm_table, validity_table
 from steer_heal.runs.folder import EVENTS, RunDir
@@ -30,12 +30,24 @@ class Target:
     has_adapter: bool
 
 
+@dataclass(frozen=True, kw_only=True)
+class Alone:
+    """The arms of a model and what they come to."""
+
+    base: ArmSummary
+    prompted: ArmSummary
+    negative: ArmSummary
+    validity: list[Validity]
+    student: ArmSummary | None = None
+    """of an adapter or a run"""
+    gate: float | None = None
+    verdict: Verdict | None = None
+
+
 def evaluate_alone(
     target: str, round_: int | None, gate: float, trait: str | None, model: ModelConfig, config: EvalConfig
-) -> dict:
+) -> Alone:
     """Measure and print base, both prompted arms and, of an adapter or a run, the student at the gate.
-
-    Returns the record of every arm, the validity of the instruments and, of a student, the verdict.
 
     Raises UserError when the target is nothing that can be measured.
     """
@@ -46,12 +58,13 @@ def evaluate_alone(
     wanted += [Arm("student", history=gate, now=0.0)] * found.has_adapter
     arms = [read_arm(f"eval {arm.name}", found.student, arm, found.trait, config, which) for arm in wanted]
     base, *_, last = arms
-    record: dict = {arm["arm"]: arm_record(arm, base) for arm in arms} | {"validity": validity(arms)}
-    print(f"\n{arm_table(*arms)}\n\n{validity_table(record['validity'])}")
-    if found.has_adapter:
-        record |= {"gate": gate, "verdict": verdict(base, last, last, expressible(arms, found.trait.instrument))}
-        print(f"verdict: {record['verdict']['word']} ({record['verdict']['why']})")
-    return record
+    record = Alone(**{arm.arm: arm_record(arm, base) for arm in arms}, validity=validity(arms))
+    print(f"\n{arm_table(*arms)}\n\n{validity_table(record.validity)}")
+    if not found.has_adapter:
+        return record
+    said = verdict(base, last, last, expressible(arms, found.trait.instrument))
+    print(f"verdict: {said.word} ({said.why})")
+    return replace(record, gate=gate, verdict=said)
 
 
 def opened(target: str, round_: int | None, trait: str | None, model: ModelConfig) -> Target:

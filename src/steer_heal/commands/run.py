@@ -18,6 +18,7 @@ from steer_heal.runs.environment import block_network, environment
 from steer_heal.runs.folder import Damaged, RunDir
 from steer_heal.runs.resume import check_place, create, described, reopened, require_surroundings, trait_of
 from steer_heal.runs.rounds import InRound
+from steer_heal.runs.summary import Summary
 from steer_heal.runs.tracking import check_tracker, follower
 from steer_heal.stages import READING, Work
 from steer_heal.steer import lite
@@ -25,7 +26,7 @@ from steer_heal.steer import lite
 DECODING = ("anchor.jsonl", InRound.DOSE, InRound.COMPLETIONS)
 
 
-def run(config: RunConfig, preset: str, argv: list[str]) -> tuple[RunDir, dict]:
+def run(config: RunConfig, preset: str, argv: list[str]) -> tuple[RunDir, Summary]:
     """Do a run, or go on with one; returns its folder and summary. `argv` is how it was asked for.
 
     Raises UserError for what the user can mend, and KeyboardInterrupt, with the command that goes on, when stopped.
@@ -68,7 +69,7 @@ def loaded(config: ModelConfig) -> LM:
         ) from error
 
 
-def loop_of(config: RunConfig, preset: str, folder: RunDir, trait: data.Trait, lm: LM) -> dict:
+def loop_of(config: RunConfig, preset: str, folder: RunDir, trait: data.Trait, lm: LM) -> Summary:
     """The loop, with a word on how to go on when it ends early."""
     if os.environ.get("STEER_HEAL_BLOCK_NETWORK") == "1":  # in the fast-dev run: with the model there, nothing is asked
         block_network()

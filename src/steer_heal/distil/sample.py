@@ -6,13 +6,14 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from steer_heal.bake.student import Student
 from steer_heal.coherence import judge
 from steer_heal.config import DistilConfig, FilterConfig, UserError
+from steer_heal.distil.record import Anchor, Completion, DoseCurve
 from steer_heal.model.decode import Sampling, decode
 from steer_heal.model.lm import Row
 from steer_heal.model.steering import AnyVector, Steering
@@ -43,7 +44,7 @@ class Teacher:
 
 def distil(
     teacher: Teacher, dose: float, prompts: list[str], expected: float = 1.0, on_kept: Progress = lambda rows: None
-) -> list[dict]:
+) -> list[Completion]:
     """Completions of the steered previous student, every one with its scores and why it was dropped.
 
     Batches are sampled until `n_keep` have survived or twice as many are written. The first is as large as the
@@ -53,7 +54,7 @@ def distil(
     config = teacher.config
     doses = [dose * (1 + side * DOSE_SPREAD) for side in (0, -1, 1)]
     budget = SAMPLED_PER_SURVIVOR * config.n_keep
-    completions: list[dict] = []
+    completions: list[Completion] = []
     kept, texts = 0, set()
     while kept < config.n_keep and len(completions) < budget:
         done = len(completions)
@@ -64,35 +65,35 @@ def distil(
         plan = [(doses[(i + i // len(prompts)) % len(doses)], prompts[i % len(prompts)]) for i in turns]
         before = kept
         for completion in sample(teacher, plan, (done,)):
-            text = " ".join(completion["text"].lower().split())
-            if not completion["dropped"]:
-                completion["dropped"] = "duplicate" if text in texts else "surplus" if kept == config.n_keep else ""
-                kept += not completion["dropped"]
+            text = " ".join(completion.text.lower().split())
+            dropped = completion.dropped
+            if not dropped:
+                dropped = "duplicate" if text in texts else "surplus" if kept == config.n_keep else ""
+                kept += not dropped
             texts.add(text)
-            completions.append(completion)
+            completions.append(replace(completion, dropped=dropped))
         on_kept(kept - before)
     return completions
 
 
-def require_training_set(completions: list[dict], dose: dict, config: DistilConfig) -> None:
+def require_training_set(completions: list[Completion], dose: DoseCurve, config: DistilConfig) -> None:
     """Raise Exhausted, the survival table in its text, when too few completions survived to train on."""
-    kept = sum(not c["dropped"] for c in completions)
+    kept = sum(not c.dropped for c in completions)
     needed = max(1, min(LEAST, config.n_keep // 3))
     if kept >= needed:
         return
-    reasons = Counter(c["dropped"] for c in completions if c["dropped"])
+    reasons = Counter(c.dropped for c in completions if c.dropped)
     dropped = ", ".join(f"{reason} {count}" for reason, count in reasons.most_common())
-    curve = ", ".join(f"{p['dose']:.2f}: {p['survival']:.0%}" for p in dose["curve"])
     raise Exhausted(
-        f"only {kept} of {len(completions)} completions passed the filter at dose {dose['dose']:.2f}, training needs "
-        f"{needed} (dropped: {dropped}; dose: survival {curve}): raise --distil.n-keep or --dose.survival, "
+        f"only {kept} of {len(completions)} completions passed the filter at dose {dose.dose:.2f}, training needs "
+        f"{needed} (dropped: {dropped}; dose: survival {dose.survivals}): raise --distil.n-keep or --dose.survival, "
         "or loosen --filter.*"
     )
 
 
 def sample(
     teacher: Teacher, plan: list[tuple[float, str]], part: tuple = (), on_rows: Progress = lambda rows: None
-) -> list[dict]:
+) -> list[Completion]:
     """Decode (dose, prompt) pairs from the teacher and judge each completion under the pristine base.
 
     `part` tells the batches of one stream of random numbers apart.
@@ -107,20 +108,19 @@ def sample(
     with student.view(history=0.0, now=0.0):
         judged = judge(lm, rows, teacher.limits, lm.read_rows, teacher.persona)
     return [
-        {"prompt": prompt, "dose": dose, "ids": c.ids, "ended": c.ended, **scores}
-        for (dose, prompt), c, scores in zip(plan, written, judged, strict=True)
+        Completion(prompt=prompt, dose=dose, ids=c.ids, ended=c.ended, **vars(found))
+        for (dose, prompt), c, found in zip(plan, written, judged, strict=True)
     ]
 
 
-def kept_rows(student: Student, completions: list[dict]) -> tuple[list[Row], list[float]]:
-    """The survivors as training rows, and the dose each was written at."""
-    kept = [c for c in completions if not c["dropped"]]
-    return [Row(student.lm.prompt(c["prompt"]), c["ids"]) for c in kept], [c["dose"] for c in kept]
+def rows_of(student: Student, completions: list[Completion] | list[Anchor]) -> list[Row]:
+    """Completions as training rows."""
+    return [Row(student.lm.prompt(c.prompt), c.ids) for c in completions]
 
 
 def anchor_completions(
     student: Student, prompts: list[str], config: DistilConfig, key: tuple, on_rows: Progress = lambda rows: None
-) -> list[dict]:
+) -> list[Anchor]:
     """Completions of mundane prompts by the pristine base, on which a healed model should not move."""
     lm = student.lm
     tokens = [lm.prompt(prompt) for prompt in prompts]
@@ -128,6 +128,6 @@ def anchor_completions(
     with student.view(history=0.0, now=0.0):
         written = decode(lm, tokens, config.max_new_tokens, lm.decode_rows, None, sampling, on_rows)
     return [
-        {"prompt": prompt, "dose": 0.0, "ids": c.ids, "ended": c.ended, "text": lm.text(c.ids), "dropped": ""}
+        Anchor(prompt=prompt, ids=c.ids, ended=c.ended, text=lm.text(c.ids))
         for prompt, c in zip(prompts, written, strict=True)
     ]

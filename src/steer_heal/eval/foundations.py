@@ -23,6 +23,7 @@ from steer_heal.config import EvalConfig, UserError
 from steer_heal.data import FOUNDATIONS, vignettes
 from steer_heal.eval.arms import Arm
 from steer_heal.eval.intervals import interval
+from steer_heal.eval.reading import Profile
 from steer_heal.model.answers import choice_log_probs
 from steer_heal.model.lm import LM
 from steer_heal.model.steering import steering
@@ -115,21 +116,21 @@ def check_profile(config: EvalConfig) -> None:
         tiny_mfv()
 
 
-def described(reading: Reading, source: str) -> dict:
+def described(reading: Reading, source: str) -> Profile:
     """The profile's figures: `care_nats` and so on, top-1 agreement with the labels, mass on the answers."""
     right = np.array(NAMES)[reading.p.argmax(1)] == np.array(reading.label)
     sound = np.isfinite(reading.p).all(1)
     mean = reading.p[sound].mean(0) if sound.any() else np.full(len(NAMES), np.nan)
-    short = {"authority": "auth"}
-    return {
-        "source": source,
-        **{
-            f"{short.get(name, name)}_nats": math.log(p) if p > 0 else math.nan
-            for name, p in zip(NAMES, mean, strict=True)
-        },
-        "top1": float((right & sound).mean()),
-        "top1_ci": interval((right & sound).astype(float)),
-        "p_ans_any": float(np.nanmean(reading.mass)) if sound.any() else math.nan,
-        "unreadable_share": float((~sound).mean()),
-        **({} if reading.prefix_nll is None else {"ppx_json": math.exp(reading.prefix_nll)}),
+    nats = {
+        f"{'auth' if name == 'authority' else name}_nats": math.log(p) if p > 0 else math.nan
+        for name, p in zip(NAMES, mean, strict=True)
     }
+    return Profile(
+        source=source,
+        **nats,
+        top1=float((right & sound).mean()),
+        top1_ci=interval((right & sound).astype(float)),
+        p_ans_any=float(np.nanmean(reading.mass)) if sound.any() else math.nan,
+        unreadable_share=float((~sound).mean()),
+        ppx_json=None if reading.prefix_nll is None else math.exp(reading.prefix_nll),
+    )

@@ -14,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from steer_heal.bake.student import Student
+from steer_heal.eval.reading import Geometry
 from steer_heal.model.forward import last_token_states, states
 from steer_heal.model.likelihood import token_kl
 from steer_heal.model.lm import Row
@@ -43,27 +44,21 @@ def read_base(student: Student, fixed: Fixed, layers: tuple[int, ...]) -> Base:
         return Base(_mean(student, fixed, layers), states(student.lm, fixed.rows, fixed.batch_size))
 
 
-def geometry(student: Student, fixed: Fixed, vector: AnyVector, first: AnyVector, base: Base) -> dict:
-    """Of the current round, before it is folded.
-
-    "cos_first_vector": cosine of the round's vector with the first round's, mean over the band. "cos_shift_vector": of
-    the round's shift with its own vector. "cos_total_first": of the shift since base with the first round's vector.
-    "kl_to_base_nats", "kl_to_base_rmse_nats": KL(student || base) over the tokens of fixed text, mean and root mean
-    square. Cosines are None for a foreign vector.
-    """
+def geometry(student: Student, fixed: Fixed, vector: AnyVector, first: AnyVector, base: Base) -> Geometry:
+    """Of the current round, before it is folded."""
     with student.view(now=0.0):
         before = _mean(student, fixed, vector.layers)
     with student.view():
         now = _mean(student, fixed, vector.layers)
         hidden = states(student.lm, fixed.rows, fixed.batch_size)
     kl = torch.cat(token_kl(student.lm.head, hidden, base.states)).double()
-    return {
-        "cos_first_vector": cosine(vector, first),
-        "cos_shift_vector": _cosine(now - before, vector),
-        "cos_total_first": _cosine(now - base.mean, first),
-        "kl_to_base_nats": kl.mean().item(),
-        "kl_to_base_rmse_nats": kl.square().mean().sqrt().item(),
-    }
+    return Geometry(
+        cos_first_vector=cosine(vector, first),
+        cos_shift_vector=_cosine(now - before, vector),
+        cos_total_first=_cosine(now - base.mean, first),
+        kl_to_base_nats=kl.mean().item(),
+        kl_to_base_rmse_nats=kl.square().mean().sqrt().item(),
+    )
 
 
 def _mean(student: Student, fixed: Fixed, layers: tuple[int, ...]) -> Float[Tensor, "l d"]:

@@ -28,8 +28,10 @@ from steer_heal.coherence import LOOPS, STYLES, judge, persona_narration
 from steer_heal.config import JUDGES, EvalConfig
 from steer_heal.data import Contrast, Trait, YesNo, bystanders, canary, neutral
 from steer_heal.eval.arms import Arm
+from steer_heal.eval.catalogue import CATALOGUE, OFF_TARGET
 from steer_heal.eval.foundations import Reading, described, read_profile
-from steer_heal.eval.intervals import interval
+from steer_heal.eval.intervals import Interval, interval
+from steer_heal.eval.reading import ArmReading, Demo
 from steer_heal.model.answers import choice_log_probs
 from steer_heal.model.decode import decode
 from steer_heal.model.likelihood import row_nll
@@ -57,36 +59,28 @@ def evaluate(
     config: EvalConfig,
     which: Iterable[str] = CORE,
     on_read: Callable[[int], None] = lambda instruments: None,
-) -> dict:
-    """Some instruments on one arm.
-
-    Returns the arm's means with 95% intervals. Under "read" the names of the instruments; under "items" the score of
-    every item; under "asked" a fingerprint of the items, so that arms are compared item by item or not at all; under
-    "demos" the answers.
-    """
-    found: dict = {"arm": arm.name, "instrument": trait.instrument, "dose": arm.dose, "read": list(which)}
-    found |= {"items": {}, "asked": {}}
+) -> ArmReading:
+    """Some instruments on one arm: means with 95% intervals, the score of every item, the demo answers."""
+    items: dict[str, list[float]] = {}
+    asked: dict[str, str] = {}
+    which, demos, profile, scenes = tuple(which), None, None, None
     with packed(student.lm) as lm:
         for name in which:
             with student.view(history=arm.history, now=arm.now):
                 read = _read(lm, arm, trait, config, name)
             if name == "demos":
                 with student.view(history=0.0, now=0.0):
-                    found["demos"] = judged_demos(lm, trait, config, read)
-                read = demo_items(found["demos"])
+                    demos = judged_demos(lm, trait, config, read)
+                read = demo_items(demos)
             elif name == "profile":
-                found["profile"] = described(read, config.profile)
-                read = {"profile": (read.p, read.scenes)}
+                profile, scenes = described(read, config.profile), read.p.tolist()
+                asked[name], read = fingerprint(read.scenes), {}
             for key, (scores, questions) in read.items():
-                found["items"][key], found["asked"][key] = scores.tolist(), fingerprint(questions)
+                items[key], asked[key] = scores.tolist(), fingerprint(questions)
             on_read(1)
-    return found | measures(found)
-
-
-def joined(one: dict, other: dict) -> dict:
-    """Two readings of one arm by different instruments as one reading."""
-    tables = {key: one[key] | other[key] for key in ("items", "asked")}
-    return one | other | tables | {"read": [*one["read"], *other["read"]]}
+    found = {"arm": arm.name, "instrument": trait.instrument, "dose": arm.dose, "read": list(which)}
+    found |= {"items": items, "asked": asked, "demos": demos, "profile": profile, "scenes": scenes}
+    return ArmReading(**found, **measures(trait.instrument, items))
 
 
 Read = dict[str, tuple[np.ndarray, list[str]]]  # items of an instrument: their scores, and what was asked
@@ -111,7 +105,7 @@ def _read(lm: LM, arm: Arm, trait: Trait, config: EvalConfig, name: str) -> Read
             probes = tuple(probe for some in found.values() for probe in some)
             scores = np.split(contrast_scores(lm, arm, probes, size), np.cumsum([*map(len, found.values())])[:-1])
             named = zip(found.items(), scores, strict=True)
-            return {f"off:{other}": (part, pair_texts(some)) for (other, some), part in named}
+            return {f"{OFF_TARGET}{other}": (part, pair_texts(some)) for (other, some), part in named}
         case "canary":
             asked = spread(canary(), counts.canary)
             texts = [q["question"] for q in asked]
@@ -129,33 +123,18 @@ def pair_texts(probes: tuple[Contrast, ...]) -> list[str]:
     return [f"{p.question}|{p.trait}|{p.opposite}" for p in probes]
 
 
-MEANS = {
-    "contrast": "contrast_nats",
-    "yes_no": "yes_no_nats",
-    "mass": "answer_mass",
-    "canary": "canary_share",
-    "canary_log_odds": "canary_log_odds_nats",
-    "demo_coherent": "coherent_share",
-    "demo_looped": "looped_share",
-    "demo_styled": "styled_share",
-}
-PERPLEXITIES = {"neutral_nll": "neutral_ppl", "demo_log_ppl": "demo_ppl"}
-
-
-def measures(found: dict) -> dict:
-    """Means of what was read, with 95% intervals ("trait_ci" belongs to "trait_nats", and so on)."""
-    items = {name: np.array(scores) for name, scores in found["items"].items()}
-    means = {key: items[name] for name, key in MEANS.items() if name in items}
-    if found["instrument"] in items:
-        means["trait_nats"] = items[found["instrument"]]
-    out = {key: float(scores.mean()) for key, scores in means.items()}
-    out |= {interval_key(key): interval(scores) for key, scores in means.items()}
-    with np.errstate(over="ignore"):  # infinite for a model that has collapsed
-        return out | {key: float(np.exp(items[name].mean())) for name, key in PERPLEXITIES.items() if name in items}
-
-
-def interval_key(key: str) -> str:
-    return f"{key.removesuffix('_nats').removesuffix('_share')}_ci"
+def measures(instrument: str, items: dict[str, list[float]]) -> dict[str, float | Interval]:
+    """Means of what was read, with 95% intervals; the trait's are those of `instrument`."""
+    out = {}
+    for one in (one for one in CATALOGUE if one.name in items):
+        scores = np.array(items[one.name])
+        with np.errstate(over="ignore"):  # infinite for a model that has collapsed
+            out[one.measure] = float(np.exp(scores.mean()) if one.log else scores.mean())
+        if not one.log:
+            out[one.interval] = interval(scores)
+        if one.name == instrument:
+            out |= {"trait_nats": out[one.measure], "trait_ci": out[one.interval]}
+    return out
 
 
 def contrast_scores(lm: LM, arm: Arm, probes: tuple[Contrast, ...], batch_size: int) -> np.ndarray:
@@ -211,26 +190,26 @@ def spread(rows: tuple[dict, ...], count: int) -> list[dict]:
     return [rows[i * len(rows) // count] for i in range(min(count, len(rows)))]
 
 
-def judged_demos(lm: LM, trait: Trait, config: EvalConfig, answers: list[list[int]]) -> list[dict]:
+def judged_demos(lm: LM, trait: Trait, config: EvalConfig, answers: list[list[int]]) -> list[Demo]:
     """Greedy answers with what `config.judge` and `lm`, which must be the base view, make of them, after their prompt
     without a persona."""
     prompts = trait.demo_prompts[: config.counts.demos]
     rows = [Row(lm.prompt(p), ids) for p, ids in zip(prompts, answers, strict=True)]
     persona = persona_narration(trait.positive, trait.negative, trait.title)
     judged = judge(lm, rows, JUDGES[config.judge], lm.read_rows, persona)
-    return [{"prompt": p, **d} for p, d in zip(prompts, judged, strict=True)]
+    return [Demo(prompt=p, **vars(d)) for p, d in zip(prompts, judged, strict=True)]
 
 
-def demo_items(demos: list[dict]) -> Read:
+def demo_items(demos: list[Demo]) -> Read:
     """Per answer: whether it is coherent, whether it loops, whether it talks about itself instead of answering (style,
     not damage), log of its perplexity under base."""
     scores = {
-        "demo_coherent": [float(d["dropped"] in ("", *STYLES)) for d in demos],
-        "demo_looped": [float(d["dropped"] in LOOPS) for d in demos],
-        "demo_styled": [float(d["dropped"] in STYLES) for d in demos],
-        "demo_log_ppl": [math.log(d["ppl"]) for d in demos],
+        "demo_coherent": [float(d.dropped in ("", *STYLES)) for d in demos],
+        "demo_looped": [float(d.dropped in LOOPS) for d in demos],
+        "demo_styled": [float(d.dropped in STYLES) for d in demos],
+        "demo_log_ppl": [math.log(d.scores.ppl) for d in demos],
     }
-    return {name: (np.array(values), [d["prompt"] for d in demos]) for name, values in scores.items()}
+    return {name: (np.array(values), [d.prompt for d in demos]) for name, values in scores.items()}
 
 
 def fingerprint(texts: Iterable[str]) -> str:
@@ -240,6 +219,6 @@ def fingerprint(texts: Iterable[str]) -> str:
 
 def read_arm(
     label: str, student: Student, arm: Arm, trait: data.Trait, config: EvalConfig, which: tuple[str, ...]
-) -> dict:
+) -> ArmReading:
     with progress(label, len(which), "instrument") as done:
         return evaluate(student, arm, trait, config, which, done)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
@@ -18,15 +19,34 @@ RESAMPLES = 10_000
 SEED = 20260606  # the same resamples for every arm and every rebuild: intervals do not move
 SPLITS = 200  # random halvings of the probes
 
+Interval = tuple[float, float]
 
-def interval(values: Sequence[float] | np.ndarray) -> list[float]:
+
+@dataclass(frozen=True)
+class Change:
+    """A mean difference and its 95% interval."""
+
+    mean: float
+    ci: Interval
+
+
+@dataclass(frozen=True)
+class LogChange:
+    """The change of the log of a mean, nats, and its 95% interval."""
+
+    nats: float
+    ci: Interval
+
+
+def interval(values: Sequence[float] | np.ndarray) -> Interval:
     """95% percentile bootstrap interval of the mean over items."""
     return interval_of(lambda draw: np.asarray(values, dtype=np.float64)[draw].mean(1), len(values))
 
 
-def interval_of(statistic: Callable[[np.ndarray], np.ndarray], items: int) -> list[float]:
+def interval_of(statistic: Callable[[np.ndarray], np.ndarray], items: int) -> Interval:
     """95% percentile bootstrap interval of any statistic: item numbers [resamples, items] to values [resamples]."""
-    return [float(q) for q in np.quantile(statistic(_resamples(items)), (0.025, 0.975))]
+    low, high = np.quantile(statistic(_resamples(items)), (0.025, 0.975))
+    return float(low), float(high)
 
 
 @lru_cache(maxsize=4)  # 5 MB for 64 items; a table asks for few sizes, thousands of times
@@ -37,7 +57,7 @@ def _resamples(items: int) -> np.ndarray:
     return draw
 
 
-def across_seeds(values: np.ndarray) -> dict:
+def across_seeds(values: np.ndarray) -> Change:
     """Mean and 95% interval of a difference over seeds [s] and items [n]: values [s, n], both drawn at random.
 
     Seeds and items are crossed (the items are the same for every seed), and seeds are few: resampling three of them
@@ -49,10 +69,10 @@ def across_seeds(values: np.ndarray) -> dict:
     seeds, items = values.shape
     mean = float(values.mean())
     if seeds == 1:
-        return {"mean": mean, "ci": interval(values[0])}
+        return Change(mean, interval(values[0]))
     if items == 1:
         half = float(stdtrit(seeds - 1, 0.975)) * float(values.std(ddof=1)) / math.sqrt(seeds)
-        return {"mean": mean, "ci": [mean - half, mean + half]}
+        return Change(mean, (mean - half, mean + half))
     of_seeds, of_items = values.mean(1, keepdims=True) - mean, values.mean(0, keepdims=True) - mean
     degrees = np.array([seeds - 1, items - 1, (seeds - 1) * (items - 1)])
     squares = items * np.square(of_seeds).sum(), seeds * np.square(of_items).sum()
@@ -63,30 +83,17 @@ def across_seeds(values: np.ndarray) -> dict:
     # Where a subtracted part nearly cancels the others, the formula falls below the degrees of every one of them.
     freedom = max(degrees.min(), total**2 / (parts**2 / degrees).sum()) if total else 1.0
     half = float(stdtrit(freedom, 0.975)) * math.sqrt(total / values.size)
-    return {"mean": mean, "ci": [mean - half, mean + half]}
+    return Change(mean, (mean - half, mean + half))
 
 
-def paired(arm: dict, base: dict, key: str) -> np.ndarray:
-    """Item by item, how far an arm is above another. Raises ValueError when they were not asked the same."""
-    if arm["asked"][key] != base["asked"][key]:
-        raise ValueError(f"arms {arm['arm']!r} and {base['arm']!r} were measured on different {key} items")
-    return np.array(arm["items"][key], dtype=np.float64) - np.array(base["items"][key], dtype=np.float64)
-
-
-def trait_over(arm: dict, base: dict) -> dict:
-    """How far the arm's trait score is above base's, on the trait's instrument: mean and 95% interval, nats."""
-    change = paired(arm, base, arm["instrument"])
-    return {"trait_over_base": float(change.mean()), "trait_over_base_ci": interval(change)}
-
-
-def log_mean_over(arm: np.ndarray, base: np.ndarray) -> dict:
+def log_mean_over(arm: np.ndarray, base: np.ndarray) -> LogChange:
     """Change of the log of a mean probability over items, nats, with its 95% interval."""
 
     def change(draw: np.ndarray) -> np.ndarray:
         return np.log(arm[draw].mean(1)) - np.log(base[draw].mean(1))
 
     everything = np.arange(len(arm))[None]
-    return {"nats": float(change(everything)[0]), "ci": interval_of(change, len(arm))}
+    return LogChange(float(change(everything)[0]), interval_of(change, len(arm)))
 
 
 def reliability(scores: np.ndarray) -> float:
@@ -130,12 +137,12 @@ def ratio(above: np.ndarray, below: np.ndarray) -> tuple[float, float, float]:
 
     def end(side: int, far: float) -> float:
         def edge(k: float) -> float:
-            return across_seeds(above - k * below)["ci"][side]
+            return across_seeds(above - k * below).ci[side]
 
         still_zero = edge(far) <= 0 if side == 0 else edge(far) >= 0
         begin = mean - 1e-9 * (far - mean)  # at the mean itself an edge may be zero
         return math.copysign(math.inf, far) if still_zero else float(brentq(edge, begin, far, rtol=1e-4))
 
     reach = 100 * max(1.0, abs(mean))
-    low, high = across_seeds(above)["ci"]
+    low, high = across_seeds(above).ci
     return mean, end(0, 0.0 if low > 0 else mean - reach), end(1, 0.0 if high < 0 else mean + reach)

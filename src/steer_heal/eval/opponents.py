@@ -11,28 +11,36 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from itertools import pairwise
+from typing import NamedTuple
 
 import numpy as np
 
 from steer_heal.config import EvalConfig
-from steer_heal.eval.intervals import trait_over
+from steer_heal.eval.reading import ArmReading, trait_over
 
 LEAST_COST = 0.03
 READINGS = 3
 NEAR = 0.15  # share of the allowed cost by which the arm's own cost may miss it
 
 
-def coherence_cost(arm: dict, base: dict) -> float:
+class Cost(NamedTuple):
+    """What a dose costs in coherence."""
+
+    dose: float
+    cost: float
+
+
+def coherence_cost(arm: ArmReading, base: ArmReading) -> float:
     """The larger of the share of answer mass lost and the share of neutral perplexity gained; below 0 is a gain.
 
     A base without any answer mass has none to lose. Infinite for scores that are not finite.
     """
-    lost = 1 - arm["answer_mass"] / base["answer_mass"] if base["answer_mass"] else 0.0 * arm["answer_mass"]
-    gained = arm["neutral_ppl"] / base["neutral_ppl"] - 1
+    lost = 1 - arm.answer_mass / base.answer_mass if base.answer_mass else 0.0 * arm.answer_mass
+    gained = arm.neutral_ppl / base.neutral_ppl - 1
     return max(lost, gained) if math.isfinite(lost + gained) else math.inf
 
 
-def allowed_cost(healed: dict, base: dict) -> float:
+def allowed_cost(healed: ArmReading, base: ArmReading) -> float:
     """What plain steering may cost to be compared with a healed student."""
     return max(coherence_cost(healed, base), LEAST_COST)
 
@@ -44,13 +52,13 @@ def plain_doses(config: EvalConfig) -> list[float]:
     return np.geomspace(*config.plain_range, config.counts.plain_doses).tolist()
 
 
-def dose_at_cost(curve: list[dict], allowed: float) -> float:
+def dose_at_cost(curve: list[Cost], allowed: float) -> float:
     """The largest dose that costs no more than `allowed`, the curve taken as straight between its points.
 
-    The largest one, not the first: where the curve falls again, steering gets the benefit. `curve` has
-    {"dose", "cost"} in any order; dose 0 costs nothing. Where any cost is allowed, that is the largest dose measured.
+    The largest one, not the first: where the curve falls again, steering gets the benefit. `curve` may be in any
+    order; dose 0 costs nothing. Where any cost is allowed, that is the largest dose measured.
     """
-    points = sorted([(0.0, 0.0), *((point["dose"], point["cost"]) for point in curve)])
+    points = sorted([Cost(0.0, 0.0), *curve])
     for (low, low_cost), (high, high_cost) in reversed(list(pairwise(points))):
         if high_cost <= allowed:
             return high
@@ -59,7 +67,7 @@ def dose_at_cost(curve: list[dict], allowed: float) -> float:
             return low + (high - low) * share
 
 
-def find_dose_at_cost(allowed: float, curve: list[dict], read: Callable[[float], float]) -> float:
+def find_dose_at_cost(allowed: float, curve: list[Cost], read: Callable[[float], float]) -> float:
     """The dose whose own cost is within NEAR of what is allowed, or as near as three readings come.
 
     `read` measures the cost at a dose.
@@ -67,14 +75,14 @@ def find_dose_at_cost(allowed: float, curve: list[dict], read: Callable[[float],
     points, found = list(curve), []
     while len(found) < READINGS:
         dose = dose_at_cost(points, allowed)
-        found.append({"dose": dose, "cost": read(dose)})
-        if _near(found[-1]["cost"], allowed) or dose == max(point["dose"] for point in curve):
+        found.append(Cost(dose, read(dose)))
+        if _near(found[-1].cost, allowed) or dose == max(point.dose for point in curve):
             break
         points.append(found[-1])
-    return min(found, key=lambda point: abs(point["cost"] - allowed))["dose"]
+    return min(found, key=lambda point: abs(point.cost - allowed)).dose
 
 
-def fitting(arms: list[dict], base: dict, allowed: float) -> dict | None:
+def fitting(arms: list[ArmReading], base: ArmReading, allowed: float) -> ArmReading | None:
     """One of the arms that costs what is allowed: the base does not change over the rounds."""
     return next((arm for arm in arms if _near(coherence_cost(arm, base), allowed)), None)
 
@@ -84,12 +92,12 @@ def _near(cost: float, allowed: float) -> bool:
     return math.isfinite(allowed) and abs(cost - allowed) <= NEAR * allowed
 
 
-def dose_at_trait(plain: list[dict], base: dict, healed: dict) -> tuple[float, bool]:
+def dose_at_trait(plain: list[ArmReading], base: ArmReading, healed: ArmReading) -> tuple[float, bool]:
     """The smallest dose at which plain steering moves the trait as far as the student, straight between the doses
     measured. Where none does, the dose that moves it furthest, and False. A dose whose trait is not finite is left out.
     """
-    wanted = trait_over(healed, base)["trait_over_base"]
-    points = [(0.0, 0.0), *((arm["dose"], trait_over(arm, base)["trait_over_base"]) for arm in plain)]
+    wanted = trait_over(healed, base).mean
+    points = [(0.0, 0.0), *((arm.dose, trait_over(arm, base).mean) for arm in plain)]
     points = [(dose, trait) for dose, trait in points if math.isfinite(trait)]
     for (low, before), (high, after) in pairwise(points):
         if after >= wanted:

@@ -6,25 +6,49 @@ numpy alone: a report draws the same verdicts from a run's folder, without a mod
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import numpy as np
 
 from steer_heal.data import FOUNDATIONS
-from steer_heal.eval.intervals import correlation, interval, paired, reliability, trait_over
+from steer_heal.eval.catalogue import COHERENCE, CONTRAST, OFF_TARGET, YES_NO, Instrument
+from steer_heal.eval.intervals import Interval, correlation, interval, reliability
+from steer_heal.eval.reading import ArmReading, change_of, paired, trait_over
 
-# Absolute bounds come first: beyond them a model is broken whatever its ratios say.
-LEAST = {"coherent_share": ("coherent share", 0.5), "answer_mass": ("answer mass", 0.05)}
-HIGHEST_NEUTRAL_PPL = 200.0
-COHERENCE = (  # then damage relative to base: key, name, bound of value / base, side of it that is damage
-    ("coherent_share", "coherent share", 0.95, -1),
-    ("answer_mass", "answer mass", 0.85, -1),
-    ("neutral_ppl", "neutral perplexity", 1.05, +1),
-)
 CHANCE = 1 / len(FOUNDATIONS)
 
 
-def verdict(base: dict, steered: dict, healed: dict, valid: bool) -> dict[str, str]:
-    """{"word", "why"} of a healed student.
+@dataclass(frozen=True)
+class Verdict:
+    """What a round comes to."""
+
+    word: str
+    why: str
+
+
+@dataclass(frozen=True)
+class Validity:
+    """Whether a model expresses the trait on an instrument, and whether the instrument agrees with itself."""
+
+    instrument: str
+    positive_over_negative: float
+    """mean score under the positive persona minus that under the negative one"""
+    ci: Interval
+    valid: bool
+    halves: tuple[float, float]
+    """the difference on every other probe"""
+    reliability: float
+    """split-half, over all arms"""
+    arms: int
+    agreement: float | None = None
+    """correlation with the other instrument, over all arms"""
+    top1: float | None = None
+    """profile: how often base names the breached foundation"""
+    top1_ci: Interval | None = None
+
+
+def verdict(base: ArmReading, steered: ArmReading, healed: ArmReading, valid: bool) -> Verdict:
+    """The verdict on a healed student.
 
     In this order: broken (beyond an absolute bound of coherence, or damaged relative to base), unreadable (the
     instrument is not valid on this model), undone (steering moved the trait and healing lost it), unmoved (neither
@@ -34,118 +58,122 @@ def verdict(base: dict, steered: dict, healed: dict, valid: bool) -> dict[str, s
     no unit in which to compare it with the others.
     """
     if damage := damages(healed, base):
-        return {"word": "broken", "why": "; ".join(damage)}
+        return Verdict("broken", "; ".join(damage))
     if not valid:
-        return {"word": "unreadable", "why": "the two personas do not move this instrument apart on this model"}
-    change, (low, high) = trait_over(healed, base).values()
-    seen = f"{change:+.3f} nats over base [{low:+.3f}, {high:+.3f}]"
+        return Verdict("unreadable", "the two personas do not move this instrument apart on this model")
+    change = trait_over(healed, base)
+    low, high = change.ci
+    seen = f"{change.mean:+.3f} nats over base [{low:+.3f}, {high:+.3f}]"
     if low <= 0:
-        before, (steered_low, _) = trait_over(steered, base).values()
-        if steered_low > 0:
-            return {"word": "undone", "why": f"steering moved the trait by {before:+.3f}, the student stands {seen}"}
-        return {"word": "unmoved", "why": f"the student stands {seen}, steering moved it by {before:+.3f}"}
-    own = _moves(healed, base, "contrast")
+        before = trait_over(steered, base)
+        if before.ci[0] > 0:
+            return Verdict("undone", f"steering moved the trait by {before.mean:+.3f}, the student stands {seen}")
+        return Verdict("unmoved", f"the student stands {seen}, steering moved it by {before.mean:+.3f}")
+    own = _moves(healed, base, CONTRAST.name)
     wide = [(name, move) for name, move in off_target_moves(healed, base).items() if own and abs(move) >= abs(own)]
     if wide:
         also = ", ".join(f"{name} {move:+.3f}" for name, move in wide)
-        return {"word": "broad", "why": f"the trait stands {seen}, but others moved as far: {also}"}
-    if not any(key.startswith("off:") for key in healed["items"]):
+        return Verdict("broad", f"the trait stands {seen}, but others moved as far: {also}")
+    if not any(key.startswith(OFF_TARGET) for key in healed.items):
         others = "other traits were not read"
     elif not own:
         others = "contrast probes do not show it, so off-target traits, which they measure, were not compared"
     else:
         others = "no off-target trait moved as far"
-    return {"word": "moved", "why": f"the trait stands {seen}, coherence held, {others}"}
+    return Verdict("moved", f"the trait stands {seen}, coherence held, {others}")
 
 
-def damages(arm: dict, base: dict) -> list[str]:
-    """What is wrong with an arm's coherence, in words; absolute bounds first and alone."""
-    watched = (arm["trait_nats"], arm["answer_mass"], arm["coherent_share"], arm["neutral_ppl"])
-    if not all(map(math.isfinite, watched)):
+def damages(arm: ArmReading, base: ArmReading) -> list[str]:
+    """What is wrong with an arm's coherence, in words; limits that no base excuses first and alone."""
+    seen = {one: (getattr(arm, one.measure), getattr(base, one.measure)) for one in COHERENCE}
+    if not all(map(math.isfinite, (arm.trait_nats, *(own for own, _ in seen.values())))):
         return ["its scores are not finite"]
-    found = [
-        f"{name} {arm[key]:.3g}, below the floor of {least}" for key, (name, least) in LEAST.items() if arm[key] < least
-    ]
-    if arm["neutral_ppl"] > HIGHEST_NEUTRAL_PPL:
-        found.append(f"neutral perplexity {arm['neutral_ppl']:.0f}, above {HIGHEST_NEUTRAL_PPL:.0f}")
-    return found or [
-        f"{name} {arm[key] / base[key]:.0%} of base"
-        for key, name, bound, side in COHERENCE
-        if side * arm[key] > side * bound * base[key]
+    beyond = {one: own for one, (own, _) in seen.items() if one.worse(own, one.limit)}
+    return [_beyond(one, own) for one, own in beyond.items()] or [
+        f"{one.label} {own / before:.0%} of base"
+        for one, (own, before) in seen.items()
+        if one.worse(own, one.bound * before)
     ]
 
 
-def off_target_moves(arm: dict, base: dict) -> dict[str, float]:
+def _beyond(one: Instrument, value: float) -> str:
+    if one.damage < 0:
+        return f"{one.label} {value:.3g}, below the floor of {one.limit}"
+    return f"{one.label} {value:.0f}, above {one.limit:.0f}"
+
+
+def off_target_moves(arm: ArmReading, base: ArmReading) -> dict[str, float]:
     """Changes over base, nats per token, of the off-target traits whose interval leaves out zero."""
-    moves = {key.removeprefix("off:"): _moves(arm, base, key) for key in arm["items"] if key.startswith("off:")}
+    asked = [key for key in arm.items if key.startswith(OFF_TARGET)]
+    moves = {key.removeprefix(OFF_TARGET): _moves(arm, base, key) for key in asked}
     return {name: move for name, move in moves.items() if move}
 
 
-def _moves(arm: dict, base: dict, key: str) -> float:
+def _moves(arm: ArmReading, base: ArmReading, key: str) -> float:
     """Mean change over base on these items, 0 where its interval holds zero."""
-    change = paired(arm, base, key)
-    low, high = interval(change)
-    return 0.0 if low <= 0 <= high else float(change.mean())
+    change = change_of(paired(arm, base, key))
+    return 0.0 if change.ci[0] <= 0 <= change.ci[1] else change.mean
 
 
-def expressible(arms: list[dict], instrument: str) -> bool:
+def expressible(arms: list[ArmReading], instrument: str) -> bool:
     """Whether the model expresses the trait on an instrument: the positive persona scores above the negative one by
     more than the interval. `arms` begins with base, prompted and negative."""
     return interval(paired(arms[1], arms[2], instrument))[0] > 0
 
 
-def validity(arms: list[dict]) -> list[dict]:
-    """One row an instrument: does this model express the trait on it, and does the instrument agree with itself.
+def validity(arms: list[ArmReading]) -> list[Validity]:
+    """Whether each instrument can be believed on this model.
 
-    `arms` begins with base, prompted (positive persona) and negative (negative persona). "valid": the positive persona
-    scores above the negative one by more than its 95% interval. "halves": that difference on every other probe.
-    "reliability": split-half, over all arms. "agreement": correlation with the other instrument, over all arms. The
-    profile is valid when base names the breached foundation more often than by chance.
+    `arms` begins with base, prompted (positive persona) and negative (negative persona). An instrument is valid when
+    the positive persona scores above the negative one by more than its 95% interval; the profile, when base names the
+    breached foundation more often than by chance.
     """
     _, positive, negative = arms[:3]
     rows = []
-    for key, other in (("contrast", "yes_no"), ("yes_no", "contrast")):
+    for key, other in ((CONTRAST.name, YES_NO.name), (YES_NO.name, CONTRAST.name)):
         change = paired(positive, negative, key)
         ci = interval(change)
-        scores = {name: np.array([arm["items"][name] for arm in arms]) for name in (key, other)}
+        scores = {name: np.array([arm.items[name] for arm in arms]) for name in (key, other)}
         rows.append(
-            {
-                "instrument": key,
-                "positive_over_negative": float(change.mean()),
-                "ci": ci,
-                "valid": ci[0] > 0,
-                "halves": [float(change[half::2].mean()) for half in (0, 1)],
-                "reliability": reliability(scores[key]),
-                "agreement": correlation(scores[key].mean(1), scores[other].mean(1)),
-                "arms": len(arms),
-            }
+            Validity(
+                instrument=key,
+                positive_over_negative=float(change.mean()),
+                ci=ci,
+                valid=ci[0] > 0,
+                halves=_halves(change),
+                reliability=reliability(scores[key]),
+                agreement=correlation(scores[key].mean(1), scores[other].mean(1)),
+                arms=len(arms),
+            )
         )
-    read = [arm for arm in arms if "profile" in arm["items"]]
-    if read:
-        rows.append(_profile_validity(read))
-    return rows
+    read = [arm for arm in arms if arm.scenes]
+    return [*rows, _profile_validity(read)] if read else rows
 
 
-def _profile_validity(arms: list[dict]) -> dict:
+def _profile_validity(arms: list[ArmReading]) -> Validity:
     """The profile's row; its score is care against authority, log of the ratio of their probabilities, a scene."""
     scores = np.array([care_over_authority(arm) for arm in arms])
     change = scores[1] - scores[2]
-    top1, ci = arms[0]["profile"]["top1"], arms[0]["profile"]["top1_ci"]
-    return {
-        "instrument": "profile",
-        "positive_over_negative": float(change.mean()),
-        "ci": interval(change),
-        "valid": ci[0] > CHANCE,
-        "halves": [float(change[half::2].mean()) for half in (0, 1)],
-        "reliability": reliability(scores),
-        "arms": len(arms),
-        "top1": top1,
-        "top1_ci": ci,
-    }
+    seen = arms[0].profile
+    return Validity(
+        instrument="profile",
+        positive_over_negative=float(change.mean()),
+        ci=interval(change),
+        valid=seen.top1_ci[0] > CHANCE,
+        halves=_halves(change),
+        reliability=reliability(scores),
+        arms=len(arms),
+        top1=seen.top1,
+        top1_ci=seen.top1_ci,
+    )
 
 
-def care_over_authority(arm: dict) -> np.ndarray:
+def _halves(change: np.ndarray) -> tuple[float, float]:
+    return float(change[0::2].mean()), float(change[1::2].mean())
+
+
+def care_over_authority(arm: ArmReading) -> np.ndarray:
     """Nats by which a scene is seen as a matter of care rather than of authority, one a scene."""
-    p = np.array(arm["items"]["profile"])
+    p = np.array(arm.scenes)
     names = list(FOUNDATIONS)
     return np.log(p[:, names.index("care")]) - np.log(p[:, names.index("authority")])

@@ -215,12 +215,12 @@ def _heal_stage(lm) -> dict:
     records = heal(student, examples, [], with_tau(lm, examples, config), 0, 0)
     student.peft.unload()
     torch.cuda.set_per_process_memory_fraction(1.0)
-    seconds = sorted(record["step_seconds"] for record in records[1:])
+    seconds = sorted(record.step_seconds for record in records[1:])
     return {
         "prepare_s": prepared,
         "steps": len(records),
         "median_step_s": seconds[len(seconds) // 2],
-        "tokens_per_s": records[-1]["tokens_per_s"],
+        "tokens_per_s": records[-1].tokens_per_s,
         "peak_bytes": torch.cuda.max_memory_allocated(),
     }
 

@@ -1,5 +1,7 @@
 """The gated history: exact gates, folding, files that plain PEFT reads."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from bitsandbytes.nn import Linear4bit
@@ -7,7 +9,7 @@ from peft import PeftModel
 
 from steer_heal.bake.lowrank import compress
 from steer_heal.bake.student import Student
-from steer_heal.config import HealConfig
+from steer_heal.config import AdapterConfig
 from steer_heal.gate.conftest import DEVICE, tiny
 from steer_heal.presets import PRESETS
 
@@ -21,7 +23,7 @@ def logits(student):
         return student.lm.model(IDS).logits
 
 
-def add_round(student, seed, config: HealConfig = CONFIG):
+def add_round(student, seed, config: AdapterConfig = CONFIG):
     """A round whose adapter does something: B is drawn instead of trained."""
     student.begin_round(config, seed)
     generator = torch.Generator().manual_seed(seed)

@@ -14,6 +14,7 @@ from steer_heal.config import DistilConfig, DoseConfig, FilterConfig, UserError
 from steer_heal.distil import dose as dose_module
 from steer_heal.distil import sample as sample_module
 from steer_heal.distil.dose import dose_curve, largest_dose, require_dose
+from steer_heal.distil.record import Completion, DoseCurve, DosePoint
 from steer_heal.distil.sample import Teacher, distil, require_training_set
 from steer_heal.model.lm import Row
 from steer_heal.presets import PRESETS
@@ -132,6 +133,12 @@ def test_scores_that_are_not_numbers_do_not_pass():
 # ---- the training set
 
 
+def completion(dose, prompt, dropped, text="t"):
+    scores = replace(score(text, surprise(1.0, 1.0)), tail_ppl=5.0)
+    judged = {"text": text, "scores": scores, "incoherence": 0.0, "dropped": dropped}
+    return Completion(prompt=prompt, dose=dose, ids=[1], ended=True, **judged)
+
+
 class Dice:
     """Stands in for `sample`: text and verdict of each planned completion are decided by the plan alone."""
 
@@ -141,12 +148,7 @@ class Dice:
     def __call__(self, teacher, plan, part=(), on_rows=None):
         self.plans.append(plan)
         return [
-            {
-                "dose": d,
-                "prompt": p,
-                "text": self.text(len(self.plans), i, d, p),
-                "dropped": "" if self.passes(i) else "x",
-            }
+            completion(d, p, "" if self.passes(i) else "x", self.text(len(self.plans), i, d, p))
             for i, (d, p) in enumerate(plan)
         ]
 
@@ -160,7 +162,7 @@ def collect(monkeypatch, lm, vector, dice, **config):
 def test_sampling_goes_on_until_enough_have_survived_and_shares_prompts_and_doses(lm, vector, monkeypatch):
     dice = Dice(lambda i: i % 2 == 0)
     completions = collect(monkeypatch, lm, vector, dice, n_keep=48)
-    kept = [c for c in completions if not c["dropped"]]
+    kept = [c for c in completions if not c.dropped]
     assert len(kept) == 48
     assert [len(plan) for plan in dice.plans[:2]] == [48, 48]  # all at first, then what the share passed asks for
     everything = [pair for plan in dice.plans for pair in plan]
@@ -174,18 +176,19 @@ def test_sampling_goes_on_until_enough_have_survived_and_shares_prompts_and_dose
 def test_a_repeated_text_is_a_duplicate_and_what_is_beyond_n_keep_surplus(lm, vector, monkeypatch):
     dice = Dice(lambda i: True, text=lambda call, i, dose, prompt: f"Same  text {i // 2}")
     completions = collect(monkeypatch, lm, vector, dice, n_keep=10)
-    assert [c["dropped"] for c in completions[:6]] == ["", "duplicate"] * 3
-    assert Counter(c["dropped"] for c in completions)[""] <= 10
+    assert [c.dropped for c in completions[:6]] == ["", "duplicate"] * 3
+    assert Counter(c.dropped for c in completions)[""] <= 10
     assert len(completions) == 20
     many = collect(monkeypatch, lm, vector, Dice(lambda i: i > 0), n_keep=10)
-    assert Counter(c["dropped"] for c in many)[""] == 10
+    assert Counter(c.dropped for c in many)[""] == 10
 
 
 def test_the_budget_ends_the_sampling_and_the_run_says_what_to_turn(lm, vector, monkeypatch):
     config = {"n_keep": 12}
     completions = collect(monkeypatch, lm, vector, Dice(lambda i: i == 0), **config)
     assert len(completions) == 24
-    dose = {"dose": 2.0, "curve": [{"dose": 1.0, "survival": 0.5}]}
+    point = DosePoint(dose=1.0, survival=0.5, fitted=0.5, tail_ppl=5.0, example="t")
+    dose = DoseCurve(rule="survival", target=0.75, dose=2.0, curve=[point], completions=[])
     with pytest.raises(UserError, match=r"only 2 of 24 .*needs 4 \(dropped: x 22; dose: survival 1\.00: 50%.*n-keep"):
         require_training_set(completions, dose, DistilConfig(**config))
 
@@ -196,8 +199,8 @@ def test_survival_is_relative_to_unsteered_text(lm, vector, monkeypatch):
     monkeypatch.setattr(dose_module, "sample", Survivors({0.0: 2, 0.5: 2, 1.0: 2, 2.0: 1, 4.0: 0}))
     config = DoseConfig(range=(0.5, 4.0), steps=4, prompts=4, survival=0.75)
     found = dose_curve(teacher, list("abcd"), config)
-    assert [p["survival"] for p in found["curve"]] == [0.5, 0.5, 0.5, 0.25, 0.0]
-    assert found["target"] == pytest.approx(0.375)
+    assert [p.survival for p in found.curve] == [0.5, 0.5, 0.5, 0.25, 0.0]
+    assert found.target == pytest.approx(0.375)
     assert require_dose(found) == pytest.approx(2**0.5)
     monkeypatch.setattr(dose_module, "sample", Survivors({0.0: 4, 0.5: 1, 1.0: 1, 2.0: 1, 4.0: 0}))
     failed = dose_curve(teacher, list("abcd"), config)
@@ -221,5 +224,5 @@ class Survivors:
         for dose, prompt in plan:
             passes = seen[dose] < next(n for d, n in self.passing.items() if abs(d - dose) < 1e-9)
             seen[dose] += 1
-            out.append({"dose": dose, "prompt": prompt, "text": "t", "tail_ppl": 5.0, "dropped": "" if passes else "x"})
+            out.append(completion(dose, prompt, "" if passes else "x"))
         return out

@@ -12,7 +12,8 @@ from steer_heal.data import FOUNDATIONS, Contrast, bystanders, canary, load_trai
 from steer_heal.eval.arms import Arm
 from steer_heal.eval.foundations import question
 from steer_heal.eval.instruments import NO, YES, YES_NO_FORM, contrast_scores, evaluate, instruments, spread
-from steer_heal.eval.intervals import across_seeds, interval, log_mean_over, reliability, trait_over
+from steer_heal.eval.intervals import across_seeds, interval, log_mean_over, reliability
+from steer_heal.eval.reading import ArmReading, trait_over
 from steer_heal.presets import PRESETS
 
 CONFIG = PRESETS["tiny-random"].eval
@@ -66,28 +67,28 @@ def test_all_instruments_equal_one_item_at_a_time(lm, trait, system):
             p = {name: math.exp(log_prob(lm, prompt, lm.answer(f" {name}"))) for name in order}
             both.append([p[name] / sum(p.values()) for name in FOUNDATIONS])
         profile.append(np.mean(both, axis=0))
-    items = got["items"]
+    items = got.items
     assert items["contrast"] == pytest.approx([contrast(p) for p in trait.contrast[: CONFIG.counts.contrast]], abs=1e-4)
     assert items["yes_no"] == pytest.approx(log_odds, abs=1e-4)
     assert items["mass"] == pytest.approx(mass, rel=1e-3)
     assert items["neutral_nll"] == pytest.approx(neutral_nll, abs=1e-4)
     assert items["canary"] == right and len(right) == CONFIG.counts.canary
     assert items["canary_log_odds"] == pytest.approx(margin, abs=1e-3)
-    assert np.allclose(items["profile"], profile, rtol=1e-3, atol=1e-9)
+    assert np.allclose(got.scenes, profile, rtol=1e-3, atol=1e-9)
     others = bystanders("love", CONFIG.counts.off_target)
     assert trait.name == "love" and others.keys() == off_target().keys() | {"authority", "calm"}
     for name, probes in others.items():
         assert len(probes) == CONFIG.counts.off_target
         expected = [contrast(p) for p in probes]
         assert items[f"off:{name}"] == pytest.approx(expected, abs=1e-4)
-    assert got["answer_mass"] == pytest.approx(np.mean(mass), rel=1e-3)
-    assert got["neutral_ppl"] == pytest.approx(math.exp(np.mean(neutral_nll)), rel=1e-3)
-    assert got["trait_nats"] == got["contrast_nats"] == pytest.approx(np.mean(items["contrast"]))
-    assert got["profile"]["auth_nats"] == pytest.approx(math.log(np.mean(profile, axis=0)[3]), abs=1e-3)
-    coherent = [d["dropped"] in ("", "boilerplate", "narrates") for d in got["demos"]]
-    looped = [d["dropped"] in ("word_repeat", "char_repeat", "compress") for d in got["demos"]]
-    assert got["coherent_share"] == np.mean(coherent) and got["looped_share"] == np.mean(looped)
-    assert got["demo_ppl"] == pytest.approx(math.exp(np.mean([math.log(d["ppl"]) for d in got["demos"]])))
+    assert got.answer_mass == pytest.approx(np.mean(mass), rel=1e-3)
+    assert got.neutral_ppl == pytest.approx(math.exp(np.mean(neutral_nll)), rel=1e-3)
+    assert got.trait_nats == got.contrast_nats == pytest.approx(np.mean(items["contrast"]))
+    assert got.profile.auth_nats == pytest.approx(math.log(np.mean(profile, axis=0)[3]), abs=1e-3)
+    coherent = [d.dropped in ("", "boilerplate", "narrates") for d in got.demos]
+    looped = [d.dropped in ("word_repeat", "char_repeat", "compress") for d in got.demos]
+    assert got.coherent_share == np.mean(coherent) and got.looped_share == np.mean(looped)
+    assert got.demo_ppl == pytest.approx(math.exp(np.mean([math.log(d.scores.ppl) for d in got.demos])))
 
 
 def test_neither_batch_size_nor_order_changes_a_score(lm, trait, vector):
@@ -103,7 +104,7 @@ def test_neither_batch_size_nor_order_changes_a_score(lm, trait, vector):
 def test_swapped_answers_and_a_negative_direction_flip_the_sign(lm, trait):
     swapped = replace(trait, contrast=tuple(Contrast(c.question, c.opposite, c.trait) for c in trait.contrast))
     plain, other, negative = (
-        evaluate(Student(lm), Arm("x"), t, CONFIG, ["contrast"])["items"]["contrast"]
+        evaluate(Student(lm), Arm("x"), t, CONFIG, ["contrast"]).items["contrast"]
         for t in (trait, swapped, replace(trait, direction=-1))
     )
     assert np.allclose(other, -np.array(plain), atol=1e-5) and np.allclose(negative, -np.array(plain), atol=1e-5)
@@ -119,13 +120,20 @@ def test_a_paired_difference_is_sharper_than_its_two_arms():
     draw = np.random.default_rng(1)
     items = draw.normal(0, 3, 64)
     base, moved = (
-        {"arm": "x", "instrument": "yes_no", "items": {"yes_no": scores}, "asked": {"yes_no": "same"}}
+        ArmReading(
+            arm="x",
+            instrument="yes_no",
+            dose=0.0,
+            read=["yes_no"],
+            items={"yes_no": scores.tolist()},
+            asked={"yes_no": "same"},
+        )
         for scores in (items, items + 0.2 + draw.normal(0, 0.05, 64))
     )
     change = trait_over(moved, base)
-    assert change["trait_over_base"] == pytest.approx(0.2, abs=0.03)
-    assert np.diff(change["trait_over_base_ci"]) < 0.05 < np.diff(interval(items))
-    moved["asked"]["yes_no"] = "other"
+    assert change.mean == pytest.approx(0.2, abs=0.03)
+    assert np.diff(change.ci) < 0.05 < np.diff(interval(items))
+    moved.asked["yes_no"] = "other"
     with pytest.raises(ValueError, match="different yes_no items"):
         trait_over(moved, base)
 
@@ -133,12 +141,12 @@ def test_a_paired_difference_is_sharper_than_its_two_arms():
 def test_the_interval_over_seeds_counts_both_sources_of_chance():
     draw = np.random.default_rng(2)
     alike = across_seeds(np.tile(draw.normal(0.3, 0.1, 50), (5, 1)))
-    assert np.allclose(alike["ci"], interval(np.random.default_rng(2).normal(0.3, 0.1, 50)), atol=0.005)
+    assert np.allclose(alike.ci, interval(np.random.default_rng(2).normal(0.3, 0.1, 50)), atol=0.005)
     one = draw.normal(0.3, 0.1, (1, 50))
-    assert across_seeds(one)["ci"] == interval(one[0])
+    assert across_seeds(one).ci == interval(one[0])
     found = across_seeds(np.array([[0.1], [0.9], [0.5]]))  # one item: t(2) = 4.303 times 0.4 / sqrt 3
-    assert found["ci"] == pytest.approx([0.5 - 0.9937, 0.5 + 0.9937], abs=1e-3)
-    assert np.isnan(across_seeds(np.array([[0.1, np.nan], [0.9, 0.2]]))["ci"]).all()
+    assert found.ci == pytest.approx([0.5 - 0.9937, 0.5 + 0.9937], abs=1e-3)
+    assert np.isnan(across_seeds(np.array([[0.1, np.nan], [0.9, 0.2]])).ci).all()
 
 
 @pytest.mark.parametrize("seeds", [3, 8])
@@ -148,7 +156,7 @@ def test_the_interval_over_a_few_seeds_covers_the_truth(seeds, between):
     draw, hits = np.random.default_rng(5), 0
     for _ in range(400):
         of_seeds, of_items = draw.normal(0, between, (seeds, 1)), draw.normal(0, 1.0, (1, 40))
-        low, high = across_seeds(1.0 + of_seeds + of_items + draw.normal(0, 0.3, (seeds, 40)))["ci"]
+        low, high = across_seeds(1.0 + of_seeds + of_items + draw.normal(0, 0.3, (seeds, 40))).ci
         hits += low <= 1.0 <= high
     assert hits / 400 >= 0.92
 
@@ -156,7 +164,7 @@ def test_the_interval_over_a_few_seeds_covers_the_truth(seeds, between):
 def test_two_seeds_whose_parts_nearly_cancel_get_no_absurd_interval():
     """Values between -1 and 1: Satterthwaite's formula alone gives some of these a fifth of a degree of freedom."""
     draw = np.random.default_rng(3)
-    found = [across_seeds(draw.choice([-1.0, 0.0, 0.0, 0.0, 1.0], (2, 32)))["ci"] for _ in range(2000)]
+    found = [across_seeds(draw.choice([-1.0, 0.0, 0.0, 0.0, 1.0], (2, 32))).ci for _ in range(2000)]
     assert max(high - low for low, high in found) < 10
 
 
@@ -170,4 +178,4 @@ def test_reliability_by_hand():
 
 def test_change_of_a_log_mean_by_hand():
     change = log_mean_over(np.array([0.2, 0.4, 0.6]), np.array([0.1, 0.2, 0.3]))
-    assert change["nats"] == pytest.approx(math.log(2)) and np.allclose(change["ci"], math.log(2))
+    assert change.nats == pytest.approx(math.log(2)) and np.allclose(change.ci, math.log(2))

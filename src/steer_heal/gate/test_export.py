@@ -1,6 +1,7 @@
 """What a run hands to others: files that plain PEFT and plain transformers load, with the student's logits."""
 
 import json
+import math
 import shlex
 from dataclasses import replace
 
@@ -127,18 +128,18 @@ def test_the_instruments_alone_see_what_the_run_saw(finished, tmp_path):
 
     of_run, of_adapter, at_gate_0 = read(finished), read(tmp_path / "adapter"), read(finished, gate=0.0)
     for record in (of_run, of_adapter):
-        assert record["student"]["trait_nats"] == pytest.approx(last["trait_nats"], abs=1e-4)
-        assert record["student"]["neutral_ppl"] == pytest.approx(last["neutral_ppl"], rel=1e-3)
-        assert record["verdict"]["word"] == "broken"
-    assert of_run["student"]["coherent_share"] == last["coherent_share"]
-    assert of_run["prompted"]["trait_nats"] == pytest.approx(summary["prompted"]["trait_nats"], abs=1e-5)
-    assert at_gate_0["student"]["trait_over_base"] == pytest.approx(0.0, abs=1e-6)
+        assert record.student.trait_nats == pytest.approx(last["trait_nats"], abs=1e-4)
+        assert record.student.neutral_ppl == pytest.approx(last["neutral_ppl"], rel=1e-3)
+        assert record.verdict.word == "broken"
+    assert of_run.student.coherent_share == last["coherent_share"]
+    assert of_run.prompted.trait_nats == pytest.approx(summary["prompted"]["trait_nats"], abs=1e-5)
+    assert at_gate_0.student.trait_over_base == pytest.approx(0.0, abs=1e-6)
     assert abs(last["trait_over_base"]) > 1e-3
-    first = read(finished, round_=0)["student"]["trait_nats"]
+    first = read(finished, round_=0).student.trait_nats
     assert first == pytest.approx(summary["rounds"][0]["healed"]["trait_nats"], abs=1e-4)
     bare = read(TINY.model.path, trait="authority")
-    assert "student" not in bare and "verdict" not in bare and "reliability" in bare["validity"][0]
-    assert bare["prompted"]["trait_nats"] != of_run["prompted"]["trait_nats"]  # of another trait
+    assert bare.student is None and bare.verdict is None and math.isfinite(bare.validity[0].reliability)
+    assert bare.prompted.trait_nats != of_run.prompted.trait_nats  # of another trait
 
 
 def test_chat_dials_the_gate_the_round_and_the_dose(finished, tmp_path, capsys):

@@ -7,7 +7,7 @@ from collections import Counter
 import pytest
 import torch
 
-from steer_heal import coherence, data
+from steer_heal import data
 from steer_heal.bench import filter as filterproof
 from steer_heal.config import FilterConfig
 from steer_heal.model.loading import load
@@ -51,8 +51,8 @@ def test_the_labelled_set_is_large_mixed_and_split_by_prompt():
 def test_the_weights_are_what_the_tuning_half_gives():
     rows = filterproof.half("tune")
     weights, bias = filterproof.fit(rows, [filterproof.stored_scores(row) for row in rows])
-    assert weights == pytest.approx(coherence.WEIGHTS, abs=2e-3)
-    assert bias == pytest.approx(coherence.BIAS, abs=2e-3)
+    assert weights == pytest.approx(scores.WEIGHTS, abs=2e-3)
+    assert bias == pytest.approx(scores.BIAS, abs=2e-3)
 
 
 @pytest.mark.parametrize("fault", HELD)

@@ -51,9 +51,9 @@ def test_its_outputs_get_our_names(lm, monkeypatch, name):
     assert asked["texts"] == ["Be kind.\n\nYou see a man."] * 7 and asked["model"] is lm.model
     assert reading.p[0].tolist() == pytest.approx([0.2, 0.1, 0.1, 0.4, 0.05, 0.05, 0.1])  # care, fairness, ..., norms
     found = described(reading, "tiny-mfv")
-    assert found["auth_nats"] == pytest.approx(math.log(0.4)) and found["care_nats"] == pytest.approx(math.log(0.2))
-    assert found["p_ans_any"] == pytest.approx(0.8) and found["ppx_json"] == pytest.approx(math.exp(1.5))
-    assert found["top1"] == pytest.approx(2 / 3) and found["unreadable_share"] == pytest.approx(1 / 3)
+    assert found.auth_nats == pytest.approx(math.log(0.4)) and found.care_nats == pytest.approx(math.log(0.2))
+    assert found.p_ans_any == pytest.approx(0.8) and found.ppx_json == pytest.approx(math.exp(1.5))
+    assert found.top1 == pytest.approx(2 / 3) and found.unreadable_share == pytest.approx(1 / 3)
 
 
 @pytest.mark.skipif(not any(map(importlib.util.find_spec, PACKAGES)), reason="tiny-mfv is not here: `just vendor`")
@@ -61,7 +61,7 @@ def test_the_package_itself_reads_the_view_it_is_given(lm, vector):
     student, trait = Student(lm), load_trait("love")
     side = lm.tokenizer.padding_side
     base, again, steered = (
-        evaluate(student, arm, trait, CONFIG, ["profile"])["items"]["profile"]
+        evaluate(student, arm, trait, CONFIG, ["profile"]).scenes
         for arm in (Arm("base"), Arm("base"), Arm("steered", vector=vector, dose=1.0))
     )
     assert np.array(base).shape == (7, 7) and np.allclose(np.sum(base, axis=1), 1)

@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
+from dataclasses import MISSING, fields, replace
 from types import SimpleNamespace
 
 import pytest
@@ -18,12 +18,13 @@ from steer_heal import data, loop, stages
 from steer_heal.cli import main
 from steer_heal.config import AnchorConfig, BarrierConfig, HealConfig, ModelConfig, UserError
 from steer_heal.distil.sample import Exhausted
-from steer_heal.eval.summary import peak_memory
 from steer_heal.files import read_jsonl
 from steer_heal.gate.conftest import turned
 from steer_heal.gate.soak import timeless
 from steer_heal.model.loading import load
+from steer_heal.model.memory import peak_memory
 from steer_heal.presets import PRESETS
+from steer_heal.records import unstructured
 from steer_heal.report import page as report
 from steer_heal.runs.environment import environment
 from steer_heal.runs.reading import load as read_run
@@ -38,7 +39,7 @@ def do(config, **changes):
     config = replace(config, **changes)
     trait, lm = data.load_trait(config.trait), load(config.model)
     folder = create(config, "tiny-random", trait, environment(lm), [])
-    return folder, loop.run(stages.Work.begun(config, "tiny-random", folder, trait, lm))
+    return folder, unstructured(loop.run(stages.Work.begun(config, "tiny-random", folder, trait, lm)))
 
 
 def test_the_record_of_a_run_is_complete(tmp_path):
@@ -82,7 +83,7 @@ def test_a_loop_that_steering_exhausts_ends_with_what_it_has(tmp_path, monkeypat
     fine, asked = stages.require_dose, []
 
     def second_fails(artefact):
-        asked.append(artefact["dose"])
+        asked.append(artefact.dose)
         if len(asked) > 1:
             raise Exhausted("no dose leaves 68% of the completions coherent")
         return fine(artefact)
@@ -100,9 +101,9 @@ def test_a_loop_that_steering_exhausts_ends_with_what_it_has(tmp_path, monkeypat
     page = report.page(read_run(folder.path))
     assert "ended after 1 of 2 rounds" in page and "The loop ended early (no dose leaves 68%" in page
     (found,) = disk.scan(tmp_path)
-    assert found.rounds == "1 of 2" and found.arm("healed")["arm"] == "healed"
+    assert found.rounds == "1 of 2" and found.arm("healed").arm == "healed"
     asked.clear()
-    monkeypatch.setattr(stages, "require_dose", lambda artefact: second_fails({"dose": asked.append(0)}))
+    monkeypatch.setattr(stages, "require_dose", lambda artefact: second_fails(asked.append(0) or artefact))
     with pytest.raises(Exhausted):
         do(TINY, out=str(tmp_path))  # in round 0 nothing was learned: that is for the user to mend
 
@@ -142,18 +143,20 @@ def test_peak_memory_is_in_bytes_on_every_system(monkeypatch, platform, unit):
 def test_a_barrier_that_never_fires_is_loud(capsys):
     from loguru import logger
 
-    from steer_heal.eval.summary import barrier_warning
+    from steer_heal.heal.steps import HealStep, barrier_warning
 
     def heal(**barrier):
         return HealConfig(barrier=BarrierConfig(**barrier))
 
     lines = []
     sink = logger.add(lines.append, format="{level} {message}")
-    records = [{"fired": False, "anchor_fired": False, "divergence": 0.13, "tau": 0.5} for _ in range(40)]
+    figures = dict.fromkeys((field.name for field in fields(HealStep) if field.default is MISSING), 1)
+    step = HealStep(**figures | {"fired": False, "anchor_fired": False, "divergence": 0.13, "tau": 0.5})
+    records = [step] * 40
     barrier_warning(records, heal(tau=0.5))
-    barrier_warning([{**r, "fired": True} for r in records], heal(tau=0.05))
+    barrier_warning([replace(step, fired=True)] * 40, heal(tau=0.05))
     barrier_warning(records, heal(reg="nll"))
-    barrier_warning([{**r, "anchor_fired": True} for r in records], HealConfig(anchor=AnchorConfig(prompts=1)))
+    barrier_warning([replace(step, anchor_fired=True)] * 40, HealConfig(anchor=AnchorConfig(prompts=1)))
     barrier_warning(records, heal(reference="base"))
     logger.remove(sink)
     assert len(lines) == 4

@@ -8,7 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, fields, replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -19,22 +19,32 @@ from plotly.offline import get_plotlyjs
 
 from steer_heal.config import BarrierConfig, HealConfig, UserError
 from steer_heal.eval import intervals
-from steer_heal.eval.intervals import across_seeds, trait_over
-from steer_heal.eval.record import arms_record
+from steer_heal.eval.intervals import across_seeds
+from steer_heal.eval.reading import ArmReading, trait_over
 from steer_heal.gate.folders import seal, write_events
+from steer_heal.records import structured, unstructured
 from steer_heal.report import page as report
 from steer_heal.report import words
 from steer_heal.report.figures import frontier_figure, paths_figure
 from steer_heal.report.html import marked
+from steer_heal.runs.folder import RunDir
 from steer_heal.runs.reading import load
+from steer_heal.runs.rounds import read_round
+from steer_heal.runs.summary import Baselines, RunName, summarise
+from steer_heal.scores import Scores
 from steer_heal.sweep import disk, overview, results
 from steer_heal.sweep.disk import identity
 
+STEP = {"objective": 3.0, "barrier": 0.0, "loss": 3.0, "tau": 0.05, "lam": 1.0, "anchor_lam": 1.0, "tokens": 9}
+STEP |= {"grad_norm": 1.0, "lr": 1e-3, "step_seconds": 1.0, "tokens_per_s": 9.0}
 HOSTILE = "<script>alert(1)</script></script><img src=https://example.org/x onerror=alert(2)>\x00 & 'quoted'"
 TRAIT = "</title><script>alert(3)"  # a trait file may be called anything
 CONTRAST = {"base": [0.1, 0.3, 0.2, 0.4], "prompted": [0.2, 0.5, 0.4, 0.5], "steered": [0.6, 0.7, 0.7, 0.8]}
 CONTRAST |= {"healed": [0.4, 0.5, 0.5, 0.6], "negative": [-0.1, 0.0, -0.1, 0.1], "equal_cost": [0.2, 0.3, 0.3, 0.4]}
 PROFILE = {"base": 0.30, "prompted": 0.40, "negative": 0.20, "healed": 0.35}  # probability of care, in every scene
+
+
+SCORED = {"scores": dict.fromkeys((field.name for field in fields(Scores)), 0), "incoherence": -2.0}
 
 
 class Tags(HTMLParser):
@@ -51,10 +61,11 @@ class Tags(HTMLParser):
 
 def write_arm(
     path: Path, name: str, mass: float = 0.8, kept_share: float = 1.0, neutral_ppl: float = 20.0, **more: float | bool
-) -> dict:
+) -> ArmReading:
     trait = sum(CONTRAST[name]) / 4
     demos = [
-        {"prompt": f"{HOSTILE} {i}", "text": f"{name} {HOSTILE}", "dropped": "incoherence" * (i % 2)} for i in range(12)
+        {"prompt": f"{HOSTILE} {i}", "text": f"{name} {HOSTILE}", "dropped": "incoherence" * (i % 2), **SCORED}
+        for i in range(12)
     ]
     items = {"contrast": CONTRAST[name], "yes_no": [2 * x for x in CONTRAST[name]], "mass": [mass] * 4}
     items["demo_coherent"] = [kept_share] * 4
@@ -64,20 +75,22 @@ def write_arm(
     arm |= {"looped_share": 0.25, "styled_share": 0.0, "canary_share": 0.5}
     if name in PROFILE:
         rest = (1 - PROFILE[name]) / 6
-        items["profile"] = [[PROFILE[name], *[rest] * 6]] * 4
+        arm["scenes"] = [[PROFILE[name], *[rest] * 6]] * 4
         nats = dict.fromkeys(("care", "fairness", "loyalty", "auth", "sanctity", "liberty", "norms"), math.log(rest))
         nats["care"] = math.log(PROFILE[name])
         arm["profile"] = {f"{key}_nats": value for key, value in nats.items()}
         arm["profile"] |= {"source": "vignettes", "top1": 0.5, "top1_ci": [0.25, 0.75], "p_ans_any": 0.9}
-    arm |= {"items": items, "asked": dict.fromkeys(items, "same"), "demos": demos, **more}
+        arm["profile"]["unreadable_share"] = 0.0
+    arm |= {"items": items, "asked": dict.fromkeys([*items, "profile"], "same"), "demos": demos, "read": [], **more}
     path.write_text(json.dumps(arm), "utf-8")
-    return arm
+    return structured(ArmReading, arm)
 
 
 def write_run(folder: Path, rounds: int = 2, **healed_scores: float) -> Path:
     """A finished run; the healed student moved 0.25, the prompt 0.15, steering 0.45 nats/token."""
     heal = asdict(HealConfig(barrier=BarrierConfig(tau=0.05)))  # whole: the report reads whatever a real run has
     config = {
+        "preset": "tiny-random",
         "trait": TRAIT + ".toml",
         "eval": {"size": "tiny"},
         "rounds": rounds,
@@ -93,13 +106,13 @@ def write_run(folder: Path, rounds: int = 2, **healed_scores: float) -> Path:
     (folder / "plain").mkdir()
     plain = [write_arm(folder / f"plain/d{i}.json", "equal_cost", dose=i + 1.0) for i in range(2)]
     events = [{"event": "start", "argv": ["run", "--trait", HOSTILE]}]
-    done = []
     for index in range(rounds):
         where = folder / f"r{index:02d}"
         where.mkdir()
-        named = {n: write_arm(where / f"{n}.json", n, **healed_scores) for n in ("steered", "healed", "equal_cost")}
+        for name in ("steered", "healed", "equal_cost"):
+            write_arm(where / f"{name}.json", name, **healed_scores)
         if index == rounds - 1:
-            named["equal_trait"] = write_arm(where / "equal_trait.json", "equal_cost", reached=False)
+            write_arm(where / "equal_trait.json", "equal_cost", reached=False)
         geometry = {"cos_first_vector": 1.0, "cos_shift_vector": 0.61, "cos_total_first": 0.57, "kl_to_base_nats": 0.02}
         geometry |= {"kl_to_base_rmse_nats": 0.05}
         (where / "geometry.json").write_text(json.dumps(geometry), "utf-8")
@@ -107,17 +120,12 @@ def write_run(folder: Path, rounds: int = 2, **healed_scores: float) -> Path:
             {"dose": d, "survival": s, "fitted": s, "tail_ppl": 9.0, "example": HOSTILE}
             for d, s in ((0.0, 1.0), (0.5, 1.0), (2, 0.5))
         ]
-        dose = {"rule": "survival", "dose": 1.0, "target": 0.75, "curve": curve}
+        dose = {"rule": "survival", "dose": 1.0, "target": 0.75, "curve": curve, "completions": []}
         (where / "dose.json").write_text(json.dumps(dose), "utf-8")
-        completions = [
-            {"prompt": HOSTILE, "text": HOSTILE, "dose": 1.0, "incoherence": -2.0, "dropped": "empty" * (i % 3 == 0)}
-            for i in range(120)
-        ]
+        written = {"prompt": HOSTILE, "text": HOSTILE, "dose": 1.0, "ids": [1], "ended": True, **SCORED}
+        completions = [written | {"dropped": "empty" * (i % 3 == 0)} for i in range(120)]
         (where / "completions.jsonl").write_text("".join(json.dumps(c) + "\n" for c in completions), "utf-8")
-        steps = [
-            {"step": i, "objective": 3.0, "divergence": 0.02 * i, "fired": i > 2, "anchor_fired": i > 3, "tau": 0.05}
-            for i in range(5)
-        ]
+        steps = [STEP | {"step": i, "divergence": 0.02 * i, "fired": i > 2, "anchor_fired": i > 3} for i in range(5)]
         steps[-1]["val_objective"] = 2.5
         (where / "heal.jsonl").write_text("".join(json.dumps(s) + "\n" for s in steps), "utf-8")
         (where / "adapter").write_text("adapter")
@@ -125,12 +133,13 @@ def write_run(folder: Path, rounds: int = 2, **healed_scores: float) -> Path:
         layers = [{"layer": 1, "depth": 0.5, "relative_norm": 0.1, "split_half": 0.9, "auc": 1.0, "steered": True}]
         (where / "vector" / "layers.json").write_text(json.dumps(layers), "utf-8")
         events += [{"event": "stage", "artefact": f"r{index:02d}/{n}", "seconds": 2.0} for n in report.TIMED]
-        done.append(
-            {**named, "layers": layers, "dose": dose, "completions": completions, "heal": steps, "geometry": geometry}
-        )
     write_events(folder, events)
-    summary = arms_record(*arms, plain, done) | {"peak_memory_bytes": 123_000_000, "seconds": 90.0}
-    (folder / "summary.json").write_text(json.dumps(summary), "utf-8")
+    done = [read_round(RunDir(seal(folder)), index) for index in range(rounds)]
+    base, prompted, negative = arms
+    baselines = Baselines(base=base, prompted=prompted, negative=negative, plain=plain)
+    of = RunName(model="org/model", trait="love", seed=7, preset="tiny-random")
+    summary = replace(summarise(of, baselines, done, {"all": 90.0}), peak_memory_bytes=123_000_000)
+    (folder / "summary.json").write_text(json.dumps(unstructured(summary)), "utf-8")
     return seal(folder)
 
 
@@ -222,7 +231,8 @@ def test_no_verdict_from_an_instrument_that_is_not_valid(tmp_path: Path, monkeyp
 
 def test_a_prompt_without_effect_is_no_yardstick(tmp_path: Path) -> None:
     run = load(write_run(tmp_path))
-    run.summary["prompted"]["trait_over_base_ci"] = [-0.1, 0.4]
+    prompted = replace(run.summary.prompted, trait_over_base_ci=(-0.1, 0.4))
+    run = replace(run, summary=replace(run.summary, prompted=prompted))
     assert "The system prompt alone moves it by +0.150, not measurably; steering" in words.verdict(run)[0]
 
 
@@ -242,11 +252,11 @@ def test_unfinished_run(tmp_path: Path) -> None:
     (tmp_path / "r02" / "healed.json").unlink()
     seal(tmp_path)
     run = load(tmp_path)
-    healed = run.summary["rounds"][-1]["healed"]
-    assert healed["trait_over_base"] == pytest.approx(0.25)
-    low, high = healed["trait_over_base_ci"]
+    healed = run.summary.rounds[-1].healed
+    assert healed.trait_over_base == pytest.approx(0.25)
+    low, high = healed.trait_over_base_ci
     assert 0.199 < low < 0.25 < high < 0.301
-    assert run.summary["rounds"][0]["barrier_fired_share"] == 0.4 and run.summary["rounds"][0]["kept"] == 80
+    assert run.summary.rounds[0].barrier_fired_share == 0.4 and run.summary.rounds[0].kept == 80
     page = report.build(tmp_path).read_text("utf-8")
     assert "unfinished: 2 of 3 rounds" in page and "1.7 times" in page
     assert "MB" not in page[page.index("<footer>") : page.index("</footer>")]
@@ -317,7 +327,9 @@ def test_results_shows_sweeps_under_their_hypothesis_and_writes_tables(tmp_path:
         first, whole = folder / "r00" / "healed.json", folder / "summary.json"
         arm, summary = json.loads(first.read_text()), json.loads(whole.read_text())
         arm["items"]["contrast"] = [x + 0.1 for x in arm["items"]["contrast"]]  # further than after the last round
-        summary["rounds"][0]["healed"] |= trait_over(arm, json.loads((folder / "base.json").read_text()))
+        base = structured(ArmReading, json.loads((folder / "base.json").read_text()))
+        change = trait_over(structured(ArmReading, arm), base)
+        summary["rounds"][0]["healed"] |= {"trait_over_base": change.mean, "trait_over_base_ci": change.ci}
         first.write_text(json.dumps(arm))
         whole.write_text(json.dumps(summary))
         seal(folder)
@@ -372,8 +384,8 @@ def test_results_shows_sweeps_under_their_hypothesis_and_writes_tables(tmp_path:
     said = capsys.readouterr().out
     assert "heal.barrier.agg mean, seeds 1, 2" in said and "times the prompt" in said and "over equal cost" in said
     for run in disk.grouped(disk.scan(tmp_path / "agg"))[0]:  # the arm of the mean ended a round early
-        cut = run.summary | {"rounds": run.summary["rounds"][:1]}
-        (run.folder / "summary.json").write_text(json.dumps(cut))
+        cut = replace(run.summary, rounds=run.summary.rounds[:1])
+        (run.folder / "summary.json").write_text(json.dumps(unstructured(cut)))
         seal(run.folder)
     found = results.difference_table(disk.scan(tmp_path / "agg"), ["heal.barrier.agg"], sweep["arms"]).to_dicts()
     assert [(row["heal.barrier.agg"], row["round"]) for row in found] == [("mean", 0)]
@@ -394,16 +406,16 @@ def test_a_ratio_and_its_interval_by_hand() -> None:
     mean, low, high = intervals.ratio(above, weak)
     assert low < mean < high < 6 and low > 2.5
     for k in (low, high):  # at either end the difference may just be zero
-        assert min(np.abs(across_seeds(above - k * weak)["ci"])) < 1e-3
+        assert min(np.abs(across_seeds(above - k * weak).ci)) < 1e-3
     assert intervals.ratio(-above, -weak) == (mean, low, high) and intervals.ratio(-above, weak) == (-mean, -high, -low)
     assert intervals.ratio(above, weak - 0.999 * weak.mean())[2] == math.inf  # the prompt may have done nothing
     assert math.inf in map(abs, intervals.ratio(above, weak - weak.mean())[1:])  # its sign is an accident
     faint = draw.normal(0, 1, (3, 60))
     faint += 0.1 - faint.mean()
-    assert across_seeds(faint)["ci"][0] < 0
+    assert across_seeds(faint).ci[0] < 0
     mean, low, high = intervals.ratio(above, faint)
     assert 0 < low < mean < high == math.inf and intervals.ratio(-above, faint) == (-mean, -math.inf, -low)
     for k in np.linspace(0, low, 9)[:-1]:  # what is left out: the difference is not zero
-        assert across_seeds(above - k * faint)["ci"][0] > 0
+        assert across_seeds(above - k * faint).ci[0] > 0
     none = draw.normal(0, 1, (3, 60))
     assert intervals.ratio(none, faint)[1:] == (-math.inf, math.inf)

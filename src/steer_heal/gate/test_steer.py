@@ -13,7 +13,8 @@ from steer_heal.model import forward
 from steer_heal.model.decode import decode
 from steer_heal.model.lm import Row
 from steer_heal.model.steering import Steering, Vector, steering
-from steer_heal.steer.extract import LayerReport, auc, auto_band, extract
+from steer_heal.steer.extract import auc, auto_band, extract
+from steer_heal.steer.layers import LayerReport
 from steer_heal.steer.personas import Personas
 
 CONTEXTS = ["What is a glacier?", "ok", "Write two lines about rain on a tin roof, please.", "Name a bird."]
@@ -81,18 +82,18 @@ def test_ablation_takes_out_what_the_negative_persona_adds_to_none(lm):
 def test_the_report_says_how_long_how_reliable_and_how_telling_each_layer_is(lm):
     positive, negative = slow_states(lm, POSITIVE, (1, 2)), slow_states(lm, NEGATIVE, (1, 2))
     report = extract(lm, PERSONAS, BAND).report
-    assert [r["layer"] for r in report] == [1, 2]
+    assert [r.layer for r in report] == [1, 2]
     for index, r in enumerate(report):
         difference = (positive - negative)[:, index]
         stream = torch.cat([positive[:, index], negative[:, index]]).norm(dim=-1).mean()
-        assert r["relative_norm"] == pytest.approx((difference.mean(0).norm() / stream).item(), rel=1e-3)
+        assert r.relative_norm == pytest.approx((difference.mean(0).norm() / stream).item(), rel=1e-3)
         halves = []
         for chosen in itertools.combinations(range(4), 2):
             other = [i for i in range(4) if i not in chosen]
             a, b = difference[list(chosen)].mean(0), difference[other].mean(0)
             halves.append(torch.cosine_similarity(a, b, dim=0).item())
-        assert min(abs(r["split_half"] - h) for h in halves) < 1e-3  # one of the ways to halve four contexts
-        assert 0 <= r["auc"] <= 1
+        assert min(abs(r.split_half - h) for h in halves) < 1e-3  # one of the ways to halve four contexts
+        assert 0 <= r.auc <= 1
 
 
 def test_auc_counts_pairs():
@@ -111,8 +112,8 @@ def test_the_automatic_band_is_where_the_vector_is_long_reliable_and_telling(lm)
     report[10:13] = [layer(i, 0.1) for i in (10, 11, 12)]
     assert auto_band(report, 21) == (10, 11, 12)
     found = extract(lm, PERSONAS, replace(BAND, band="auto"))
-    assert [r["layer"] for r in found.report] == [0, 1, 2, 3]
-    assert [r["layer"] for r in found.report if r["steered"]] == list(found.vector.layers)
+    assert [r.layer for r in found.report] == [0, 1, 2, 3]
+    assert [r.layer for r in found.report if r.steered] == list(found.vector.layers)
     assert set(found.vector.layers) <= {1, 2}
 
 
@@ -148,11 +149,11 @@ def test_iso_kl_finds_the_dose_of_a_given_divergence(lm, prompts, target):
         return np.quantile(kl, 0.95)
 
     curve = [slow_p95(dose, rows[5 * i : 5 * i + 5]) for i, dose in enumerate(doses)]
-    assert found["kl_p95"] == pytest.approx(curve, rel=1e-2)
-    assert abs(found["kl"] - target) <= 0.05 * target
-    reached = [slow_p95(found["dose"], rows[5 * i : 5 * i + 5]) for i in range(3)]
-    assert min(abs(r - found["kl"]) / found["kl"] for r in reached) < 0.01
-    assert iso_kl(lm, vector, rows, of_row, 1e6)["dose"] is None
+    assert found.kl_p95 == pytest.approx(curve, rel=1e-2)
+    assert abs(found.kl - target) <= 0.05 * target
+    reached = [slow_p95(found.dose, rows[5 * i : 5 * i + 5]) for i in range(3)]
+    assert min(abs(r - found.kl) / found.kl for r in reached) < 0.01
+    assert iso_kl(lm, vector, rows, of_row, 1e6).dose is None
 
 
 def test_hooks_are_gone_after_an_exception(lm, vector):

@@ -13,9 +13,11 @@ from steer_heal.config import SIZES, EvalConfig
 from steer_heal.data import FOUNDATIONS, load_trait
 from steer_heal.eval import foundations
 from steer_heal.eval.arms import Arm
+from steer_heal.eval.catalogue import MASS
 from steer_heal.eval.instruments import evaluate, yes_no_scores
 from steer_heal.eval.opponents import (
     LEAST_COST,
+    Cost,
     allowed_cost,
     coherence_cost,
     dose_at_cost,
@@ -24,11 +26,12 @@ from steer_heal.eval.opponents import (
     fitting,
     plain_doses,
 )
-from steer_heal.eval.record import arm_record, arms_record
-from steer_heal.eval.verdict import care_over_authority, validity, verdict
+from steer_heal.eval.reading import ArmReading
+from steer_heal.eval.record import arm_record
+from steer_heal.eval.verdict import Verdict, care_over_authority, validity, verdict
 from steer_heal.presets import PRESETS
 from steer_heal.report.tables import verdict_line
-from steer_heal.sweep.results import RATIOS
+from steer_heal.runs.summary import Baselines, RunName, summarise
 
 CONFIG = PRESETS["tiny-random"].eval
 
@@ -41,14 +44,12 @@ def arm(contrast, mass=0.8, kept=0.9, ppl=20.0, off=0.0, **more):
         "neutral_ppl": ppl,
         "trait_nats": float(np.mean(contrast)),
     }
-    return {
-        "arm": "x",
-        "instrument": "contrast",
-        "items": items,
-        "asked": dict.fromkeys(items, "same"),
+    return ArmReading(
+        **{"arm": "x", "instrument": "contrast", "dose": 0.0, "read": list(items)} | more,
+        items=items,
+        asked=dict.fromkeys(items, "same"),
         **measures,
-        **more,
-    }
+    )
 
 
 SPREAD = np.linspace(-0.1, 0.1, 20)
@@ -74,7 +75,7 @@ VERDICTS = [
 
 @pytest.mark.parametrize(("healed", "steered", "valid", "word"), VERDICTS)
 def test_every_verdict_and_their_order(healed, steered, valid, word):
-    assert verdict(BASE, steered, healed, valid)["word"] == word
+    assert verdict(BASE, steered, healed, valid).word == word
 
 
 @pytest.mark.parametrize(
@@ -89,40 +90,41 @@ def test_every_verdict_and_their_order(healed, steered, valid, word):
     ],
 )
 def test_a_yes_no_trait_is_broad_where_others_moved_further_than_it_did_on_contrast(contrast, off, word):
-    base = BASE | {"instrument": "yes_no"}
-    healed = arm((contrast + SPREAD).tolist(), off=off) | {"instrument": "yes_no"}
-    healed["items"]["yes_no"] = [2.0 + x for x in BASE["items"]["yes_no"]]
+    base = replace(BASE, instrument="yes_no")
+    healed = arm((contrast + SPREAD).tolist(), off=off, instrument="yes_no")
+    healed.items["yes_no"] = [2.0 + x for x in BASE.items["yes_no"]]
     found = verdict(base, healed, healed, True)
-    assert found["word"] == word
-    assert ("were not compared" in found["why"]) == (contrast == 0.0)
+    assert found.word == word
+    assert ("were not compared" in found.why) == (contrast == 0.0)
 
 
 def test_a_floor_is_absolute_whatever_the_base_was():
     poor = arm((0.0 + SPREAD).tolist(), mass=0.01, kept=0.1, ppl=5000.0)
     healed = arm((0.4 + SPREAD).tolist(), mass=0.02, kept=0.2, ppl=4000.0)  # better than its base in everything
     found = verdict(poor, STEERED, healed, True)
-    assert found["word"] == "broken"
-    assert found["why"].count("below the floor") == 2 and "neutral perplexity 4000, above 200" in found["why"]
+    assert found.word == "broken"
+    assert found.why.count("below the floor") == 2 and "neutral perplexity 4000, above 200" in found.why
 
 
 def test_validity_of_an_instrument_by_hand():
     positive, negative = arm((0.3 + SPREAD).tolist()), arm((-0.1 + 2 * SPREAD).tolist())
     contrast, yes_no = validity([BASE, positive, negative])
-    assert contrast["valid"] and contrast["positive_over_negative"] == pytest.approx(0.4)
+    assert contrast.valid and contrast.positive_over_negative == pytest.approx(0.4)
     change = 0.4 - SPREAD
-    assert contrast["halves"] == pytest.approx([change[0::2].mean(), change[1::2].mean()])
-    assert yes_no["positive_over_negative"] == pytest.approx(1.2) and yes_no["agreement"] == pytest.approx(1.0)
+    assert contrast.halves == pytest.approx([change[0::2].mean(), change[1::2].mean()])
+    assert yes_no.positive_over_negative == pytest.approx(1.2) and yes_no.agreement == pytest.approx(1.0)
     back = validity([BASE, negative, positive])[0]
-    assert not back["valid"]
+    assert not back.valid
     noise = arm((0.02 + np.tile([-0.5, 0.5], 10)).tolist())
-    assert not validity([BASE, noise, BASE])[0]["valid"]
+    assert not validity([BASE, noise, BASE])[0].valid
 
 
 def test_an_unfinished_run_has_the_record_of_what_is_there():
-    nothing = arms_record(None, None, None, [], [])
-    assert not any(nothing.values()) and {"base", "validity", "plain", "rounds"} <= nothing.keys()
-    found = arms_record(BASE, MOVED, None, [], [])
-    assert found["prompted"]["trait_over_base"] == pytest.approx(0.4) and found["rounds"] == []
+    of = RunName(model="m", trait="love", seed=0, preset="tiny-random")
+    nothing = summarise(of, Baselines(plain=[]), [], {})
+    assert nothing.base is None and nothing.unit is None and nothing.validity == nothing.plain == nothing.rounds == []
+    found = summarise(of, Baselines(base=BASE, prompted=MOVED, plain=[]), [], {})
+    assert found.prompted.trait_over_base == pytest.approx(0.4) and found.rounds == []
 
 
 def test_profile_changes_by_hand():
@@ -131,26 +133,24 @@ def test_profile_changes_by_hand():
     def seen(care, authority):
         p = np.full((5, 7), (1 - care - authority) / 5)
         p[:, names.index("care")], p[:, names.index("authority")] = care, authority
-        return BASE | {"items": BASE["items"] | {"profile": p.tolist()}, "asked": BASE["asked"] | {"profile": "same"}}
+        return replace(BASE, scenes=p.tolist(), asked=BASE.asked | {"profile": "same"})
 
     base, moved = seen(0.2, 0.2), seen(0.4, 0.1)
     assert np.allclose(care_over_authority(moved), math.log(4))
-    over = arm_record(moved, base)["profile_over_base"]
-    assert over["care"]["nats"] == pytest.approx(math.log(2)) and over["authority"]["nats"] == pytest.approx(
-        -math.log(2)
-    )
-    assert over["care_over_authority"]["ci"] == pytest.approx([math.log(4)] * 2)
+    over = arm_record(moved, base).profile_over_base
+    assert over["care"].nats == pytest.approx(math.log(2)) and over["authority"].nats == pytest.approx(-math.log(2))
+    assert over["care_over_authority"].ci == pytest.approx([math.log(4)] * 2)
 
 
 def test_the_dose_of_equal_cost_by_hand():
     assert coherence_cost(arm([0.0], mass=0.6, ppl=22.0), BASE) == pytest.approx(0.25)
     assert coherence_cost(arm([0.0], mass=0.9, ppl=19.0), BASE) == pytest.approx(-0.05)
     assert allowed_cost(arm([0.0], mass=0.9, ppl=19.0), BASE) == LEAST_COST  # healing was free: steering gets a little
-    curve = [{"dose": 1.0, "cost": 0.1}, {"dose": 2.0, "cost": 0.5}, {"dose": 4.0, "cost": 0.9}]
+    curve = [Cost(1.0, 0.1), Cost(2.0, 0.5), Cost(4.0, 0.9)]
     assert dose_at_cost(curve, 0.3) == pytest.approx(1.5)
     assert dose_at_cost(curve, 0.05) == pytest.approx(0.5)
     assert dose_at_cost(curve, 2.0) == 4.0
-    dips = [{"dose": 1.0, "cost": 0.4}, {"dose": 2.0, "cost": 0.2}, {"dose": 3.0, "cost": 0.6}]
+    dips = [Cost(1.0, 0.4), Cost(2.0, 0.2), Cost(3.0, 0.6)]
     assert dose_at_cost(dips, 0.3) == pytest.approx(2.25)  # the largest dose that is cheap enough
     doses = plain_doses(EvalConfig(plain_range=(0.2, 12.8)))
     assert doses == pytest.approx([0.2, 0.4, 0.8, 1.6, 3.2, 6.4, 12.8])
@@ -163,7 +163,7 @@ def test_a_student_of_nan_has_no_arm_that_costs_what_it_does():
     allowed = allowed_cost(lost, BASE)
     cheap, dear = arm([0.0], mass=0.7), arm([0.0], mass=0.1)
     assert allowed == math.inf and fitting([cheap, dear, lost], BASE, allowed) is None
-    curve, asked = [{"dose": 1.0, "cost": 0.1}, {"dose": 4.0, "cost": math.inf}], []
+    curve, asked = [Cost(1.0, 0.1), Cost(4.0, math.inf)], []
     assert find_dose_at_cost(allowed, curve, lambda dose: asked.append(dose) or 0.2) == 4.0 and asked == [4.0]
 
 
@@ -172,8 +172,7 @@ def test_a_base_without_answer_mass_has_none_to_lose():
     assert coherence_cost(arm([0.0], mass=0.3, ppl=22.0), empty) == pytest.approx(0.1)
     assert coherence_cost(arm([0.0], mass=0.0, ppl=20.0), empty) == 0.0
     assert coherence_cost(arm([0.0], mass=math.nan), empty) == math.inf
-    group = [{"answer_mass": mass, "coherent_share": 0.0, "neutral_ppl": 20.0} for mass in (0.0, 0.3)]
-    assert math.isnan(RATIOS["mass/base"](*group))
+    assert math.isnan(MASS.over(arm([0.0], mass=0.3), empty))
 
 
 def test_the_arm_of_equal_cost_costs_what_is_allowed():
@@ -188,7 +187,7 @@ def test_the_arm_of_equal_cost_costs_what_is_allowed():
         asked.append(dose)
         return cost(dose)
 
-    curve = [{"dose": dose, "cost": cost(dose)} for dose in (0.5, 4.0)]
+    curve = [Cost(dose, cost(dose)) for dose in (0.5, 4.0)]
     assert find_dose_at_cost(0.4, curve, read) == pytest.approx(2.0, rel=0.08) and 1 < len(asked) <= 3
     assert find_dose_at_cost(5.0, curve, read) == 4.0
     dear, near = arm([0.0], mass=0.4), arm([0.0], mass=0.49)
@@ -282,9 +281,9 @@ def test_a_liking_for_a_place_in_the_list_cancels(lm, monkeypatch):
             assert p[names.index("care")] == pytest.approx(care) and mass == pytest.approx((0.7 + 0.55) / 2)
     assert sum(marked in scene for scene in reading.scenes) == 1
     found = foundations.described(reading, "vignettes")
-    assert found["care_nats"] == pytest.approx(math.log(reading.p[:, 0].mean()))
-    assert found["auth_nats"] == pytest.approx(math.log(reading.p[:, 3].mean()))
-    assert found["p_ans_any"] == pytest.approx(reading.mass.mean())
+    assert found.care_nats == pytest.approx(math.log(reading.p[:, 0].mean()))
+    assert found.auth_nats == pytest.approx(math.log(reading.p[:, 3].mean()))
+    assert found.p_ans_any == pytest.approx(reading.mass.mean())
 
 
 @pytest.mark.parametrize("kind", ["uniform", "one token", "nan"])
@@ -297,12 +296,12 @@ def test_a_collapsed_model_is_broken_whatever_its_ratios(lm, hand_set, kind):
         table += math.nan
     trait = load_trait("love")
     found = evaluate(Student(hand_set(table)), Arm("healed"), trait, CONFIG)
-    found["coherent_share"] = 1.0  # whatever the judge thought
-    flattering = found | {"trait_nats": 0.0, "answer_mass": found["answer_mass"], "neutral_ppl": found["neutral_ppl"]}
-    assert verdict(flattering, found, found, True)["word"] == "broken"
+    found = replace(found, coherent_share=1.0)  # whatever the judge thought
+    flattering = replace(found, trait_nats=0.0)
+    assert verdict(flattering, found, found, True).word == "broken"
 
 
 def test_a_broken_round_says_that_others_follow_and_only_then():
-    broken, moved = ({"word": word, "why": "answer mass 83% of base"} for word in ("broken", "moved"))
+    broken, moved = (Verdict(word, "answer mass 83% of base") for word in ("broken", "moved"))
     assert verdict_line(broken, 2) == verdict_line(broken, 0) + "; the next round starts from it, and may heal it"
     assert verdict_line(moved, 2) == verdict_line(moved, 0) == "moved (answer mass 83% of base)"

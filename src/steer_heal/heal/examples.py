@@ -16,6 +16,7 @@ from torch import Tensor
 from steer_heal.bake.student import Student
 from steer_heal.config import HealConfig, UserError
 from steer_heal.heal.barrier import aggregate, position_losses
+from steer_heal.heal.steps import HealStep
 from steer_heal.model.forward import states
 from steer_heal.model.lm import LM, Row
 from steer_heal.model.steering import Steering
@@ -73,7 +74,7 @@ def _cut(row: Row, max_len: int) -> Row:
     return Row(row.prompt, row.completion[: max_len - len(row.prompt)])
 
 
-def with_tau(lm: LM, examples: list[Example], config: HealConfig, before: list[dict] | None = None) -> HealConfig:
+def with_tau(lm: LM, examples: list[Example], config: HealConfig, before: list[HealStep] | None = None) -> HealConfig:
     """The config with `tau` a number: for `auto` a share of the divergence that the teacher itself has here.
 
     With `reference base` tau is the budget of the whole loop, so round 0 settles it. The teacher of a later round
@@ -85,7 +86,7 @@ def with_tau(lm: LM, examples: list[Example], config: HealConfig, before: list[d
     if barrier.reg == "nll":
         return replace(config, barrier=replace(barrier, tau=0.0))  # nothing is held at it
     if before and barrier.reference == "base":
-        return replace(config, barrier=replace(barrier, tau=before[-1]["tau"]))
+        return replace(config, barrier=replace(barrier, tau=before[-1].tau))
     teacher, reference = (torch.cat(h) for h in zip(*((e.teacher, e.reference) for e in examples), strict=True))
     with torch.no_grad():
         _, kl = position_losses(lm.head, teacher, None, reference, barrier.reg)

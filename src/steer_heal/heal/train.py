@@ -21,6 +21,7 @@ from steer_heal.bake.student import Student
 from steer_heal.config import BarrierConfig, HealConfig, TrainingConfig, UserError
 from steer_heal.heal.examples import Example, length
 from steer_heal.heal.step import Multipliers, accumulate, losses, micro_batches
+from steer_heal.heal.steps import HealStep
 from steer_heal.model.lm import LM
 
 BETAS = (0.9, 0.95)  # a round is a few hundred steps at most; 0.999 would never warm up
@@ -43,8 +44,8 @@ def heal(
     round_: int,
     seed: int,
     on_rows: Callable[[int], None] = lambda rows: None,
-    before: list[dict] | None = None,
-) -> list[dict]:
+    before: list[HealStep] | None = None,
+) -> list[HealStep]:
     """Train the current round's adapter in place; `config.barrier.tau` must be a number (`with_tau`).
 
     `before` is what the round before returned. A dual multiplier of a distance from the pristine base goes on from
@@ -97,18 +98,18 @@ def heal(
             on_rows(sum(not e.anchor for e in batch))
             if validation and step + 1 == total:
                 record["val_objective"] = _validation(student, validation, config)
-    return history
+    return [HealStep(**record) for record in history]
 
 
-def _weights(barrier: BarrierConfig, round_: int, before: list[dict] | None) -> Multipliers:
+def _weights(barrier: BarrierConfig, round_: int, before: list[HealStep] | None) -> Multipliers:
     """The barrier's weights at a round's first step; `before` are the records of the round before."""
     if barrier.kind == "fixed":
         weight = barrier.lam * (1 + round_) ** barrier.lam_round_pow
         return Multipliers(weight, weight)
     lam = Multipliers(DUAL_START, DUAL_START)
     if before:
-        lam.anchor = before[-1]["next_anchor_lam"]
-        lam.own = before[-1]["next_lam"] if barrier.reference == "base" else lam.own
+        lam.anchor = before[-1].next_anchor_lam
+        lam.own = before[-1].next_lam if barrier.reference == "base" else lam.own
     return lam
 
 

@@ -1,4 +1,4 @@
-"""Main memory: how much can be had, and where a freed tensor's goes.
+"""Main memory: how much can be had, how much was held, and where a freed tensor's goes.
 
 Within a stage freed memory serves the next tensor, between stages it goes back to the system. Where the C library is
 not glibc that changes nothing.
@@ -10,8 +10,12 @@ import ctypes
 import os
 import platform
 import re
+import resource
+import sys
 from functools import cache
 from pathlib import Path
+
+import torch
 
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # of malloc.h
 
@@ -70,6 +74,14 @@ def give_back_freed_memory() -> None:
     request does not always fit the hole that its like has left."""
     if libc := _glibc():
         libc.malloc_trim(ctypes.c_size_t(0))
+
+
+def peak_memory(device: torch.device) -> int:
+    """Most memory held so far, bytes: on the GPU when the model is there, else by the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak  # bytes on macOS, kilobytes on Linux
 
 
 @cache

@@ -6,6 +6,8 @@ import re
 import shlex
 
 from steer_heal.config import PLACE_FIELDS
+from steer_heal.eval.record import ArmSummary
+from steer_heal.runs.summary import Summary
 
 CARD = """---
 base_model: {base}
@@ -44,14 +46,14 @@ LOAD = {
 ON_FLOAT = "\nIt was trained and measured on the base's NF4 weights; here the update is added to the float ones.\n"
 
 
-def model_card(summary: dict, config: dict, trait: dict, argv: list[str], rounds: int, merged: bool = False) -> str:
+def model_card(summary: Summary, config: dict, trait: dict, argv: list[str], rounds: int, merged: bool = False) -> str:
     """README of an adapter or a merged model after `rounds` rounds.
 
     `summary` is that of the run or of its rounds so far; `config` and `trait` are as config.json and trait.json hold
     them; `argv` is what the run was started with, as its first event has it.
     """
-    healed = summary["rounds"][rounds - 1]["healed"]
-    arms = {"base": summary["base"], "prompted": summary["prompted"], "this": healed}
+    healed = summary.rounds[rounds - 1].healed
+    arms = {"base": summary.base, "prompted": summary.prompted, "this": healed}
     base, kind = config["model"]["path"], "model" if merged else "adapter"
     return CARD.format(
         base=base,
@@ -60,7 +62,7 @@ def model_card(summary: dict, config: dict, trait: dict, argv: list[str], rounds
         title=trait["title"],
         kind=kind,
         rounds=f"{rounds} round{'s' * (rounds != 1)}",
-        unit=summary["unit"],
+        unit=summary.unit,
         measured=MEASURED[trait["instrument"]],
         persona=" ".join(trait["positive"].split()),
         table="\n".join(_row(name, arm) for name, arm in arms.items()),
@@ -71,11 +73,11 @@ def model_card(summary: dict, config: dict, trait: dict, argv: list[str], rounds
     )
 
 
-def _row(name: str, arm: dict) -> str:
-    low, high = arm["trait_over_base_ci"]
+def _row(name: str, arm: ArmSummary) -> str:
+    low, high = arm.trait_over_base_ci
     return (
-        f"| {name} | {arm['trait_over_base']:+.3f} [{low:+.3f}, {high:+.3f}] | {arm['answer_mass']:.3f} | "
-        f"{arm['coherent_share']:.0%} | {arm['neutral_ppl']:.2f} |"
+        f"| {name} | {arm.trait_over_base:+.3f} [{low:+.3f}, {high:+.3f}] | {arm.answer_mass:.3f} | "
+        f"{arm.coherent_share:.0%} | {arm.neutral_ppl:.2f} |"
     )
 
 

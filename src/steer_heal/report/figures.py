@@ -10,8 +10,13 @@ import numpy as np
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
+from steer_heal.distil.record import DoseCurve
+from steer_heal.eval.catalogue import Instrument
 from steer_heal.eval.intervals import relative
+from steer_heal.eval.record import ArmSummary
+from steer_heal.heal.steps import HealStep
 from steer_heal.report.html import shorten
+from steer_heal.runs.summary import Summary
 
 # Okabe-Ito hues: told apart by colour-blind readers, visible on white and on black.
 COLOURS = {"base": "#808890", "prompted": "#c88a04", "steered": "#d55e00", "healed": "#009e73"}
@@ -21,69 +26,70 @@ DIVERGENCE_COLOUR, ANCHOR_COLOUR = "#4a8fd0", "#b06fae"
 HOVER_CHARS, HOVER_WIDTH = 300, 44
 
 
-def trajectory_figure(summary: dict) -> go.Figure:
+def trajectory_figure(summary: Summary) -> go.Figure:
     """Trait over base per round; base and prompted as reference lines."""
     fig = go.Figure()
-    ends = [-0.4, len(summary["rounds"]) - 0.6]
+    ends = [-0.4, len(summary.rounds) - 0.6]
     for name, dash in (("base", "solid"), ("prompted", "dot")):
-        y, (low, high) = summary[name]["trait_over_base"], summary[name]["trait_over_base_ci"]
+        arm = getattr(summary, name)
+        y, (low, high) = arm.trait_over_base, arm.trait_over_base_ci
         label = f"{name} {y:+.3f} [{low:+.3f}, {high:+.3f}]<extra></extra>"
         _line(fig, ends, [y, y], COLOURS[name], name, dash, hovertemplate=label)
         fig.add_hrect(y0=low, y1=high, fillcolor=COLOURS[name], opacity=0.13, line_width=0, layer="below")
     # side by side, or the error bars hide each other
     for name, shift in (("steered", -0.03), ("equal_cost", 0.0), ("healed", 0.03)):
-        arms = [r[name] for r in summary["rounds"] if name in r]
+        arms = [arm for r in summary.rounds if (arm := getattr(r, name))]
         if not arms:
             continue
-        y = np.array([a["trait_over_base"] for a in arms])
-        low, high = np.array([a["trait_over_base_ci"] for a in arms]).T
+        y = np.array([a.trait_over_base for a in arms])
+        low, high = np.array([a.trait_over_base_ci for a in arms]).T
         bars = {"array": (high - y).tolist(), "arrayminus": (y - low).tolist(), "thickness": 1.3, "width": 4}
         shown = {"equal_cost": "steered, equal cost"}.get(name, name)
         label = f"round %{{customdata[0]}} {shown} %{{y:+.3f}} [%{{customdata[1]:+.3f}}, %{{customdata[2]:+.3f}}]"
-        hover = {"customdata": [[i, *a["trait_over_base_ci"]] for i, a in enumerate(arms)]}
+        hover = {"customdata": [[i, *a.trait_over_base_ci] for i, a in enumerate(arms)]}
         hover["hovertemplate"] = f"{label}<extra></extra>"
         _arm(fig, [i + shift for i in range(len(arms))], y.tolist(), name, error_y=bars, **hover)
-    fig.update_xaxes(title="round", tickvals=list(range(len(summary["rounds"]))), range=ends)
-    fig.update_yaxes(title=f"trait over base, {summary['unit']}")
+    fig.update_xaxes(title="round", tickvals=list(range(len(summary.rounds))), range=ends)
+    fig.update_yaxes(title=f"trait over base, {summary.unit}")
     return _styled(fig, 400)
 
 
-def frontier_figure(summary: dict) -> go.Figure:
+def frontier_figure(summary: Summary) -> go.Figure:
     """What a trait costs in coherence: plain steering dose by dose, and the student round by round."""
     fig = go.Figure()
-    students = [r["healed"] for r in summary["rounds"]]
-    doses, rounds = [f"{arm['dose']:.2g}" for arm in summary["plain"]], [f"r{i}" for i, _ in enumerate(students)]
+    students = [r.healed for r in summary.rounds]
+    doses, rounds = [f"{arm.dose:.2g}" for arm in summary.plain], [f"r{i}" for i, _ in enumerate(students)]
     # A student that has found its place stays there: only the first round and the last have room for a name.
     ends = [name if name in (rounds[0], rounds[-1]) else "" for name in rounds]
     paths = [
-        ("steered", "base, plainly steered", summary["plain"], doses, doses, "bottom right"),
+        ("steered", "base, plainly steered", summary.plain, doses, doses, "bottom right"),
         ("healed", "healed", students, rounds, ends, "top left"),
     ]
     for name, title, arms, at, shown, beside in paths:
-        x, y = ([0.0, *(arm[key] for arm in arms)] for key in ("coherence_cost", "trait_over_base"))
+        x, y = ([0.0, *(getattr(arm, key) for arm in arms)] for key in ("coherence_cost", "trait_over_base"))
         label = f"{title} %{{customdata}}: %{{y:+.3f}} at a cost of %{{x:.1%}}<extra></extra>"
         texts = {"text": ["", *shown], "customdata": ["", *at], "textposition": beside, "hovertemplate": label}
         dots = {"size": 8, "symbol": SYMBOLS[name]}
         _line(fig, x, y, COLOURS[name], title, mode="lines+markers+text", marker=dots, **texts)
-    prompted = summary["prompted"]
+    prompted = summary.prompted
     dot = {"color": COLOURS["prompted"], "size": 11, "symbol": SYMBOLS["prompted"]}
-    x, y = [prompted["coherence_cost"]], [prompted["trait_over_base"]]
+    x, y = [prompted.coherence_cost], [prompted.trait_over_base]
     fig.add_scatter(x=x, y=y, mode="markers", marker=dot, name="prompted")
     fig.update_xaxes(title="coherence lost: answer mass or neutral perplexity, the worse", tickformat=".0%")
     fig.update_xaxes(range=[min(-0.1, *x) - 0.02, 1.0])
-    fig.update_yaxes(title=f"trait over base, {summary['unit']}")
+    fig.update_yaxes(title=f"trait over base, {summary.unit}")
     return _styled(fig, 420)
 
 
-def paths_figure(paths: list[tuple[str, dict]]) -> go.Figure:
+def paths_figure(paths: list[tuple[str, Summary]]) -> go.Figure:
     """The students of several runs, (name, summary) each, round by round: answer mass against trait, both over base."""
     fig = go.Figure()
     hues = [COLOURS[name] for name in ("healed", "prompted", "steered", "equal_cost", "negative")] + [DIVERGENCE_COLOUR]
     dashes = ("solid", "dash", "dot")
     for index, (name, summary) in enumerate(paths):
-        students = [r["healed"] for r in summary["rounds"]]
-        x = [1.0, *(relative(arm["answer_mass"], summary["base"]["answer_mass"]) for arm in students)]
-        y = [0.0, *(arm["trait_over_base"] for arm in students)]
+        students = [r.healed for r in summary.rounds]
+        x = [1.0, *(relative(arm.answer_mass, summary.base.answer_mass) for arm in students)]
+        y = [0.0, *(arm.trait_over_base for arm in students)]
         at = {"customdata": ["base", *(f"round {i}" for i in range(len(students)))]}
         at["hovertemplate"] = f"{_hover_text(name)}<br>%{{customdata}}: %{{y:+.3f}} at %{{x:.0%}}<extra></extra>"
         style = hues[index % len(hues)], name, dashes[index // len(hues) % len(dashes)], 1.5
@@ -97,21 +103,20 @@ def paths_figure(paths: list[tuple[str, dict]]) -> go.Figure:
             **at,
         )
     fig.update_xaxes(title="answer mass, share of base's (log)", type="log", tickformat=".3~p", dtick="D2")
-    fig.update_yaxes(title=f"trait over base, {paths[0][1]['unit']}")
+    fig.update_yaxes(title=f"trait over base, {paths[0][1].unit}")
     _styled(fig, 440 + 20 * len(paths))
     below = {"orientation": "v", "y": 0, "yref": "container", "yanchor": "bottom"}
     return fig.update_layout(legend=below, margin={"t": 16, "b": 84 + 20 * len(paths)})
 
 
-def map_figure(arms: list[tuple[str, dict]]) -> go.Figure:
+def map_figure(arms: list[tuple[str, ArmSummary]]) -> go.Figure:
     """Care against authority: one node an arm, log mean probabilities over the scenes, nats."""
     fig = go.Figure()
-    path = [arm["profile"] for name, arm in arms if name.split()[0] in ("base", "healed")]
-    x, y = ([profile[key] for profile in path] for key in ("auth_nats", "care_nats"))
+    path = [arm.profile for name, arm in arms if name.split()[0] in ("base", "healed")]
+    x, y = ([getattr(profile, key) for profile in path] for key in ("auth_nats", "care_nats"))
     _line(fig, x, y, COLOURS["healed"], "", "dot", 1.5, showlegend=False, hoverinfo="skip")
     for name, arm in arms:
-        profile = arm["profile"]
-        x, y = profile["auth_nats"], profile["care_nats"]
+        x, y = arm.profile.auth_nats, arm.profile.care_nats
         dots = {
             "size": 11,
             "color": COLOURS.get(name.split()[0], DIVERGENCE_COLOUR),
@@ -125,35 +130,35 @@ def map_figure(arms: list[tuple[str, dict]]) -> go.Figure:
     return _styled(fig, 380)
 
 
-def coherence_figure(summary: dict, key: str, bound: float) -> go.Figure:
+def coherence_figure(summary: Summary, one: Instrument) -> go.Figure:
     """One coherence measure relative to base, with the bound beyond which we call it damage."""
     fig = go.Figure()
-    rounds = list(range(len(summary["rounds"])))
+    rounds = list(range(len(summary.rounds)))
     ends = [-0.4, len(rounds) - 0.6]
     for arm in ("steered", "healed"):
-        shares = [relative(r[arm][key], summary["base"][key]) for r in summary["rounds"]]
+        shares = [one.over(getattr(r, arm), summary.base) for r in summary.rounds]
         _arm(fig, rounds, shares, arm, hovertemplate=f"round %{{x}} {arm} %{{y:.1%}} of base<extra></extra>")
-    for level, dash in ((1, "solid"), (bound, "dot")):
+    for level, dash in ((1, "solid"), (one.bound, "dot")):
         _line(fig, ends, [level] * 2, COLOURS["base"], "", dash, 1.5, showlegend=False, hoverinfo="skip")
     fig.update_xaxes(title="round", tickvals=rounds, range=ends)
     fig.update_yaxes(title="% of base", tickformat=".0%", rangemode="tozero")
     return _styled(fig, 300)
 
 
-def dose_figure(dose: dict) -> go.Figure:
+def dose_figure(dose: DoseCurve) -> go.Figure:
     """Survival of the filter against the dose: raw shares, monotone fit, unsteered level, the dose chosen."""
-    unsteered, curve, chosen = dose["curve"][0], dose["curve"][1:], dose["dose"]
-    doses, survival, fitted = ([p[key] for p in curve] for key in ("dose", "survival", "fitted"))
+    unsteered, curve, chosen = dose.curve[0], dose.curve[1:], dose.dose
+    doses, survival, fitted = ([getattr(p, key) for p in curve] for key in ("dose", "survival", "fitted"))
     across = [doses[0], doses[-1]]
     fig = go.Figure()
     _line(fig, doses, fitted, COLOURS["steered"], "monotone fit", hoverinfo="skip")
-    _line(fig, across, [unsteered["fitted"]] * 2, COLOURS["healed"], "unsteered", "dot", hoverinfo="skip")
-    if dose["rule"] == "survival":
-        label = f"target {dose['target']:.0%}"
-        _line(fig, across, [dose["target"]] * 2, COLOURS["base"], label, "dot", hoverinfo="skip")
+    _line(fig, across, [unsteered.fitted] * 2, COLOURS["healed"], "unsteered", "dot", hoverinfo="skip")
+    if dose.rule == "survival":
+        label = f"target {dose.target:.0%}"
+        _line(fig, across, [dose.target] * 2, COLOURS["base"], label, "dot", hoverinfo="skip")
     _line(fig, [chosen] * 2, [0, 1], COLOURS["base"], f"chosen {chosen:.2f}", "dash", hoverinfo="skip")
     label = "dose %{x:.2f}: %{y:.0%} survive, tail ppl %{customdata[0]}<br><br>%{customdata[1]}<extra></extra>"
-    hover = {"customdata": [(f"{p['tail_ppl']:.1f}", _hover_text(p["example"])) for p in curve], "hovertemplate": label}
+    hover = {"customdata": [(f"{p.tail_ppl:.1f}", _hover_text(p.example)) for p in curve], "hovertemplate": label}
     dots = {"color": COLOURS["steered"], "size": 9}
     fig.add_scatter(x=doses, y=survival, mode="markers", marker=dots, name="survival", **hover)
     fig.update_xaxes(title="dose, multiples of the raw vector", type="log")
@@ -175,21 +180,23 @@ def threshold_figure(curve: list[dict]) -> go.Figure:
     return _styled(fig, 360)
 
 
-def heal_figure(records: list[dict], heal: dict) -> go.Figure:
+def heal_figure(steps: list[HealStep], heal: dict) -> go.Figure:
     """Objective above, divergence below with its tau; a diamond where the barrier fired."""
     fig = make_subplots(rows=2, shared_xaxes=True, vertical_spacing=0.08)
-    steps = [r["step"] for r in records]
+    at = [s.step for s in steps]
     below = {"row": 2, "col": 1}
-    _line(fig, steps, [r["objective"] for r in records], COLOURS["base"], "objective", row=1, col=1)
-    bounds = {"tau": records[0]["tau"], "anchor tau": heal["anchor"]["tau"]}
+    _line(fig, at, [s.objective for s in steps], COLOURS["base"], "objective", row=1, col=1)
+    bounds = {"tau": steps[0].tau, "anchor tau": heal["anchor"]["tau"]}
     series = [("divergence", "tau", "D", DIVERGENCE_COLOUR)] * (heal["barrier"]["reg"] != "nll")
-    series += [("anchor_divergence", "anchor tau", "D anchor", ANCHOR_COLOUR)] * ("anchor_divergence" in records[0])
+    series += [("anchor_divergence", "anchor tau", "D anchor", ANCHOR_COLOUR)] * (
+        steps[0].anchor_divergence is not None
+    )
     for key, bound, name, colour in series:
-        _line(fig, steps, [r[key] for r in records], colour, name, **below)
-        _line(fig, [0, steps[-1]], [bounds[bound]] * 2, colour, f"{bound} {bounds[bound]:.3g}", "dot", 1.5, **below)
-    fired = [r for r in records if r["fired"]]
+        _line(fig, at, [getattr(s, key) for s in steps], colour, name, **below)
+        _line(fig, [0, at[-1]], [bounds[bound]] * 2, colour, f"{bound} {bounds[bound]:.3g}", "dot", 1.5, **below)
+    fired = [s for s in steps if s.fired]
     diamonds = {"color": DIVERGENCE_COLOUR, "size": 8, "symbol": "diamond"}
-    x, y = ([r[key] for r in fired] for key in ("step", "divergence"))
+    x, y = [s.step for s in fired], [s.divergence for s in fired]
     fig.add_scatter(x=x, y=y, mode="markers", marker=diamonds, name="barrier fired", hoverinfo="skip", **below)
     fig.update_xaxes(title="step", **below)
     fig.update_yaxes(title="objective", row=1, col=1)

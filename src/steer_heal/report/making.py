@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections import Counter
 
 from steer_heal.config import FIRED_FLOOR
+from steer_heal.eval.reading import ArmReading, Demo
 from steer_heal.report.figures import dose_figure, heal_figure
 from steer_heal.report.html import folded, marked, panel, prose, safe, section, table_of
-from steer_heal.runs.reading import Round, Run
+from steer_heal.runs.reading import Run
+from steer_heal.runs.rounds import Round
+from steer_heal.scores import Judged
 
 SHOWN_COMPLETIONS, SHOWN_DEMOS = 160, 8  # a round's table; cards before the fold
 
@@ -16,10 +19,10 @@ def vector_section(run: Run) -> str:
     columns = {"layer": "{:d}", "depth": "{:.2f}", "relative_norm": "{:.2%}", "split_half": "{:.3f}", "auc": "{:.3f}"}
     names = ("block", "depth", "norm / residual stream", "cosine of two halves", "AUC on the other half")
     body = ""
-    for index, r in enumerate(run.summary["rounds"]):
-        rows = [tuple(form.format(layer[key]) for key, form in columns.items()) for layer in r["layers"]]
-        kinds = ["" if layer["steered"] else "dropped" for layer in r["layers"]]
-        body += folded(f"Round {index}", table_of(names, rows, kinds))
+    for r in run.rounds:
+        rows = [tuple(form.format(getattr(layer, key)) for key, form in columns.items()) for layer in r.layers]
+        kinds = ["" if layer.steered else "dropped" for layer in r.layers]
+        body += folded(f"Round {r.number}", table_of(names, rows, kinds))
     why = "What the vector is like, block by block: how long, how reliable, how well it tells the two personas apart."
     return section("Vector", why, body) if body else ""
 
@@ -28,11 +31,13 @@ def dose_section(run: Run) -> str:
     panels = []
     for r in run.rounds:
         columns = {"dose": "{:.2f}", "survival": "{:.0%}", "tail_ppl": "{:.1f}", "kl_p95": "{:.3g}"}
-        columns = {key: form for key, form in columns.items() if key in r.dose["curve"][0]}
-        rows = [(*(form.format(p[key]) for key, form in columns.items()), prose(p["example"])) for p in r.dose["curve"]]
+        columns = {key: form for key, form in columns.items() if getattr(r.dose.curve[0], key) is not None}
+        rows = [
+            (*(form.format(getattr(p, key)) for key, form in columns.items()), prose(p.example)) for p in r.dose.curve
+        ]
         names = {"tail_ppl": "tail ppl", "kl_p95": "p95 KL, nats"}
         table = table_of((*(names.get(key, key) for key in columns), "example"), rows)
-        panels.append(panel(f"Round {r.index}", dose_figure(r.dose), folded("Example text at each dose", table)))
+        panels.append(panel(f"Round {r.number}", dose_figure(r.dose), folded("Example text at each dose", table)))
     why = "The dose taken is the largest at which completions pass nearly as often as unsteered ones, or the dose of a "
     why += "given divergence. Hover a point for its text."
     return section("Dose", why, f'<div class="panels">{"".join(panels)}</div>')
@@ -42,12 +47,12 @@ def heal_section(run: Run) -> str:
     barrier = run.config["heal"]["barrier"]
     head = ("round", "steps", "barrier fired", "anchor fired", "tau, nats", "median D, nats", "validation, nats")
     rows, silent = [], []
-    for r, sums in zip(run.rounds, run.summary["rounds"], strict=True):
-        own, anchor, held_out = (sums[key] for key in ("barrier_fired_share", "anchor_fired_share", "val_objective"))
-        nats = (f"{sums[key]:.3g}" for key in ("tau_nats", "operating_kl_nats"))
+    for r, sums in zip(run.rounds, run.summary.rounds, strict=True):
+        own, anchor, held_out = sums.barrier_fired_share, sums.anchor_fired_share, sums.val_objective
+        nats = f"{sums.tau_nats:.3g}", f"{sums.operating_kl_nats:.3g}"
         cells = f"{own:.0%}", f"{anchor:.0%}", *nats, "" if held_out is None else f"{held_out:.3f}"
-        rows.append((r.index, len(r.heal), *cells))
-        silent += [str(r.index)] * (max(own, anchor) < FIRED_FLOOR and barrier["reg"] != "nll")
+        rows.append((r.number, len(r.steps), *cells))
+        silent += [str(r.number)] * (max(own, anchor) < FIRED_FLOOR and barrier["reg"] != "nll")
     held = "within the loop's budget" if barrier["reference"] == "base" else "plain fine-tuning"
     why = (
         f"Training of each round, in nats. D is the {barrier['agg']} of {barrier['reg']} over tokens; the barrier acts "
@@ -56,7 +61,7 @@ def heal_section(run: Run) -> str:
     why += " Validation is the objective on the completions that were held out."
     if silent:
         why += f" In round {', '.join(silent)} it fired on fewer than 5% of the steps: that was {held}."
-    panels = "".join(panel(f"Round {r.index}", heal_figure(r.heal, run.config["heal"])) for r in run.rounds)
+    panels = "".join(panel(f"Round {r.number}", heal_figure(r.steps, run.config["heal"])) for r in run.rounds)
     return section("Heal", why, f'<div class="panels">{panels}</div>{table_of(head, rows)}')
 
 
@@ -70,47 +75,47 @@ def demo_section(run: Run) -> str:
     return section("Answers side by side", why, body)
 
 
-def _demo_cards(base: dict, rounds: list[Round]) -> list[str]:
+def _demo_cards(base: ArmReading, rounds: list[Round]) -> list[str]:
     """One card a prompt: base, the student after every round, and the last round's steered teacher."""
     cards = []
-    for number, first in enumerate(base["demos"]):
-        before, rows = first, [_voice("base", first, prose(first["text"]))]
+    for number, first in enumerate(base.demos):
+        before, rows = first, [_voice("base", first, prose(first.text))]
         for r in rounds:
-            now = r.healed["demos"][number]
-            rows.append(_voice(f"healed r{r.index}", now, marked(before["text"], now["text"])))
+            now = r.healed.demos[number]
+            rows.append(_voice(f"healed r{r.number}", now, marked(before.text, now.text)))
             before = now
-        steered = rounds[-1].steered["demos"][number]
-        rows.append(_voice(f"steered r{rounds[-1].index}", steered, prose(steered["text"])))
-        cards.append(f"<article><h3>{safe(first['prompt'])}</h3>{''.join(rows)}</article>")
+        steered = rounds[-1].steered.demos[number]
+        rows.append(_voice(f"steered r{rounds[-1].number}", steered, prose(steered.text)))
+        cards.append(f"<article><h3>{safe(first.prompt)}</h3>{''.join(rows)}</article>")
     return cards
 
 
-def _voice(name: str, answer: dict, text: str) -> str:
+def _voice(name: str, answer: Demo, text: str) -> str:
     return f'<div class="voice"><span class="arm {name.split()[0]}">{name}</span> {_dropped(answer)}{text}</div>'
 
 
 def filter_section(run: Run) -> str:
-    counts = [Counter(c["dropped"] or "kept" for c in r.completions) for r in run.rounds]
+    counts = [Counter(c.dropped or "kept" for c in r.completions) for r in run.rounds]
     reasons = sorted(set().union(*counts) - {"kept"})
     rows = [
-        (r.index, len(r.completions), *(count[reason] for reason in ["kept", *reasons]))
+        (r.number, len(r.completions), *(count[reason] for reason in ["kept", *reasons]))
         for r, count in zip(run.rounds, counts, strict=True)
     ]
     body = table_of(("round", "completions", "kept", *map(safe, reasons)), rows)
     for r in run.rounds:
         shown = r.completions[:SHOWN_COMPLETIONS]
-        kinds = ["dropped" if c["dropped"] else "kept" for c in shown]
+        kinds = ["dropped" if c.dropped else "kept" for c in shown]
         marks = [_dropped(c) or '<span class="kept">kept</span>' for c in shown]
         rows = [
-            (prose(c["prompt"]), prose(c["text"]), f"{c['dose']:.2f}", f"{c['incoherence']:+.1f}", mark)
+            (prose(c.prompt), prose(c.text), f"{c.dose:.2f}", f"{c.incoherence:+.1f}", mark)
             for c, mark in zip(shown, marks, strict=True)
         ]
         table = table_of(("prompt", "completion", "dose", "log-odds broken", "filter"), rows, kinds)
-        body += folded(f"{len(shown)} of {len(r.completions)} completions of round {r.index}", table)
+        body += folded(f"{len(shown)} of {len(r.completions)} completions of round {r.number}", table)
     why = "What the steered teacher wrote and why the filter dropped it. Only what is kept is trained on."
     search = '<p><input class="search" type="search" placeholder="search prompts, texts and reasons" hidden></p>'
     return section("Kept and dropped", why, search + body)
 
 
-def _dropped(judged: dict) -> str:
-    return f'<span class="dropped">{safe(judged["dropped"])}</span>' if judged["dropped"] else ""
+def _dropped(judged: Judged) -> str:
+    return f'<span class="dropped">{safe(judged.dropped)}</span>' if judged.dropped else ""

@@ -65,7 +65,7 @@ def page(run: Run) -> str:
 
 def footer(run: Run) -> str:
     """How the run was made and what it cost."""
-    env, peak = run.env, run.summary.get("peak_memory_bytes")
+    env, peak = run.env, run.summary.peak_memory_bytes
     parts = [f"<p><code>{safe(shlex.join(['steer-heal', *e['argv']]))}</code></p>" for e in run.events if "argv" in e]
     if env:
         packages = ", ".join(f"{name} {version}" for name, version in env["packages"].items())
@@ -73,7 +73,7 @@ def footer(run: Run) -> str:
         parts.append(f"<p>{safe(machine)}, Python {safe(env['python'])}, {safe(packages)}</p>")
     seconds = {e["artefact"]: e["seconds"] for e in run.events if e["event"] == "stage"}
     if seconds:
-        spent = [[seconds.get(artefact.of(r.index), 0.0) for artefact in TIMED] for r in run.rounds]
+        spent = [[seconds.get(artefact.of(r.number), 0.0) for artefact in TIMED] for r in run.rounds]
         rows = [(i, *(f"{s:.1f}" for s in row), f"{sum(row):.1f}") for i, row in enumerate(spent)]
         parts.append(table_of(("seconds", *TIMED.values(), "round"), rows))
         parts.append(f"<p>{sum(seconds.values()):.1f} s in all stages, baselines included.</p>")

@@ -4,53 +4,54 @@ from __future__ import annotations
 
 import polars as pl
 
-from steer_heal.eval.intervals import trait_over
-from steer_heal.eval.record import UNITS
+from steer_heal.eval.catalogue import UNITS
+from steer_heal.eval.reading import ArmReading, trait_over
+from steer_heal.eval.verdict import Validity, Verdict
 
 
-def arm_table(*arms: dict) -> str:
+def arm_table(*arms: ArmReading) -> str:
     """One row an arm, for the terminal."""
     base = arms[0]
     frame = pl.DataFrame(
         {
-            "arm": [arm["arm"].replace("_", " ") + (f" @{arm['dose']:.2f}" if arm["dose"] else "") for arm in arms],
-            f"trait {UNITS[base['instrument']]}": [f"{arm['trait_nats']:+.3f}" for arm in arms],
-            "95% interval": ["[{:+.3f}, {:+.3f}]".format(*arm["trait_ci"]) for arm in arms],
+            "arm": [arm.label + (f" @{arm.dose:.2f}" if arm.dose else "") for arm in arms],
+            f"trait {UNITS[base.instrument]}": [f"{arm.trait_nats:+.3f}" for arm in arms],
+            "95% interval": ["[{:+.3f}, {:+.3f}]".format(*arm.trait_ci) for arm in arms],
             "over base": [_over(arm, base) for arm in arms],
-            "answer mass": [f"{arm['answer_mass']:.3f}" for arm in arms],
-            "coherent": [f"{arm['coherent_share']:.0%}" if "coherent_share" in arm else "" for arm in arms],
-            "neutral ppl": [f"{arm['neutral_ppl']:.2f}" for arm in arms],
+            "answer mass": [f"{arm.answer_mass:.3f}" for arm in arms],
+            "coherent": ["" if arm.coherent_share is None else f"{arm.coherent_share:.0%}" for arm in arms],
+            "neutral ppl": [f"{arm.neutral_ppl:.2f}" for arm in arms],
         }
     )
     with pl.Config(tbl_hide_dataframe_shape=True, tbl_hide_column_data_types=True, tbl_width_chars=120):
         return str(frame)
 
 
-def validity_table(rows: list[dict]) -> str:
+def validity_table(rows: list[Validity]) -> str:
     """One row an instrument: see `verdict.validity`."""
     frame = pl.DataFrame(
         {
-            "instrument": [row["instrument"] for row in rows],
-            "positive over negative": [f"{row['positive_over_negative']:+.3f}" for row in rows],
-            "95% interval": ["[{:+.3f}, {:+.3f}]".format(*row["ci"]) for row in rows],
-            "valid": ["yes" if row["valid"] else "no" for row in rows],
-            "reliability": [f"{row['reliability']:.2f}" for row in rows],
-            "agreement": [f"{row['agreement']:+.2f}" if "agreement" in row else "" for row in rows],
+            "instrument": [row.instrument for row in rows],
+            "positive over negative": [f"{row.positive_over_negative:+.3f}" for row in rows],
+            "95% interval": ["[{:+.3f}, {:+.3f}]".format(*row.ci) for row in rows],
+            "valid": ["yes" if row.valid else "no" for row in rows],
+            "reliability": [f"{row.reliability:.2f}" for row in rows],
+            "agreement": ["" if row.agreement is None else f"{row.agreement:+.2f}" for row in rows],
         }
     )
     with pl.Config(tbl_hide_dataframe_shape=True, tbl_hide_column_data_types=True, tbl_width_chars=120):
         return str(frame)
 
 
-def _over(arm: dict, base: dict) -> str:
+def _over(arm: ArmReading, base: ArmReading) -> str:
     if arm is base:
         return ""
     change = trait_over(arm, base)
-    low, high = change["trait_over_base_ci"]
-    return f"{change['trait_over_base']:+.3f} ±{(high - low) / 2:.3f}"
+    low, high = change.ci
+    return f"{change.mean:+.3f} ±{(high - low) / 2:.3f}"
 
 
-def verdict_line(said: dict[str, str], rounds_left: int) -> str:
+def verdict_line(said: Verdict, rounds_left: int) -> str:
     """A verdict as the terminal says it; a broken round is not the end where others are left."""
-    goes_on = "; the next round starts from it, and may heal it" if said["word"] == "broken" and rounds_left else ""
-    return f"{said['word']} ({said['why']}){goes_on}"
+    goes_on = "; the next round starts from it, and may heal it" if said.word == "broken" and rounds_left else ""
+    return f"{said.word} ({said.why}){goes_on}"

@@ -37,6 +37,7 @@ from steer_heal.files import (
     write_text,
     writing,
 )
+from steer_heal.records import structured, unstructured
 from steer_heal.terminal import program
 
 T = TypeVar("T")
@@ -142,11 +143,26 @@ class RunDir:
             sync(target.parent)
         return value
 
-    def json(self, name: str, compute: Callable[[], Any]) -> Any:
-        return self.stage(name, compute, lambda path, value: path.write_text(json_text(value), "utf-8"), read_json)
+    def artefact(self, kind: type[T], name: str, compute: Callable[[], T]) -> T:
+        """An artefact of this kind as a JSON file."""
 
-    def jsonl(self, name: str, compute: Callable[[], list[dict]]) -> list[dict]:
-        return self.stage(name, compute, lambda path, rows: path.write_text(jsonl_text(rows), "utf-8"), read_jsonl)
+        def write(path: Path, value: T) -> None:
+            path.write_text(json_text(unstructured(value)), "utf-8")
+
+        return self.stage(name, compute, write, lambda path: structured(kind, read_json(path)))
+
+    def artefacts(self, kind: type[T], name: str, compute: Callable[[], list[T]]) -> list[T]:
+        """Artefacts of this kind as a JSON lines file."""
+
+        def write(path: Path, rows: list[T]) -> None:
+            path.write_text(jsonl_text(unstructured(rows)), "utf-8")
+
+        return self.stage(name, compute, write, lambda path: structured(list[kind], read_jsonl(path)))
+
+    def load(self, kind: Any, name: str) -> Any:
+        """The artefact of this kind that lies under `name`, None when it is not made yet."""
+        there = self.read(name)
+        return None if there is None else structured(kind, there)
 
     def find(self, name: str) -> Path | None:
         """The path of an artefact, or of one of its files; None when it is not made yet.
@@ -191,11 +207,11 @@ class RunDir:
             return missing
         return read_jsonl(path) if path.suffix == ".jsonl" else read_json(path)
 
-    def write_jsonl(self, name: str, rows: list[dict]) -> None:
-        self.replace_text(name, jsonl_text(rows))
+    def write_jsonl(self, name: str, rows: list) -> None:
+        self.replace_text(name, jsonl_text(unstructured(rows)))
 
     def replace_json(self, name: str, value: Any) -> None:
-        self.replace_text(name, json_text(value))
+        self.replace_text(name, json_text(unstructured(value)))
 
     def replace_text(self, name: str, text: str) -> None:
         """Write a file anew, whether it is there or not, and note its checksum."""

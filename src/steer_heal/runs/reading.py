@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from steer_heal.config import SIZES
-from steer_heal.eval.record import arms_record
+from steer_heal.eval.reading import ArmReading
 from steer_heal.runs.resume import opened
 from steer_heal.runs.rounds import Round, read_round
+from steer_heal.runs.summary import SUMMARY, Baselines, RunName, Summary, plain_file, summarise
 
 
 @dataclass(frozen=True)
@@ -19,9 +20,9 @@ class Run:
     title: str
     env: dict
     events: list[dict]
-    base: dict | None
+    base: ArmReading | None
     rounds: list[Round]
-    summary: dict
+    summary: Summary
     status: str
 
     @property
@@ -34,16 +35,20 @@ class Run:
 def load(folder: Path) -> Run:
     """Read a run folder. Rounds count when both their arms were measured; only config.json must be there."""
     folder = opened(folder)
-    read = folder.read
-    config, summary, *arms = map(read, ("config.json", "summary.json", "base.json", "prompted.json", "negative.json"))
+    config, trait = folder.read("config.json"), folder.read("trait.json", {})
+    arms = {name: folder.load(ArmReading, f"{name}.json") for name in ("base", "prompted", "negative")}
+    plain = [folder.load(ArmReading, plain_file(index)) for index in range(SIZES[config["eval"]["size"]].plain_doses)]
+    baselines = Baselines(**arms, plain=[arm for arm in plain if arm is not None])
     rounds = []
-    for index in range(config["rounds"]):
-        if (there := read_round(folder, index)) is None:
+    for number in range(config["rounds"]):
+        if (there := read_round(folder, number)) is None:
             break
         rounds.append(there)
-    done = f"{len(rounds)} of {config['rounds']} rounds"
-    status = f"unfinished: {done}" if not summary else f"ended after {done}" if summary.get("stopped") else ""
-    plain = [read(f"plain/d{index}.json") for index in range(SIZES[config["eval"]["size"]].plain_doses)]
-    summary = summary or arms_record(*arms, [*filter(None, plain)], [vars(r) for r in rounds])
-    title = read("trait.json", {"title": config["trait"]})["title"]
-    return Run(config, title, read("env.json", {}), folder.events(), arms[0], rounds, summary, status)
+    summary, done = folder.load(Summary, SUMMARY), f"{len(rounds)} of {config['rounds']} rounds"
+    status = f"unfinished: {done}" if summary is None else f"ended after {done}" if summary.stopped else ""
+    if summary is None:
+        name = trait.get("name", config["trait"])
+        of = RunName(model=config["model"]["path"], trait=name, seed=config["seed"], preset=config["preset"])
+        summary = summarise(of, baselines, rounds, folder.stage_seconds())
+    title = trait.get("title", config["trait"])
+    return Run(config, title, folder.read("env.json", {}), folder.events(), arms["base"], rounds, summary, status)

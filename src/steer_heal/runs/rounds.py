@@ -6,7 +6,11 @@ from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 
+from steer_heal.distil.record import Completion, DoseCurve
+from steer_heal.eval.reading import ArmReading, Geometry
+from steer_heal.heal.steps import HealStep
 from steer_heal.runs.folder import RunDir
+from steer_heal.steer.layers import LayerReport
 
 
 class InRound(StrEnum):
@@ -43,38 +47,46 @@ def rounds_done(run: Path, planned: int) -> int:
     return done
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Round:
     """The artefacts of a complete round."""
 
-    index: int
-    layers: list[dict]
-    dose: dict
-    completions: list[dict]
-    heal: list[dict]
-    steered: dict
-    healed: dict
-    geometry: dict
-    equal_cost: dict | None
-    equal_trait: dict | None
+    number: int
+    layers: list[LayerReport]
+    dose: DoseCurve
+    completions: list[Completion]
+    steps: list[HealStep]
+    steered: ArmReading
+    geometry: Geometry
+    healed: ArmReading
+    equal_cost: ArmReading | None
+    equal_trait: ArmReading | None
+
+    @property
+    def name(self) -> str:
+        return folder_of(self.number)
+
+    @property
+    def opponents(self) -> list[ArmReading]:
+        """Plain steering beside this round's student, where it was measured."""
+        return [arm for arm in (self.equal_cost, self.equal_trait) if arm is not None]
+
+
+ALWAYS = {
+    "layers": (InRound.LAYERS, list[LayerReport]),
+    "dose": (InRound.DOSE, DoseCurve),
+    "completions": (InRound.COMPLETIONS, list[Completion]),
+    "steps": (InRound.STEPS, list[HealStep]),
+    "steered": (InRound.STEERED, ArmReading),
+    "geometry": (InRound.GEOMETRY, Geometry),
+    "healed": (InRound.HEALED, ArmReading),
+}
+OPPONENTS = {"equal_cost": (InRound.EQUAL_COST, ArmReading), "equal_trait": (InRound.EQUAL_TRAIT, ArmReading)}
 
 
 def read_round(run: RunDir, number: int) -> Round | None:
     """What a run's folder has of a round; None when the round is not complete."""
-    layers, dose, completions, steps, steered, healed, geometry, *opponents = (
-        run.read(artefact.of(number))
-        for artefact in (
-            InRound.LAYERS,
-            InRound.DOSE,
-            InRound.COMPLETIONS,
-            InRound.STEPS,
-            InRound.STEERED,
-            InRound.HEALED,
-            InRound.GEOMETRY,
-            InRound.EQUAL_COST,
-            InRound.EQUAL_TRAIT,
-        )
-    )
-    if None in (layers, dose, completions, steps, steered, healed, geometry):
+    parts = {name: run.load(kind, artefact.of(number)) for name, (artefact, kind) in (ALWAYS | OPPONENTS).items()}
+    if any(parts[name] is None for name in ALWAYS):
         return None
-    return Round(number, layers, dose, completions, steps, steered, healed, geometry, *opponents)
+    return Round(number=number, **parts)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,7 +23,9 @@ from steer_heal.config import SteerConfig
 from steer_heal.model.forward import last_token_states
 from steer_heal.model.lm import LM
 from steer_heal.model.steering import AnyVector, Vector
+from steer_heal.records import structured, unstructured
 from steer_heal.steer import lite
+from steer_heal.steer.layers import LayerReport
 from steer_heal.steer.lite import LiteVector
 from steer_heal.steer.personas import Personas
 
@@ -64,34 +66,19 @@ METHODS = {
 }
 
 
-@dataclass(frozen=True)
-class LayerReport:
-    """How well one layer tells the personas apart."""
-
-    layer: int
-    depth: float
-    """block index as a share of the last"""
-    relative_norm: float
-    """norm of the mean difference over the mean norm of the residual stream"""
-    split_half: float
-    """cosine between the mean differences of two random halves of the contexts"""
-    auc: float
-    """chance that the mean difference of one half ranks a positive prompt of the other half above a negative one"""
-
-
 class Extraction(NamedTuple):
     vector: AnyVector
-    report: list[dict]
-    """`LayerReport` of every layer that was read, as dictionaries, with "steered": whether the vector acts there"""
+    report: list[LayerReport]
+    """of every layer that was read"""
 
     def described(self, blocks: int) -> str:
         """The vector in a line, for a model of so many blocks."""
-        steered = [r for r in self.report if r["steered"]]
+        steered = [r for r in self.report if r.steered]
         keys = ("relative_norm", "split_half", "auc")
-        norm, split_half, auc = (sum(r[key] for r in steered) / len(steered) for key in keys)
+        norm, split_half, auc = (sum(getattr(r, key) for r in steered) / len(steered) for key in keys)
         chosen = "chosen from" if len(self.report) > len(steered) else "of"
         return (
-            f"on blocks {steered[0]['layer']} to {steered[-1]['layer']} {chosen} {blocks}: norm {norm:.1%} of the "
+            f"on blocks {steered[0].layer} to {steered[-1].layer} {chosen} {blocks}: norm {norm:.1%} of the "
             f"residual stream, halves agree {split_half:.2f}, tells personas apart (AUC) {auc:.2f}"
         )
 
@@ -117,7 +104,7 @@ def extract(
     ]
     report = [_report(lm, layer, states[0][:, i], states[1][:, i]) for i, layer in enumerate(read)]
     chosen = auto_band(report, len(lm.blocks)) if layers is None and config.band == "auto" else read
-    described = [{**asdict(r), "steered": r.layer in chosen} for r in report]
+    described = [replace(r, steered=r.layer in chosen) for r in report]
     if config.method.startswith(lite.PREFIX):
         trained = lite.train(lm, config.method, personas, chosen, lm.read_rows)
         return Extraction(trained, described)
@@ -159,6 +146,7 @@ def _report(lm: LM, layer: int, positive: Float[Tensor, "n d"], negative: Float[
         relative_norm=(difference.mean(0).norm() / stream).item(),
         split_half=torch.cosine_similarity(a, b, dim=0).item(),
         auc=sum(aucs) / 2,
+        steered=False,
     )
 
 
@@ -172,7 +160,7 @@ def write_vector(path: Path, extraction: Extraction) -> None:
     """A folder: the vector, and what was seen of each layer."""
     path.mkdir()
     vector, report = extraction
-    (path / "layers.json").write_text(json.dumps(report, indent=1), "utf-8")
+    (path / "layers.json").write_text(json.dumps(unstructured(report), indent=1), "utf-8")
     if isinstance(vector, LiteVector):
         lite.save(path / "lite.safetensors", vector)
         return
@@ -183,7 +171,7 @@ def write_vector(path: Path, extraction: Extraction) -> None:
 
 def read_vector(path: Path) -> Extraction:
     """A round's vector and its layer report, from its folder."""
-    report = json.loads((path / "layers.json").read_text("utf-8"))
+    report = structured(list[LayerReport], json.loads((path / "layers.json").read_text("utf-8")))
     if (path / "lite.safetensors").exists():
         return Extraction(lite.load(path / "lite.safetensors"), report)
     with safe_open(path / "vector.safetensors", "pt") as stored:

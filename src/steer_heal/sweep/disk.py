@@ -13,9 +13,10 @@ from pathlib import Path
 import numpy as np
 
 from steer_heal.config import UserError
-from steer_heal.eval.intervals import paired
+from steer_heal.eval.reading import ArmReading, paired
 from steer_heal.runs.folder import EVENTS, Damaged, RunDir
 from steer_heal.runs.rounds import InRound
+from steer_heal.runs.summary import SUMMARY, Summary
 
 IN_ROUND = {
     "steered": InRound.STEERED,
@@ -31,7 +32,7 @@ class Found:
 
     run: RunDir
     config: dict
-    summary: dict | None
+    summary: Summary | None
 
     @property
     def folder(self) -> Path:
@@ -46,34 +47,34 @@ class Found:
         return identity(self.config, self.trait)
 
     @cached_property
-    def _arms(self) -> dict[str, dict | None]:
+    def _arms(self) -> dict[str, ArmReading | None]:
         return {}
 
     @property
     def instrument(self) -> str:
-        return self.summary["instrument"]
+        return self.summary.instrument
 
     @property
     def rounds(self) -> str:
-        done, asked = len(self.summary["rounds"]), self.config["rounds"]
+        done, asked = len(self.summary.rounds), self.config["rounds"]
         return str(done) if done == asked else f"{done} of {asked}"
 
     def value(self, flag: str) -> str:
         return value_of(self.config, flag)
 
-    def arm(self, name: str, round_: int = -1) -> dict | None:
+    def arm(self, name: str, round_: int = -1) -> ArmReading | None:
         """An arm as it was measured in a round, the last one when not given; None where there is none."""
         in_round = name in IN_ROUND
-        file = IN_ROUND[name].of(round_ % len(self.summary["rounds"])) if in_round else f"{name}.json"
+        file = IN_ROUND[name].of(round_ % len(self.summary.rounds)) if in_round else f"{name}.json"
         if file not in self._arms:
-            self._arms[file] = self.run.read(file)
+            self._arms[file] = self.run.load(ArmReading, file)
         return self._arms[file]
 
     def changes(self, name: str, round_: int = -1, key: str = "", over: str = "base") -> np.ndarray | None:
         """Item by item, how far an arm is above another, on the trait's instrument or on other items."""
         one, other = self.arm(name, round_), self.arm(over, round_)
         key = key or self.instrument
-        return paired(one, other, key) if one and other and key in one["items"] and key in other["items"] else None
+        return paired(one, other, key) if one and other and key in one.items and key in other.items else None
 
 
 def scan(out: Path) -> list[Found]:
@@ -87,7 +88,7 @@ def scan(out: Path) -> list[Found]:
             for name in run.record.files:  # a table of damaged figures would not say so
                 if name.endswith(".json"):
                     run.find(name)
-            found.append(Found(run, run.read("config.json"), run.read("summary.json")))
+            found.append(Found(run, run.read("config.json"), run.load(Summary, SUMMARY)))
         except Damaged as error:
             print(f"left out: {error}")
     return found
@@ -117,7 +118,7 @@ RECORD = "sweep.json"  # in the sweep's folder: what was asked, and why
 
 
 def value_of(config: dict, flag: str) -> str:
-    """A config's value, as config.json holds it, under a flag's name, e.g. heal.lam-round-pow."""
+    """A config's value, as config.json holds it, under a flag's name, e.g. heal.barrier.lam-round-pow."""
     try:
         return str(reduce(lambda table, key: table[key], flag.replace("-", "_").split("."), config))
     except (KeyError, TypeError):

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from dataclasses import fields, replace
 
 import numpy as np
 import polars as pl
 
 from steer_heal.config import flat
+from steer_heal.eval.catalogue import COHERENCE
 from steer_heal.eval.intervals import across_seeds
-from steer_heal.eval.verdict import COHERENCE
+from steer_heal.eval.record import ArmSummary
 from steer_heal.report.figures import coherence_figure, frontier_figure, paths_figure, trajectory_figure
 from steer_heal.report.html import filled, panel, safe, section, stacked, table_of
+from steer_heal.runs.summary import Summary
 from steer_heal.sweep.disk import Found
 
 WHY = """Means over the seeds. Bars and bands: 95% intervals over seeds and items. Against plain steering: the base
@@ -23,29 +26,32 @@ PATHS = """One line a group of runs, from the base through its rounds (larger do
     apart from most others. Up is more trait, left is less of the answers that were asked for."""
 
 
-def averaged(group: list[Found]) -> dict:
-    """A summary as the figures read it, of the rounds that all runs of the group have done."""
+def averaged(group: list[Found]) -> Summary:
+    """A summary as the figures read it, of the rounds that all runs of the group have done: means over the runs."""
     summaries = [run.summary for run in group]
 
-    def mean(records: list[dict]) -> dict:
-        keys = [key for key, value in records[0].items() if isinstance(value, int | float)]
-        return {key: float(np.mean([r[key] for r in records])) for key in keys if all(key in r for r in records)}
-
-    def arm(name: str, records: list[dict], index: int = -1) -> dict:
+    def arm(name: str, arms: list[ArmSummary], index: int = -1) -> ArmSummary:
         changes = np.array([run.changes(name, index) for run in group])
-        return mean(records) | {"trait_over_base_ci": across_seeds(changes)["ci"]}
+        return replace(_mean(arms), trait_over_base_ci=across_seeds(changes).ci)
 
     rounds = []
-    for index, of_round in enumerate(zip(*(s["rounds"] for s in summaries), strict=False)):
-        there = [name for name in ("steered", "equal_cost", "healed") if all(name in r for r in of_round)]
-        rounds.append({name: arm(name, [r[name] for r in of_round], index) for name in there})
-    return {
-        "unit": summaries[0]["unit"],
-        "base": summaries[0]["base"],
-        "prompted": arm("prompted", [s["prompted"] for s in summaries]),
-        "plain": [mean(list(arms)) for arms in zip(*(s["plain"] for s in summaries), strict=True)],
-        "rounds": rounds,
-    }
+    for index, of_round in enumerate(zip(*(summary.rounds for summary in summaries), strict=False)):
+        read = {name: [getattr(r, name) for r in of_round] for name in ("steered", "equal_cost", "healed")}
+        means = {name: arm(name, arms, index) if all(arms) else None for name, arms in read.items()}
+        rounds.append(replace(of_round[0], **means))
+    return replace(
+        summaries[0],
+        prompted=arm("prompted", [summary.prompted for summary in summaries]),
+        plain=[_mean(list(arms)) for arms in zip(*(summary.plain for summary in summaries), strict=True)],
+        rounds=rounds,
+    )
+
+
+def _mean(arms: list[ArmSummary]) -> ArmSummary:
+    """The first arm with the means of its figures over all of them."""
+    of = {field.name: [getattr(arm, field.name) for arm in arms] for field in fields(ArmSummary)}
+    figures = {name: values for name, values in of.items() if all(type(value) is float for value in values)}
+    return replace(arms[0], **{name: float(np.mean(values)) for name, values in figures.items()})
 
 
 def names(groups: list[list[Found]]) -> list[str]:
@@ -64,15 +70,15 @@ def page(groups: dict[str, tuple[list[Found], pl.DataFrame]]) -> str:
     sections = []
     if len(groups) > 1:
         named = list(zip(names([group for group, _ in groups.values()]), summaries.values(), strict=True))
-        units = dict.fromkeys(summary["unit"] for _, summary in named)
-        panels = [panel("", paths_figure([path for path in named if path[1]["unit"] == unit])) for unit in units]
+        units = dict.fromkeys(summary.unit for _, summary in named)
+        panels = [panel("", paths_figure([path for path in named if path[1].unit == unit])) for unit in units]
         sections.append(section("Trait against answer mass", PATHS, "".join(panels)))
     for title, (_, table) in groups.items():
         summary = summaries[title]
         panels = [panel("Trait", trajectory_figure(summary))]
-        if summary["plain"]:
+        if summary.plain:
             panels.append(panel("Against plain steering", frontier_figure(summary)))
-        coherence = [panel(name, coherence_figure(summary, key, bound)) for key, name, bound, _ in COHERENCE]
+        coherence = [panel(one.label, coherence_figure(summary, one)) for one in COHERENCE]
         body = f'<div class="panels">{"".join(panels)}</div><div class="panels three">{"".join(coherence)}</div>'
         shown = stacked(table_of(map(safe, table.columns), map(_cells, table.rows())))
         sections.append(section(safe(title), WHY, body + shown))

@@ -57,7 +57,7 @@ def plan(
     """All arms of the grid times all seeds, each checked as `steer-heal run` would.
 
     Args:
-        grid: dimensions such as `heal.agg=mean,rmse`.
+        grid: dimensions such as `heal.barrier.agg=mean,rmse`.
         argv: preset and flags that all runs share.
 
     Raises UserError for a name that is no plain word, a dimension that cannot be read and a config that cannot work.
@@ -84,7 +84,7 @@ def plan(
 def _dimension(text: str) -> tuple[str, list[str]]:
     flag, equals, values = text.partition("=")
     if not equals or not flag or not all(values.split(",")):
-        raise UserError(f"--grid {text!r}: write FLAG=VALUE,VALUE, e.g. heal.agg=mean,rmse (a pair as 0.4+0.6)")
+        raise UserError(f"--grid {text!r}: write FLAG=VALUE,VALUE, e.g. heal.barrier.agg=mean,rmse (a pair as 0.4+0.6)")
     return flag.removeprefix("--").replace("_", "-"), values.split(",")
 
 

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import polars as pl
 
-from steer_heal.eval.intervals import across_seeds, paired, ratio, relative
+from steer_heal.eval.catalogue import COHERENCE, RIGHT, RIGHT_LOG_ODDS
+from steer_heal.eval.intervals import across_seeds, ratio
+from steer_heal.eval.reading import paired, printed
 from steer_heal.sweep.disk import RECORD, Found, grouped, scan
 
 ARMS = ("prompted", "steered", "equal_cost", "healed")
-MEASURES = {"mass": "answer mass", "demo_coherent": "coherent share", "neutral_nll": "log neutral ppl"}
 
 
 def run_table(runs: list[Found], out: Path) -> pl.DataFrame:
@@ -44,8 +44,8 @@ def difference_table(runs: list[Found], flags: list[str], arms: list[dict], ever
     for arm, group in zip(arms[1:], ordered[1:], strict=True):
         pairs = [(a, b) for a in group or [] for b in ordered[0] if a.config["seed"] == b.config["seed"]]
         if pairs:
-            keys = {"trait": pairs[0][0].instrument, **{name: key for key, name in MEASURES.items()}}
-            done = min(len(run.summary["rounds"]) for pair in pairs for run in pair)
+            keys = {"trait": pairs[0][0].instrument, **{one.item_label: one.name for one in COHERENCE}}
+            done = min(len(run.summary.rounds) for pair in pairs for run in pair)
             for round_ in range(0 if every_round else done - 1, done):
                 healed = [(a.arm("healed", round_), b.arm("healed", round_)) for a, b in pairs]
                 changes = {name: np.array([paired(a, b, key) for a, b in healed]) for name, key in keys.items()}
@@ -57,17 +57,16 @@ def difference_table(runs: list[Found], flags: list[str], arms: list[dict], ever
 def round_table(group: list[Found]) -> pl.DataFrame:
     """One row a round of runs that differ in their seed alone: the arms over base, the student against the others."""
     rows = []
-    for index in range(min(len(run.summary["rounds"]) for run in group)):
-        lasts = [(run.summary["base"], run.summary["rounds"][index]) for run in group]
-        row = {"round": index, "dose": f"{np.mean([last['dose'] for _, last in lasts]):.2f}"}
+    for index in range(min(len(run.summary.rounds) for run in group)):
+        row = {"round": index, "dose": f"{np.mean([run.summary.rounds[index].dose for run in group]):.2f}"}
         for arm in ("steered", "equal_cost", "healed"):
-            row |= _column(arm.replace("_", " "), [run.changes(arm, index) for run in group])
+            row |= _column(printed(arm), [run.changes(arm, index) for run in group])
         row |= _column("over equal cost", [run.changes("healed", index, over="equal_cost") for run in group])
         healed, prompted = (np.array([run.changes(arm, index) for run in group]) for arm in ("healed", "prompted"))
         row["times the prompt"] = "{:.1f} [{:.1f}, {:.1f}]".format(*ratio(healed, prompted))
-        row |= _ratios(lasts)
-        row |= _column("questions right", [run.changes("healed", index, "canary") for run in group])
-        row |= _column("right, log-odds", [run.changes("healed", index, "canary_log_odds") for run in group])
+        row |= _ratios(group, index)
+        for one in (RIGHT, RIGHT_LOG_ODDS):
+            row |= _column(one.label, [run.changes("healed", index, one.name) for run in group])
         rows.append(row)
     return pl.DataFrame(rows)
 
@@ -76,39 +75,32 @@ def _column(name: str, values: list[np.ndarray | None]) -> dict[str, str]:
     return {} if values[0] is None else {name: _estimate(np.array(values))}
 
 
-RATIOS: dict[str, Callable[[dict, dict], float]] = {
-    "mass/base": lambda base, healed: relative(healed["answer_mass"], base["answer_mass"]),
-    "coherent/base": lambda base, healed: relative(healed["coherent_share"], base["coherent_share"]),
-    "ppl/base": lambda base, healed: healed["neutral_ppl"] / base["neutral_ppl"],
-}
-
-
-def _ratios(rounds: list[tuple[dict, dict]]) -> dict[str, str]:
-    """Of pairs of base and round: what the student keeps of the base's coherence, mean over the runs."""
-    return {name: f"{np.mean([of(base, last['healed']) for base, last in rounds]):.3f}" for name, of in RATIOS.items()}
+def _ratios(group: list[Found], index: int = -1) -> dict[str, str]:
+    """What the student keeps of the base's coherence, mean over the runs."""
+    pairs = [(run.summary.rounds[index].healed, run.summary.base) for run in group]
+    return {f"{one.short}/base": f"{np.mean([one.over(*pair) for pair in pairs]):.3f}" for one in COHERENCE}
 
 
 def _measures(group: list[Found]) -> dict:
     """What a row says of runs that differ in their seed alone."""
-    lasts = [(run.summary["base"], run.summary["rounds"][-1]) for run in group]
     row = {"model": group[0].config["model"]["path"].split("/")[-1], "trait": group[0].trait["name"]}
     row["rounds"] = ", ".join(dict.fromkeys(run.rounds for run in group))
     for arm in ARMS:
         changes = [run.changes(arm) for run in group]
         if changes[0] is not None:
-            row[arm.replace("_", " ")] = f"{np.mean(changes):+.3f}"
-    low, high = across_seeds(np.array(changes))["ci"]  # of the last arm, healed
+            row[printed(arm)] = f"{np.mean(changes):+.3f}"
+    low, high = across_seeds(np.array(changes)).ci  # of the last arm, healed
     row["95% interval"] = f"[{low:+.3f}, {high:+.3f}]"
-    row |= _ratios(lasts)
-    row["verdict"] = ", ".join(dict.fromkeys(last["verdict"]["word"] for _, last in lasts))
-    row["minutes"] = f"{np.mean([run.summary['seconds'] for run in group]) / 60:.1f}"
+    row |= _ratios(group)
+    row["verdict"] = ", ".join(dict.fromkeys(run.summary.rounds[-1].verdict.word for run in group))
+    row["minutes"] = f"{np.mean([run.summary.seconds for run in group]) / 60:.1f}"
     return row
 
 
 def _estimate(values: np.ndarray) -> str:
     """Mean and 95% interval: over probes, and over seeds where there are several."""
     found = across_seeds(values)
-    return "{:+.3f} [{:+.3f}, {:+.3f}]".format(found["mean"], *found["ci"])
+    return "{:+.3f} [{:+.3f}, {:+.3f}]".format(found.mean, *found.ci)
 
 
 def show(

@@ -1,0 +1,93 @@
+"""The instruments: what each scores, how its mean is shown, and which side of a change is damage. No torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from steer_heal.eval.intervals import relative
+from steer_heal.eval.reading import Measures
+
+OFF_TARGET = "off:"  # begins the name of the items of every trait that should stay put
+
+
+@dataclass(frozen=True)
+class Instrument:
+    """A score for each item, and the measure of an arm that is their mean."""
+
+    name: str
+    """of its items in a reading"""
+    measure: str
+    """the field of `Measures` that holds the mean"""
+    read_with: str
+    """the pass over the model that gives it, see `eval.instruments`"""
+    unit: str
+    label: str
+    short: str
+    """the label where there is little room"""
+    form: str
+    """how a value of the measure is written"""
+    damage: int = 0
+    """the side of a change that is damage: -1 a fall, +1 a rise, 0 neither"""
+    log: bool = False
+    """the items are logarithms, and the measure is exp of their mean"""
+    limit: float | None = None
+    """beyond it a model is broken, whatever its base was"""
+    bound: float | None = None
+    """a student is damaged when its measure over its base's is beyond it"""
+
+    @property
+    def item_label(self) -> str:
+        """What a difference of items is called."""
+        return f"log {self.label}" if self.log else self.label
+
+    @property
+    def interval(self) -> str:
+        """The field of `Measures` that holds the interval of the mean."""
+        return f"{self.measure.removesuffix('_nats').removesuffix('_share')}_ci"
+
+    def over(self, arm: Measures, base: Measures) -> float:
+        """The arm's measure as a share of the base's; NaN where the base has none."""
+        return relative(getattr(arm, self.measure), getattr(base, self.measure))
+
+    def worse(self, value: float, other: float) -> bool:
+        return self.damage * value > self.damage * other
+
+
+CONTRAST = Instrument("contrast", "contrast_nats", "contrast", "nats/token", "contrast", "contrast", "{:+.3f}")
+YES_NO = Instrument("yes_no", "yes_no_nats", "yes_no", "nats", "yes/no", "yes/no", "{:+.3f}")
+COHERENT = Instrument(
+    *("demo_coherent", "coherent_share", "demos", "share", "coherent share", "coherent", "{:.0%}"),
+    damage=-1,
+    limit=0.5,
+    bound=0.95,
+)
+MASS = Instrument(
+    *("mass", "answer_mass", "yes_no", "probability", "answer mass", "mass", "{:.3f}"),
+    damage=-1,
+    limit=0.05,
+    bound=0.85,
+)
+NEUTRAL = Instrument(
+    *("neutral_nll", "neutral_ppl", "neutral", "perplexity", "neutral perplexity", "ppl", "{:.2f}"),
+    damage=1,
+    log=True,
+    limit=200.0,
+    bound=1.05,
+)
+RIGHT = Instrument(
+    *("canary", "canary_share", "canary", "share", "questions right", "questions right", "{:.0%}"), damage=-1
+)
+RIGHT_LOG_ODDS = Instrument(
+    *("canary_log_odds", "canary_log_odds_nats", "canary", "nats", "right, log-odds", "right, log-odds", "{:+.3f}"),
+    damage=-1,
+)
+LOOPED = Instrument("demo_looped", "looped_share", "demos", "share", "looped share", "looped", "{:.0%}", damage=1)
+STYLED = Instrument("demo_styled", "styled_share", "demos", "share", "about itself", "about itself", "{:.0%}")
+DEMO_PPL = Instrument(
+    *("demo_log_ppl", "demo_ppl", "demos", "perplexity", "demo perplexity", "demo ppl", "{:.2f}"), log=True
+)
+
+CATALOGUE = (CONTRAST, YES_NO, COHERENT, MASS, NEUTRAL, RIGHT, RIGHT_LOG_ODDS, LOOPED, STYLED, DEMO_PPL)
+COHERENCE = tuple(one for one in CATALOGUE if one.bound is not None)  # what a verdict watches
+COSTS = tuple(one for one in CATALOGUE if one.damage)
+UNITS = {one.name: one.unit for one in (CONTRAST, YES_NO)}  # of a trait score, by the instrument of the trait

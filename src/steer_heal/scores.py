@@ -1,0 +1,55 @@
+"""What the filter sees of a completion, and what it says. No torch: readers of finished runs use this too."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+# Log-odds of broken against coherent. Fitted on the tuning half under SmolLM2-135M by `steer-heal bench filter`.
+WEIGHTS = {"relevance": -5.087, "confusion": 0.317, "entropy": 2.625, "word_repeat": 14.126, "symbols": 8.605}
+BIAS = -9.524
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What the filter sees of one completion."""
+
+    ppl: float
+    """perplexity under the pristine base"""
+    tail_ppl: float
+    """perplexity of the last quarter"""
+    surge: float
+    """largest mean NLL of WINDOW tokens in a row, nats"""
+    entropy: float
+    """mean predictive entropy, nats"""
+    confusion: float
+    """largest mean predictive entropy of WINDOW tokens in a row, nats"""
+    relevance: float
+    """log of NLL after a prompt that asks nothing over NLL after its own"""
+    word_repeat: float
+    """share of repeated word n-grams, worst of n = 2, 3, 4"""
+    char_repeat: float
+    """share of the text inside stretches of characters said three or more times in a row"""
+    compress: float
+    """compressed over plain size; 1 for short texts"""
+    symbols: float
+    """share of characters that are neither letters nor space"""
+    words: int
+    narrates: bool
+    boilerplate: bool
+
+    @property
+    def incoherence(self) -> float:
+        """Log-odds that the text is broken rather than coherent."""
+        return BIAS + sum(weight * getattr(self, name) for name, weight in WEIGHTS.items())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Judged:
+    """A completion under the filter."""
+
+    text: str
+    scores: Scores
+    incoherence: float
+    """log-odds of broken text, by the weights of the run"""
+    dropped: str
+    """the reason why it is dropped, "" when it is kept"""
