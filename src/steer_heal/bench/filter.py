@@ -15,7 +15,7 @@ from functools import cache
 
 import torch
 
-from steer_heal import coherence, data
+from steer_heal import data
 from steer_heal.coherence import Surprise, persona_narration, score, surprises, verdict
 from steer_heal.config import FilterConfig
 from steer_heal.model.lm import LM, Row
