@@ -9,7 +9,6 @@ import signal
 import sys
 import warnings
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from json import dumps
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -17,7 +16,7 @@ from typing import Annotated, Any, Literal
 from loguru import logger
 from tyro.conf import Positional, UseAppendAction, arg, subcommand
 
-from steer_heal import flags
+from steer_heal import VERSION, flags
 from steer_heal.config import EvalConfig, ModelConfig, RunConfig, UserError, check, nearest
 from steer_heal.presets import DEFAULT_PRESET, PRESETS
 from steer_heal.terminal import harmless, program
@@ -54,7 +53,7 @@ def carry_out(argv: list[str]) -> None:
     Raises UserError for what the user can mend.
     """
     if argv == ["--version"]:
-        print(f"steer-heal {version('steer_heal')}")
+        print(f"steer-heal {VERSION}")
         return
     shared: list[str] = []
     if argv[:1] == ["sweep"] and "--" in argv:
@@ -286,7 +285,8 @@ def results(asked: Results) -> None:
     from steer_heal.sweep import results as listing
 
     _check_files(csv=asked.csv, json=asked.json, markdown=asked.markdown, html=asked.html)
-    listing.show(Path(asked.out), asked.by, asked.rounds, asked.csv, asked.json, asked.markdown, asked.html)
+    files = listing.Files(asked.csv, asked.json, asked.markdown, asked.html)
+    listing.show(Path(asked.out), asked.by, asked.rounds, files)
 
 
 @dataclass(frozen=True)

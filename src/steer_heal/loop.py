@@ -17,7 +17,8 @@ from steer_heal.report.card import model_card
 from steer_heal.report.tables import arm_table, verdict_line
 from steer_heal.runs.rounds import Round
 from steer_heal.runs.summary import Baselines, Summary, verdict_of
-from steer_heal.stages import Work
+from steer_heal.stages.round import RoundStages
+from steer_heal.stages.run import Work
 
 
 def run(work: Work) -> Summary:
@@ -26,7 +27,7 @@ def run(work: Work) -> Summary:
     rounds: list[Round] = []
     stopped = ""
     for number in range(work.config.rounds):
-        stage = work.round(number, rounds)
+        stage = RoundStages(work, number, rounds)
         vector, layers = stage.extract()
         if number == 0:
             arms = replace(arms, plain=work.steer_plainly(vector))
@@ -60,7 +61,7 @@ def run(work: Work) -> Summary:
         stage.note_demos(arms.base, steered, healed)
         announce(work, arms, rounds)
     if stopped:
-        rounds[-1] = work.round(len(rounds) - 1, rounds[:-1]).read_fully(rounds[-1], arms)
+        rounds[-1] = RoundStages(work, len(rounds) - 1, rounds[:-1]).read_fully(rounds[-1], arms)
     return finish(work, arms, rounds, stopped)
 
 

@@ -17,7 +17,8 @@ from steer_heal.eval.record import ArmSummary, arm_record
 from steer_heal.eval.verdict import Validity, Verdict, expressible, validity, verdict
 from steer_heal.model.loading import load
 from steer_heal.report.tables import arm_table, validity_table
-from steer_heal.runs.folder import EVENTS, RunDir
+from steer_heal.runs.folder import EVENTS
+from steer_heal.runs.resume import opened as opened_run
 from steer_heal.runs.student import finished_rounds, student_after
 
 
@@ -70,7 +71,7 @@ def evaluate_alone(
 def opened(target: str, round_: int | None, trait: str | None, model: ModelConfig) -> Target:
     folder = Path(target).expanduser()
     if (folder / EVENTS).is_file():
-        run = RunDir(folder)
+        run = opened_run(folder)
         config = run.read("config.json")
         rounds = finished_rounds(folder, config["rounds"], round_)
         of_run = restored(run.read("trait.json"))

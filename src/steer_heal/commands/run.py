@@ -20,7 +20,8 @@ from steer_heal.runs.resume import check_place, create, described, reopened, req
 from steer_heal.runs.rounds import InRound
 from steer_heal.runs.summary import Summary
 from steer_heal.runs.tracking import check_tracker, follower
-from steer_heal.stages import READING, Work
+from steer_heal.stages.round import READING
+from steer_heal.stages.run import Work
 from steer_heal.steer import lite
 
 DECODING = ("anchor.jsonl", InRound.DOSE, InRound.COMPLETIONS)

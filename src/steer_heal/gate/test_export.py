@@ -22,7 +22,7 @@ from steer_heal.presets import PRESETS
 from steer_heal.report.card import command
 from steer_heal.runs.environment import environment
 from steer_heal.runs.resume import create
-from steer_heal.stages import Work
+from steer_heal.stages.run import Work
 from steer_heal.terminal import harmless
 
 TINY = PRESETS["tiny-random"]

@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from steer_heal import data, loop, stages
+from steer_heal import data, loop
 from steer_heal.cli import main
 from steer_heal.config import AnchorConfig, BarrierConfig, HealConfig, ModelConfig, UserError
 from steer_heal.distil.sample import Exhausted
@@ -29,6 +29,8 @@ from steer_heal.report import page as report
 from steer_heal.runs.environment import environment
 from steer_heal.runs.reading import load as read_run
 from steer_heal.runs.resume import create
+from steer_heal.stages import round as round_stages
+from steer_heal.stages.run import Work
 from steer_heal.sweep import disk
 from steer_heal.terminal import MODULE
 
@@ -39,7 +41,7 @@ def do(config, **changes):
     config = replace(config, **changes)
     trait, lm = data.load_trait(config.trait), load(config.model)
     folder = create(config, "tiny-random", trait, environment(lm), [])
-    return folder, unstructured(loop.run(stages.Work.begun(config, "tiny-random", folder, trait, lm)))
+    return folder, unstructured(loop.run(Work.begun(config, "tiny-random", folder, trait, lm)))
 
 
 def test_the_record_of_a_run_is_complete(tmp_path):
@@ -80,7 +82,7 @@ def test_the_record_of_a_run_is_complete(tmp_path):
 
 
 def test_a_loop_that_steering_exhausts_ends_with_what_it_has(tmp_path, monkeypatch, capsys):
-    fine, asked = stages.require_dose, []
+    fine, asked = round_stages.require_dose, []
 
     def second_fails(artefact):
         asked.append(artefact.dose)
@@ -88,7 +90,7 @@ def test_a_loop_that_steering_exhausts_ends_with_what_it_has(tmp_path, monkeypat
             raise Exhausted("no dose leaves 68% of the completions coherent")
         return fine(artefact)
 
-    monkeypatch.setattr(stages, "require_dose", second_fails)
+    monkeypatch.setattr(round_stages, "require_dose", second_fails)
     at_end = ("off_target", "canary", "profile")
     folder, summary = do(TINY, out=str(tmp_path), eval=replace(TINY.eval, ends_only=at_end))
     assert summary["stopped"].startswith("no dose leaves 68%") and len(summary["rounds"]) == 1
@@ -103,7 +105,7 @@ def test_a_loop_that_steering_exhausts_ends_with_what_it_has(tmp_path, monkeypat
     (found,) = disk.scan(tmp_path)
     assert found.rounds == "1 of 2" and found.arm("healed").arm == "healed"
     asked.clear()
-    monkeypatch.setattr(stages, "require_dose", lambda artefact: second_fails(asked.append(0) or artefact))
+    monkeypatch.setattr(round_stages, "require_dose", lambda artefact: second_fails(asked.append(0) or artefact))
     with pytest.raises(Exhausted):
         do(TINY, out=str(tmp_path))  # in round 0 nothing was learned: that is for the user to mend
 

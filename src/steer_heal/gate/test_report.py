@@ -17,6 +17,7 @@ import polars as pl
 import pytest
 from plotly.offline import get_plotlyjs
 
+from steer_heal import VERSION
 from steer_heal.config import BarrierConfig, HealConfig, UserError
 from steer_heal.eval import intervals
 from steer_heal.eval.intervals import across_seeds
@@ -100,7 +101,14 @@ def write_run(folder: Path, rounds: int = 2, **healed_scores: float) -> Path:
     }
     (folder / "config.json").write_text(json.dumps(config), "utf-8")
     (folder / "trait.json").write_text(json.dumps({"name": "love", "title": TRAIT}), "utf-8")
-    env = {"python": "3.11", "platform": "Linux", "packages": {"torch": "2"}, "cpus": 2, "threads": 2, "gpu": None}
+    env = {
+        "python": "3.11",
+        "platform": "Linux",
+        "packages": {"steer_heal": VERSION},
+        "cpus": 2,
+        "threads": 2,
+        "gpu": None,
+    }
     (folder / "env.json").write_text(json.dumps(env), "utf-8")
     arms = [write_arm(folder / f"{name}.json", name) for name in ("base", "prompted", "negative")]
     (folder / "plain").mkdir()
@@ -342,7 +350,7 @@ def test_results_shows_sweeps_under_their_hypothesis_and_writes_tables(tmp_path:
     sweep["runs"] = [identity(run.config, run.trait) for run in disk.scan(tmp_path / "agg")]
     (tmp_path / "agg" / "sweep.json").write_text(json.dumps(sweep))
     files = {kind: tmp_path / f"table.{kind}" for kind in ("csv", "json", "md")}
-    results.show(tmp_path, (), False, *map(str, files.values()))
+    results.show(tmp_path, (), False, results.Files(*map(str, files.values())))
     said = capsys.readouterr().out
     assert said.index("H: rmse holds") < said.index("│ rmse") < said.index("20260101-000005_model_love_s5")
     assert f"run --resume {broken}" in said
@@ -356,7 +364,8 @@ def test_results_shows_sweeps_under_their_hypothesis_and_writes_tables(tmp_path:
         and rows[2]["answer mass"] == "+0.000 [+0.000, +0.000]"
     )
     rounds = tmp_path / "rounds.json"
-    results.show(tmp_path, ("heal.barrier.agg",), True, None, str(rounds), None, str(tmp_path / "all.html"))
+    written = results.Files(json=str(rounds), html=str(tmp_path / "all.html"))
+    results.show(tmp_path, ("heal.barrier.agg",), True, written)
     by_round = json.loads(rounds.read_text())
     of_runs = {row["table"] for row in by_round} - {compared}
     assert len(of_runs) == 2 and any("20260101-000005_model_love_s5" in title for title in of_runs)

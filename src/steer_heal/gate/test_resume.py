@@ -16,13 +16,13 @@ import torch
 from loguru import logger
 
 import steer_heal
-from steer_heal import data, stages
+from steer_heal import data
 from steer_heal.cli import main
 from steer_heal.commands import run as runner
 from steer_heal.config import UserError
 from steer_heal.files import writing
 from steer_heal.gate.conftest import turned
-from steer_heal.gate.folders import cut
+from steer_heal.gate.folders import cut, seal
 from steer_heal.gate.soak import WORDS, result
 from steer_heal.model import decode as generate
 from steer_heal.model.loading import load
@@ -31,6 +31,7 @@ from steer_heal.report.page import build
 from steer_heal.runs.environment import commit, environment
 from steer_heal.runs.folder import EVENTS, RunDir
 from steer_heal.runs.resume import create
+from steer_heal.stages import round as round_stages
 from steer_heal.terminal import MODULE
 
 KILLS = 12
@@ -440,7 +441,7 @@ def test_out_of_memory_in_a_part_of_a_stage_names_that_parts_knob(
     def fail(*given, **more):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total of ...")
 
-    monkeypatch.setattr(stages, function, fail)
+    monkeypatch.setattr(round_stages, function, fail)
     said = refused(["run", "--resume", str(folder)], capsys)
     assert f"out of memory while making r01/adapter, {said_of} (2.00 GiB more were wanted)" in said
     assert said.endswith(flags)
@@ -455,16 +456,16 @@ def test_out_of_memory_on_a_cpu_is_understood():
 
 def test_a_training_step_that_is_not_finite_says_where(folder, capsys, monkeypatch):
     cut(folder, "r01/adapter")
-    run, heal = RunDir(folder), stages.heal
+    run, heal = RunDir(folder), round_stages.heal
 
     def overshoot(student, examples, anchors, settings, *rest):
         return heal(student, examples, anchors, turned(settings, {"training.lr": 1e30}), *rest)
 
-    monkeypatch.setattr(stages, "heal", overshoot)
+    monkeypatch.setattr(round_stages, "heal", overshoot)
     said = refused(["run", "--resume", str(folder)], capsys)
     assert re.search(r"r01/adapter, step \d+: (objective|divergence|loss|.*grad.*) is (nan|inf)", said), said
     assert "completions number" in said and "--heal.training.lr" in said
-    monkeypatch.setattr(stages, "heal", heal)
+    monkeypatch.setattr(round_stages, "heal", heal)
     assert run.find("r00/adapter") and not (folder / "r01" / "adapter").exists()
     main(["export", str(folder), "--to", str(folder.parent / "kept")])
 
@@ -495,3 +496,20 @@ def test_a_report_is_rebuilt_while_the_run_still_writes(folder):
 def test_writing_passes_on_what_is_no_matter_of_the_disk(tmp_path):
     with pytest.raises(ZeroDivisionError), writing(tmp_path):
         raise ZeroDivisionError
+
+
+OPENING = (["run", "--resume"], ["report"], ["chat"], ["eval"], ["export", "--to", "there"])
+
+
+def test_a_folder_of_an_older_version_is_refused_with_the_version_that_reads_it(folder, capsys):
+    env = json.loads((folder / "env.json").read_text())
+    assert env["packages"]["steer_heal"] == steer_heal.VERSION
+    env["packages"]["steer_heal"] = "0.1.0"
+    (folder / "env.json").write_text(json.dumps(env))
+    seal(folder)
+    for words in OPENING:
+        said = refused([*words, str(folder)], capsys)
+        assert "was made by steer-heal 0.1.0" in said and "read it with steer-heal 0.1.0" in said
+    main(["results", "--out", str(folder.parent)])
+    said = capsys.readouterr().out
+    assert f"left out: '{folder}' was made by steer-heal 0.1.0" in said and "no finished run" in said

@@ -21,7 +21,7 @@ from steer_heal.model.loading import load
 from steer_heal.presets import PRESETS
 from steer_heal.runs.environment import environment
 from steer_heal.runs.resume import create
-from steer_heal.stages import Work
+from steer_heal.stages.run import Work
 from steer_heal.terminal import MODULE
 
 PACKAGE = Path(steer_heal.__file__).parent

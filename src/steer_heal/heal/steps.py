@@ -41,7 +41,7 @@ class HealStep:
     """dual: the barrier's weight in the step that follows"""
     next_anchor_lam: float | None = None
     val_objective: float | None = None
-    """at the end of an epoch, when it is read: the objective on the completions held out"""
+    """in the last step: the objective on the completions held out"""
 
 
 class FiredShares(NamedTuple):

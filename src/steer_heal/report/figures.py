@@ -92,12 +92,13 @@ def paths_figure(paths: list[tuple[str, Summary]]) -> go.Figure:
         y = [0.0, *(arm.trait_over_base for arm in students)]
         at = {"customdata": ["base", *(f"round {i}" for i in range(len(students)))]}
         at["hovertemplate"] = f"{_hover_text(name)}<br>%{{customdata}}: %{{y:+.3f}} at %{{x:.0%}}<extra></extra>"
-        style = hues[index % len(hues)], name, dashes[index // len(hues) % len(dashes)], 1.5
+        style = hues[index % len(hues)], name, dashes[index // len(hues) % len(dashes)]
         _line(
             fig,
             x,
             y,
             *style,
+            width=1.5,
             mode="lines+markers",
             marker={"size": [3, *(6 + i for i, _ in enumerate(students))]},
             **at,
@@ -114,7 +115,7 @@ def map_figure(arms: list[tuple[str, ArmSummary]]) -> go.Figure:
     fig = go.Figure()
     path = [arm.profile for name, arm in arms if name.split()[0] in ("base", "healed")]
     x, y = ([getattr(profile, key) for profile in path] for key in ("auth_nats", "care_nats"))
-    _line(fig, x, y, COLOURS["healed"], "", "dot", 1.5, showlegend=False, hoverinfo="skip")
+    _line(fig, x, y, COLOURS["healed"], "", "dot", width=1.5, showlegend=False, hoverinfo="skip")
     for name, arm in arms:
         x, y = arm.profile.auth_nats, arm.profile.care_nats
         dots = {
@@ -139,7 +140,7 @@ def coherence_figure(summary: Summary, one: Instrument) -> go.Figure:
         shares = [one.over(getattr(r, arm), summary.base) for r in summary.rounds]
         _arm(fig, rounds, shares, arm, hovertemplate=f"round %{{x}} {arm} %{{y:.1%}} of base<extra></extra>")
     for level, dash in ((1, "solid"), (one.bound, "dot")):
-        _line(fig, ends, [level] * 2, COLOURS["base"], "", dash, 1.5, showlegend=False, hoverinfo="skip")
+        _line(fig, ends, [level] * 2, COLOURS["base"], "", dash, width=1.5, showlegend=False, hoverinfo="skip")
     fig.update_xaxes(title="round", tickvals=rounds, range=ends)
     fig.update_yaxes(title="% of base", tickformat=".0%", rangemode="tozero")
     return _styled(fig, 300)
@@ -188,12 +189,11 @@ def heal_figure(steps: list[HealStep], heal: dict) -> go.Figure:
     _line(fig, at, [s.objective for s in steps], COLOURS["base"], "objective", row=1, col=1)
     bounds = {"tau": steps[0].tau, "anchor tau": heal["anchor"]["tau"]}
     series = [("divergence", "tau", "D", DIVERGENCE_COLOUR)] * (heal["barrier"]["reg"] != "nll")
-    series += [("anchor_divergence", "anchor tau", "D anchor", ANCHOR_COLOUR)] * (
-        steps[0].anchor_divergence is not None
-    )
+    if steps[0].anchor_divergence is not None:
+        series.append(("anchor_divergence", "anchor tau", "D anchor", ANCHOR_COLOUR))
     for key, bound, name, colour in series:
         _line(fig, at, [getattr(s, key) for s in steps], colour, name, **below)
-        _line(fig, [0, at[-1]], [bounds[bound]] * 2, colour, f"{bound} {bounds[bound]:.3g}", "dot", 1.5, **below)
+        _line(fig, [0, at[-1]], [bounds[bound]] * 2, colour, f"{bound} {bounds[bound]:.3g}", "dot", width=1.5, **below)
     fired = [s for s in steps if s.fired]
     diamonds = {"color": DIVERGENCE_COLOUR, "size": 8, "symbol": "diamond"}
     x, y = [s.step for s in fired], [s.divergence for s in fired]
@@ -204,10 +204,8 @@ def heal_figure(steps: list[HealStep], heal: dict) -> go.Figure:
     return _styled(fig, 440)
 
 
-def _line(
-    fig: go.Figure, x: list, y: list, colour: str, name: str, dash: str = "solid", width: float = 2, **more: Any
-) -> None:
-    line = {"color": colour, "dash": dash, "width": width}
+def _line(fig: go.Figure, x: list, y: list, colour: str, name: str, dash: str = "solid", **more: Any) -> None:
+    line = {"color": colour, "dash": dash, "width": more.pop("width", 2)}
     fig.add_scatter(**{"x": x, "y": y, "name": name, "mode": "lines", "line": line, "cliponaxis": False, **more})
 
 
@@ -219,7 +217,16 @@ def _arm(fig: go.Figure, x: list, y: list, name: str, **more: Any) -> None:
         "healed": ("solid", "circle", "healed"),
     }[name]
     _line(
-        fig, x, y, COLOURS[name], shown, dash, 2.5, mode="lines+markers", marker={"size": 8, "symbol": symbol}, **more
+        fig,
+        x,
+        y,
+        COLOURS[name],
+        shown,
+        dash,
+        width=2.5,
+        mode="lines+markers",
+        marker={"size": 8, "symbol": symbol},
+        **more,
     )
 
 

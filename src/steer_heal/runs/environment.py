@@ -13,9 +13,10 @@ from pathlib import Path
 import torch
 
 import steer_heal
+from steer_heal import VERSION
 from steer_heal.model.lm import LM
 
-PACKAGES = ("steer_heal", "torch", "transformers", "tokenizers", "peft", "bitsandbytes", "accelerate", "safetensors")
+PACKAGES = ("torch", "transformers", "tokenizers", "peft", "bitsandbytes", "accelerate", "safetensors")
 
 
 def environment(lm: LM) -> dict:
@@ -23,7 +24,7 @@ def environment(lm: LM) -> dict:
     return {
         "python": platform.python_version(),
         "platform": f"{platform.system()} {platform.machine()}",
-        "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
+        "packages": {"steer_heal": VERSION} | {name: importlib.metadata.version(name) for name in PACKAGES},
         "git": commit(),
         "cpus": os.cpu_count(),
         "threads": torch.get_num_threads(),

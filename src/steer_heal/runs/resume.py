@@ -13,6 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from steer_heal import VERSION
 from steer_heal.config import PLACE_FIELDS, RunConfig, UserError, nearest, of_record
 from steer_heal.data import Trait, restored
 from steer_heal.files import remove, writing
@@ -88,11 +89,31 @@ def _umask() -> int:
     return mask
 
 
+class OtherVersion(UserError):
+    """A run folder that this version does not read."""
+
+
 def opened(folder: Path) -> RunDir:
-    """A run's folder to read from. Raises UserError when it is none."""
+    """A run's folder to read from. Raises UserError when it is none, OtherVersion when another version made it."""
     if not any((folder / name).is_file() for name in ("config.json", EVENTS)):
         raise UserError(f"{str(folder)!r} is no run folder: it has no config.json")
-    return RunDir(folder)
+    run = RunDir(folder)
+    require_version(run)
+    return run
+
+
+def require_version(run: RunDir) -> None:
+    """Raise OtherVersion, with the version that reads the folder, when it is of one whose artefacts are not ours."""
+    try:
+        env = json.loads((run.path / "env.json").read_text("utf-8"))
+    except (OSError, ValueError):  # missing or damaged: whoever reads it says so
+        return
+    made = env.get("packages", {}).get("steer_heal", "0.0")
+    if made.split(".")[:2] != VERSION.split(".")[:2]:
+        raise OtherVersion(
+            f"{str(run.path)!r} was made by steer-heal {made}, this is {VERSION}: read it with steer-heal {made}, "
+            "or start a new run"
+        )
 
 
 def started(folder: Path, named: str | None = None) -> tuple[str, RunConfig]:
@@ -138,6 +159,7 @@ def reopened(config: RunConfig, preset: str) -> Iterator[RunDir]:
     if not (path / EVENTS).is_file():
         raise UserError(f"--resume {config.resume}: no run folder there (it has no {EVENTS})")
     run = RunDir(path)
+    require_version(run)
     with run.held():
         _again(run, config, preset)
         then, now = run.read("config.json"), json.loads(json.dumps(record_of(config, preset)))

@@ -15,6 +15,7 @@ import numpy as np
 from steer_heal.config import UserError
 from steer_heal.eval.reading import ArmReading, paired
 from steer_heal.runs.folder import EVENTS, Damaged, RunDir
+from steer_heal.runs.resume import OtherVersion, opened
 from steer_heal.runs.rounds import InRound
 from steer_heal.runs.summary import SUMMARY, Summary
 
@@ -83,13 +84,13 @@ def scan(out: Path) -> list[Found]:
         raise UserError(f"no folder {str(out)!r}: give the one that holds run folders with --out")
     found = []
     for folder in sorted(_run_folders(out), key=lambda path: path.name, reverse=True):
-        run = RunDir(folder)
         try:
+            run = opened(folder)
             for name in run.record.files:  # a table of damaged figures would not say so
                 if name.endswith(".json"):
                     run.find(name)
             found.append(Found(run, run.read("config.json"), run.load(Summary, SUMMARY)))
-        except Damaged as error:
+        except (Damaged, OtherVersion) as error:
             print(f"left out: {error}")
     return found
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -103,15 +104,17 @@ def _estimate(values: np.ndarray) -> str:
     return "{:+.3f} [{:+.3f}, {:+.3f}]".format(found.mean, *found.ci)
 
 
-def show(
-    out: Path,
-    by: tuple[str, ...],
-    rounds: bool,
-    csv: str | None,
-    as_json: str | None,
-    markdown: str | None,
-    html: str | None = None,
-) -> None:
+@dataclass(frozen=True)
+class Files:
+    """Where tables are written besides the terminal."""
+
+    csv: str | None = None
+    json: str | None = None
+    markdown: str | None = None
+    html: str | None = None
+
+
+def show(out: Path, by: tuple[str, ...], rounds: bool, files: Files) -> None:
     """Print the tables, sweeps under their hypotheses; trait columns are nats per token over base, last round."""
     runs = scan(out)
     if not any(run.summary for run in runs):
@@ -129,13 +132,13 @@ def show(
     tables = {title: frame for title, frame in tables.items() if len(frame)}
     for title, frame in tables.items():
         print(f"\n{title}\n{_printed(frame)}" if title else _printed(frame))
-    if html:
+    if files.html:
         from steer_heal.sweep import overview
 
         groups = {_title(group, by): (group, round_table(group)) for group in grouped(runs)}
-        Path(html).write_text(overview.page(groups), "utf-8")
+        Path(files.html).write_text(overview.page(groups), "utf-8")
     if tables:
-        _write(tables, csv, as_json, markdown)
+        _write(tables, files)
     for run in runs:
         if run.summary is None:
             print(f"unfinished: {run.run.resuming}")
@@ -187,15 +190,15 @@ def _printed(frame: pl.DataFrame, width: int = 200, cell: int = 80) -> str:
         return str(frame.with_columns(pl.col(pl.String).fill_null("")))
 
 
-def _write(tables: dict[str, pl.DataFrame], csv: str | None, as_json: str | None, markdown: str | None) -> None:
+def _write(tables: dict[str, pl.DataFrame], files: Files) -> None:
     """Markdown has each table under its title; a row of the other two says in its first column which it is of."""
     titled = {title: [pl.lit(title).alias("table")] if title else [] for title in tables}
     together = pl.concat((frame.select(*titled[title], pl.all()) for title, frame in tables.items()), how="diagonal")
-    if csv:
-        together.write_csv(csv)
-    if as_json:
-        Path(as_json).write_text(json.dumps(together.to_dicts(), indent=1), "utf-8")
-    if markdown:
+    if files.csv:
+        together.write_csv(files.csv)
+    if files.json:
+        Path(files.json).write_text(json.dumps(together.to_dicts(), indent=1), "utf-8")
+    if files.markdown:
         with pl.Config(tbl_formatting="MARKDOWN"):
             shown = (f"{title}\n\n{_printed(frame, 10_000, 10_000)}\n" for title, frame in tables.items())
-            Path(markdown).write_text("\n".join(shown).lstrip(), "utf-8")
+            Path(files.markdown).write_text("\n".join(shown).lstrip(), "utf-8")

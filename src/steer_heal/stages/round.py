@@ -1,33 +1,24 @@
-"""The stages of a run and of its rounds: each computes its artefact, or loads what the run's folder has.
-
-A stage hands what it needs to the function that does the work (`extract`, `dose_curve`, `distil`, `heal`, ...) and
-returns one artefact. No stage knows what comes before or after it: `loop` does.
-"""
+"""The stages of a round: each computes its artefact, or loads what the run's folder has. See `stages.run`."""
 
 from __future__ import annotations
 
 import hashlib
 import random
-import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
-from functools import cache, cached_property, partial
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 from loguru import logger
 
 from steer_heal import data
-from steer_heal.bake.student import Student
 from steer_heal.coherence import persona_narration
-from steer_heal.config import RunConfig
 from steer_heal.distil.dose import dose_curve, expected_survival, require_dose
-from steer_heal.distil.record import Anchor, Completion, DoseCurve
-from steer_heal.distil.sample import Teacher, anchor_completions, distil, require_training_set, rows_of
+from steer_heal.distil.record import Completion, DoseCurve
+from steer_heal.distil.sample import Teacher, distil, require_training_set, rows_of
 from steer_heal.eval.arms import Arm
-from steer_heal.eval.geometry import Base, Fixed, geometry, read_base
-from steer_heal.eval.instruments import instruments, neutral_rows, read_arm
+from steer_heal.eval.geometry import geometry
+from steer_heal.eval.instruments import instruments
 from steer_heal.eval.opponents import (
     Cost,
     allowed_cost,
@@ -35,160 +26,20 @@ from steer_heal.eval.opponents import (
     dose_at_trait,
     find_dose_at_cost,
     fitting,
-    plain_doses,
 )
 from steer_heal.eval.reading import ArmReading, Geometry, side_by_side
-from steer_heal.heal.examples import Example, prepare, prepare_anchors, with_tau
+from steer_heal.heal.examples import Example, prepare, with_tau
 from steer_heal.heal.steps import HealStep
 from steer_heal.heal.train import heal, trained_on
-from steer_heal.model.decode import MOST_ROWS, rows_that_fit
-from steer_heal.model.lm import LM
-from steer_heal.model.memory import give_back_freed_memory, peak_memory
 from steer_heal.model.steering import AnyVector, Steering
-from steer_heal.runs.folder import RunDir
 from steer_heal.runs.rounds import InRound, Round, folder_of
-from steer_heal.runs.summary import SUMMARY, Baselines, RunName, Summary, plain_file, summarise
+from steer_heal.runs.summary import Baselines
+from steer_heal.stages.run import PLAIN, Work, freeing, plainly
 from steer_heal.steer.extract import Extraction, extract, prompts_read, read_vector, write_vector
 from steer_heal.steer.personas import Personas
 from steer_heal.terminal import progress
 
-T = TypeVar("T")
-FIXED_TEXTS = 12  # neutral texts on which the divergence from base is read, about a thousand tokens
-FIXED_CONTEXTS = 32  # contexts over which the student's shift is averaged
-PLAIN = ("contrast", "yes_no", "neutral")  # what is read of the base plainly steered, dose by dose
-
 READING, TRAINING = "reading what it is trained on", "training"  # parts of the stage "adapter"
-
-
-def freeing(compute: Callable[[], T]) -> Callable[[], T]:
-    """The computation of an artefact, after which the memory that it freed goes back to the system."""
-
-    def computed() -> T:
-        value = compute()
-        give_back_freed_memory()
-        return value
-
-    return computed
-
-
-def plainly(name: str, first: AnyVector, dose: float) -> Arm:
-    """The base under the first round's vector."""
-    return Arm(name, history=0.0, now=0.0, vector=first, dose=dose)
-
-
-@dataclass(frozen=True)
-class Work:
-    """A run at work: its folder, model, trait and config, and the stages around its rounds."""
-
-    folder: RunDir
-    student: Student
-    trait: data.Trait
-    config: RunConfig
-    preset: str
-    began: float = field(default_factory=time.perf_counter)
-
-    @classmethod
-    def begun(cls, config: RunConfig, preset: str, folder: RunDir, trait: data.Trait, lm: LM) -> Work:
-        """The run's work, with `model.decode_rows` a number: the same one when the run is resumed."""
-        logger.info(f"model {config.model.path}, trait {trait.name!r}, {config.rounds} rounds, folder {folder.path}")
-        rows = config.model.decode_rows
-        if rows == "auto":
-
-            @freeing
-            def compute() -> int:
-                longest = max(len(lm.prompt(prompt)) for prompt in trait.generation_prompts)
-                return rows_that_fit(lm, longest, config.distil.max_new_tokens)
-
-            rows, most = folder.artefact(int, "decode_rows.json", compute), MOST_ROWS[lm.device.type]
-            logger.info(f"up to {rows} rows are decoded together: what free memory holds, {most} at most")
-        lm = replace(lm, decode_rows=rows)
-        return cls(folder, Student(lm), trait, config, preset)
-
-    def round(self, number: int, before: list[Round]) -> RoundStages:
-        """The stages of a round that follows on the rounds `before`."""
-        return RoundStages(self, number, before)
-
-    def read_arm(self, label: str, arm: Arm, which: tuple[str, ...]) -> ArmReading:
-        return read_arm(label, self.student, arm, self.trait, self.config.eval, which)
-
-    def measured(self, name: str, arm: Arm, which: tuple[str, ...]) -> ArmReading:
-        """The reading of an arm that lies under `name`."""
-        label = f"eval {name.removesuffix('.json')}"
-        return self.folder.artefact(ArmReading, name, freeing(lambda: self.read_arm(label, arm, which)))
-
-    def baselines(self) -> Baselines:
-        everything = instruments(self.config.eval, at_end=True)
-        arms = {"base": None, "prompted": self.trait.positive, "negative": self.trait.negative}
-        which = {name: everything for name in ("base", "prompted")}
-        which["negative"] = (*PLAIN, *(("profile",) if "profile" in everything else ()))
-        read = {
-            name: self.measured(f"{name}.json", Arm(name, history=0.0, now=0.0, system=system), which[name])
-            for name, system in arms.items()
-        }
-        self.folder.write_jsonl("demos.jsonl", side_by_side(base=read["base"], prompted=read["prompted"]))
-        return Baselines(**read, plain=[])
-
-    def anchors(self) -> Callable[[], list[Example]]:
-        """Completions of mundane prompts by the base. The call of what is returned reads their states, once."""
-        if self.config.heal.anchor.prompts == 0:
-            return list
-
-        @freeing
-        def compute() -> list[Anchor]:
-            with progress("anchor", self.config.heal.anchor.prompts, "row") as done:
-                prompts = list(data.mundane()[: self.config.heal.anchor.prompts])
-                return anchor_completions(self.student, prompts, self.config.distil, self.key(-1, "anchor"), done)
-
-        rows = rows_of(self.student, self.folder.artefacts(Anchor, "anchor.jsonl", compute))
-        return cache(lambda: prepare_anchors(self.student, rows))
-
-    def steer_plainly(self, first: AnyVector) -> list[ArmReading]:
-        """The base steered by the first round's vector, dose by dose."""
-        found = []
-        for index, dose in enumerate(plain_doses(self.config.eval)):
-            compute = freeing(partial(self.plain_arm, "plain", first, dose))
-            found.append(self.folder.artefact(ArmReading, plain_file(index), compute))
-        return found
-
-    def plain_arm(self, name: str, first: AnyVector, dose: float, which: tuple[str, ...] = PLAIN) -> ArmReading:
-        """The base under the first round's vector at a dose."""
-        return self.read_arm(f"plain steering {dose:.2f}", plainly(name, first, dose), which)
-
-    def first_vector(self) -> AnyVector:
-        """The vector of round 0, which the later rounds and plain steering are compared with."""
-        return read_vector(self.folder.find(InRound.VECTOR.of(0))).vector
-
-    @property
-    def fixed(self) -> Fixed:
-        """What is read of every student to see where it went."""
-        contexts = list(data.contexts()[: min(FIXED_CONTEXTS, self.config.steer.n_contexts)])
-        rows = neutral_rows(self.student.lm, min(FIXED_TEXTS, self.config.eval.counts.neutral))
-        return Fixed(contexts, rows, self.student.lm.read_rows)
-
-    @cached_property
-    def base_states(self) -> Callable[[tuple[int, ...]], Base]:
-        """What the base has on `fixed`, read when it is first asked for: a resumed run may not need it."""
-        return cache(lambda layers: read_base(self.student, self.fixed, layers))
-
-    def key(self, number: int, stage: str) -> tuple:
-        """Name of a stage's stream of random numbers."""
-        return (self.config.seed, number, stage)
-
-    def save_adapter(self) -> None:
-        """All rounds as one adapter."""
-        self.folder.stage("adapter", lambda: self.student, lambda path, s: s.save(path, s.history), lambda path: None)
-
-    def summarise(self, arms: Baselines, rounds: list[Round], stopped: str) -> Summary:
-        """Write summary.json; `stopped` says why the loop ended early, if it did."""
-        of = RunName(model=self.config.model.path, trait=self.trait.name, seed=self.config.seed, preset=self.preset)
-        found = summarise(of, arms, rounds, self.folder.stage_seconds())
-        peak = peak_memory(self.student.lm.device)
-        summary = replace(found, stopped=stopped, peak_memory_bytes=peak)
-        self.folder.replace_json(SUMMARY, summary)
-        return summary
-
-    def note_end(self) -> None:
-        self.folder.event("done", wall_seconds=time.perf_counter() - self.began)
 
 
 @dataclass(frozen=True)
