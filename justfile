@@ -51,7 +51,13 @@ run-anchored *flags: setup
 run-4b *flags: setup
     {{bin}}/steer-heal run gemma-3-4b {{flags}}
 
-# the checks: style, the gate, the fast-dev run
+# while working: style, layers, and the checks that need no run
+check *flags: setup
+    {{bin}}/ruff check
+    {{bin}}/ruff format --check
+    OMP_NUM_THREADS=1 {{bin}}/python -m pytest -q -n 2 --dist worksteal -m "not run" {{flags}}
+
+# before a commit: style, the whole gate, the fast-dev run
 test *flags: setup
     {{bin}}/python -c "import ray" 2>/dev/null || {{bin}}/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[cluster]'
     {{bin}}/ruff check

@@ -25,6 +25,8 @@ from steer_heal.runs.resume import create
 from steer_heal.stages.run import Work
 from steer_heal.terminal import harmless
 
+pytestmark = pytest.mark.run
+
 TINY = PRESETS["tiny-random"]
 IDS = torch.tensor([[7, 300, 41, 900, 12]])
 

@@ -30,6 +30,8 @@ from steer_heal.model.random_weights import build_random
 from steer_heal.presets import PRESETS
 from steer_heal.sweep.plan import parsed
 
+pytestmark = pytest.mark.run
+
 RUN = ["run", "tiny-random"]
 FLAGS = [  # flags out of range, contradictory, misspelt
     ("--rounds 0", "rounds is 0: it must lie in [1, inf)"),
@@ -331,7 +333,7 @@ def test_what_is_accepted_runs_or_is_refused(tmp_path_factory, least, drawn):
     config = turned(SMALL, {"out": str(out), **{name: drawn.draw(SANE[name]) for name in names}})
     try:
         _, summary = runner.run(config, "tiny-random", [])
-        assert len(summary["rounds"]) == 1
+        assert len(summary.rounds) == 1
     except UserError as error:
         assert "\n" not in str(error)
 

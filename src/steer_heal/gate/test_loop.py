@@ -34,6 +34,8 @@ from steer_heal.stages.run import Work
 from steer_heal.sweep import disk
 from steer_heal.terminal import MODULE
 
+pytestmark = pytest.mark.run
+
 TINY = turned(PRESETS["tiny-random"], {"heal.target.kind": "soft", "heal.anchor.prompts": 32})
 
 

@@ -36,6 +36,8 @@ from steer_heal.scores import Scores
 from steer_heal.sweep import disk, overview, results
 from steer_heal.sweep.disk import identity
 
+pytestmark = pytest.mark.run
+
 STEP = {"objective": 3.0, "barrier": 0.0, "loss": 3.0, "tau": 0.05, "lam": 1.0, "anchor_lam": 1.0, "tokens": 9}
 STEP |= {"grad_norm": 1.0, "lr": 1e-3, "step_seconds": 1.0, "tokens_per_s": 9.0}
 HOSTILE = "<script>alert(1)</script></script><img src=https://example.org/x onerror=alert(2)>\x00 & 'quoted'"

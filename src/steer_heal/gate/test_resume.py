@@ -34,6 +34,8 @@ from steer_heal.runs.resume import create
 from steer_heal.stages import round as round_stages
 from steer_heal.terminal import MODULE
 
+pytestmark = pytest.mark.run
+
 KILLS = 12
 
 

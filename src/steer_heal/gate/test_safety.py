@@ -24,6 +24,8 @@ from steer_heal.runs.resume import create
 from steer_heal.stages.run import Work
 from steer_heal.terminal import MODULE
 
+pytestmark = pytest.mark.run
+
 PACKAGE = Path(steer_heal.__file__).parent
 SOURCE = sorted(file for file in PACKAGE.rglob("*.py") if PACKAGE / "gate" not in file.parents)
 PICKLES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}

@@ -25,6 +25,8 @@ from steer_heal.sweep import plan
 from steer_heal.sweep import run as sweep
 from steer_heal.sweep.cluster import run_here
 
+pytestmark = pytest.mark.run
+
 QUICK = ("tiny-random", "--rounds", "1", "--eval.leave-out", "profile", "plain")
 GRID = ("heal.barrier.agg=mean,rmse",)
 

@@ -11,6 +11,8 @@ from steer_heal.cli import main
 from steer_heal.config import UserError
 from steer_heal.runs.tracking import check_tracker
 
+pytestmark = pytest.mark.run
+
 QUICK = ["run", "tiny-random", "--rounds", "1", "--eval.leave-out", "profile", "plain"]
 
 
