@@ -213,7 +213,7 @@ def test_on_a_cpu_the_memory_of_freed_tensors_serves_the_next_ones():
     code = """
 import resource, sys, torch
 import steer_heal.model.loading  # as in a run: what its modules leave on the heap matters
-from steer_heal.memory import keep_freed_memory
+from steer_heal.model.memory import keep_freed_memory
 if sys.argv[1] == "keep":
     keep_freed_memory()
 for _ in range(4):
@@ -238,8 +238,9 @@ def test_what_a_stage_freed_goes_back_to_the_system_when_it_ends(tmp_path):
     code = """
 import resource, sys, torch
 from pathlib import Path
-from steer_heal.memory import keep_freed_memory
-from steer_heal.rundir import RunDir
+from steer_heal.model.memory import keep_freed_memory
+from steer_heal.runs.folder import RunDir
+from steer_heal.stages import freeing
 
 def held():
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
@@ -253,7 +254,7 @@ def compute():
 keep_freed_memory()
 RunDir.begin(Path(sys.argv[1]), {}, [])
 before, alive = held(), []
-print(RunDir(Path(sys.argv[1])).json("stage.json", compute), held() - before)
+print(RunDir(Path(sys.argv[1])).json("stage.json", freeing(compute)), held() - before)
 """
     said = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, check=True, text=True)
     within, after = map(int, said.stdout.split())

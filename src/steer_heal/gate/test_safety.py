@@ -74,7 +74,7 @@ def test_after_loading_a_run_needs_no_network(tmp_path):
     words = [sys.executable, "-m", MODULE, "run", "tiny-random", "--rounds", "1", "--out", str(tmp_path)]
     done = subprocess.run(words, capture_output=True, text=True, env={**os.environ, "STEER_HEAL_BLOCK_NETWORK": "1"})
     assert done.returncode == 0, done.stderr[-500:]
-    code = "import socket; from steer_heal.environment import block_network; block_network(); "
+    code = "import socket; from steer_heal.runs.environment import block_network; block_network(); "
     for call in ("socket.create_connection(('127.0.0.1', 9))", "socket.getaddrinfo('example.org', 80)"):
         done = subprocess.run([sys.executable, "-c", code + call], capture_output=True, text=True)
         assert "the network is blocked" in done.stderr
