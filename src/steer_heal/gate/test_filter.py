@@ -12,6 +12,7 @@ from steer_heal.bench import filter as filterproof
 from steer_heal.config import FilterConfig
 from steer_heal.model.loading import load
 from steer_heal.presets import PRESETS
+from steer_heal.scores import BIAS, WEIGHTS
 
 LABELS = {"coherent", "broken", "narrates", "refuses"}
 HELD = {  # (recall at least, precision at least) on the held-out half, scores as SmolLM2-135M gives them
@@ -51,8 +52,8 @@ def test_the_labelled_set_is_large_mixed_and_split_by_prompt():
 def test_the_weights_are_what_the_tuning_half_gives():
     rows = filterproof.half("tune")
     weights, bias = filterproof.fit(rows, [filterproof.stored_scores(row) for row in rows])
-    assert weights == pytest.approx(scores.WEIGHTS, abs=2e-3)
-    assert bias == pytest.approx(scores.BIAS, abs=2e-3)
+    assert weights == pytest.approx(WEIGHTS, abs=2e-3)
+    assert bias == pytest.approx(BIAS, abs=2e-3)
 
 
 @pytest.mark.parametrize("fault", HELD)

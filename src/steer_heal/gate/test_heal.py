@@ -138,9 +138,9 @@ def test_training_moves_towards_the_text_and_the_barrier_holds_it_back(lm, vecto
         student, _, examples, _ = student_with_update(lm, vector, config, scale=0.0)
         records = heal(fresh(student, config), examples, [], config, round_=0, seed=0)
         final[lam] = records
-    assert final[0.0][-1]["objective"] < final[0.0][0]["objective"] - 0.05
-    assert final[50.0][-1]["divergence"] < 0.5 * final[0.0][-1]["divergence"]
-    assert any(r["fired"] for r in final[50.0]) and final[50.0][-1]["divergence"] < 10 * 0.002
+    assert final[0.0][-1].objective < final[0.0][0].objective - 0.05
+    assert final[50.0][-1].divergence < 0.5 * final[0.0][-1].divergence
+    assert any(r.fired for r in final[50.0]) and final[50.0][-1].divergence < 10 * 0.002
 
 
 @pytest.mark.device

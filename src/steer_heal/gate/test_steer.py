@@ -104,7 +104,9 @@ def test_auc_counts_pairs():
 
 def test_the_automatic_band_is_where_the_vector_is_long_reliable_and_telling(lm):
     def layer(index, norm, auc=0.9, split_half=0.9):
-        return LayerReport(index, index / 20, norm, split_half, auc)
+        return LayerReport(
+            layer=index, depth=index / 20, relative_norm=norm, split_half=split_half, auc=auc, steered=False
+        )
 
     report = [layer(i, 0.02) for i in range(21)]
     report[2] = report[19] = layer(2, 5.0)  # outside the depths that are considered
