@@ -35,6 +35,10 @@ fast-dev-run: setup
 soak kills="200": setup
     {{bin}}/python -m steer_heal.gate.soak --kills {{kills}} --out "outputs/soak-$(date +%Y%m%d-%H%M%S)"
 
+# how long `results` takes over many run folders, which it makes from a tiny run (a few minutes)
+many-folders folders="1000": setup
+    {{bin}}/python -m steer_heal.gate.many_folders --folders {{folders}} --out "outputs/many-folders-$(date +%Y%m%d-%H%M%S)"
+
 # gemma-3-1b-it, NF4 QLoRA, 8 rounds: made for an RTX 3090 (see the README for gemma's licence)
 run *flags: setup
     {{bin}}/steer-heal run gemma-3-1b {{flags}}

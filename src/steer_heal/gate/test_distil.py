@@ -86,8 +86,8 @@ def test_a_persona_of_the_users_own_is_recognised_when_it_narrates_itself(text, 
 
 
 def test_what_a_teacher_writes_is_judged_by_its_own_persona(lm, vector, monkeypatch):
-    asked = []
-    monkeypatch.setattr(sample_module, "judge", lambda *given: asked.append(given[-1]) or [{"text": ""}])
+    asked, judge = [], sample_module.judge
+    monkeypatch.setattr(sample_module, "judge", lambda *given: asked.append(given[-1]) or judge(*given))
     persona = persona_narration("You cherish maps.", "You scorn maps.", "loves maps")
     teacher = Teacher(Student(lm), vector, PRESETS["tiny-random"].distil, LIMITS, (0,), persona)
     sample_module.sample(teacher, [(0.1, "Hi.")])

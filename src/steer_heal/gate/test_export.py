@@ -34,7 +34,7 @@ def finished(tmp_path_factory):
     """A run of two rounds whose history is compressed."""
     config = replace(TINY, out=str(tmp_path_factory.mktemp("runs")), heal=turned(TINY.heal, {"lora.fold_rank": 5}))
     lm, trait = load(config.model), data.load_trait("love")
-    argv = ["run", "tiny-random", "--heal.fold-rank", "5", "--out", config.out]
+    argv = ["run", "tiny-random", "--heal.lora.fold-rank", "5", "--out", config.out]
     folder = create(config, "tiny-random", trait, environment(lm), argv)
     loop.run(Work.begun(config, "tiny-random", folder, trait, lm))
     return folder.path
