@@ -32,6 +32,7 @@ from steer_heal.runs.environment import commit, environment
 from steer_heal.runs.folder import EVENTS, RunDir
 from steer_heal.runs.resume import create
 from steer_heal.stages import round as round_stages
+from steer_heal.stages import run as run_stages
 from steer_heal.terminal import MODULE
 
 pytestmark = pytest.mark.run
@@ -443,7 +444,7 @@ def test_out_of_memory_in_a_part_of_a_stage_names_that_parts_knob(
     def fail(*given, **more):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total of ...")
 
-    monkeypatch.setattr(round_stages, function, fail)
+    monkeypatch.setattr(run_stages if function == "prepare_anchors" else round_stages, function, fail)
     said = refused(["run", "--resume", str(folder)], capsys)
     assert f"out of memory while making r01/adapter, {said_of} (2.00 GiB more were wanted)" in said
     assert said.endswith(flags)
