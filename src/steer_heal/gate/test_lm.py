@@ -213,7 +213,7 @@ def test_on_a_cpu_the_memory_of_freed_tensors_serves_the_next_ones():
     code = """
 import resource, sys, torch
 import steer_heal.model.loading  # as in a run: what its modules leave on the heap matters
-from steer_heal.memory import keep_freed_memory
+from steer_heal.model.memory import keep_freed_memory
 if sys.argv[1] == "keep":
     keep_freed_memory()
 for _ in range(4):
@@ -238,8 +238,8 @@ def test_what_a_stage_freed_goes_back_to_the_system_when_it_ends(tmp_path):
     code = """
 import resource, sys, torch
 from pathlib import Path
-from steer_heal.memory import keep_freed_memory
-from steer_heal.rundir import RunDir
+from steer_heal.model.memory import keep_freed_memory
+from steer_heal.runs.folder import RunDir
 
 def held():
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
