@@ -7,7 +7,7 @@ from collections import Counter
 import pytest
 import torch
 
-from steer_heal import data, scores
+from steer_heal import data
 from steer_heal.bench import filter as filterproof
 from steer_heal.config import FilterConfig
 from steer_heal.model.loading import load

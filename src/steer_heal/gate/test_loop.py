@@ -24,7 +24,7 @@ from steer_heal.gate.soak import timeless
 from steer_heal.model.loading import load
 from steer_heal.model.memory import peak_memory
 from steer_heal.presets import PRESETS
-from steer_heal.records import unstructured
+from steer_heal.records import structured, unstructured
 from steer_heal.report import page as report
 from steer_heal.runs.environment import environment
 from steer_heal.runs.reading import load as read_run
@@ -153,7 +153,7 @@ def test_a_barrier_that_never_fires_is_loud(capsys):
     lines = []
     sink = logger.add(lines.append, format="{level} {message}")
     figures = dict.fromkeys((field.name for field in fields(HealStep) if field.default is MISSING), 1)
-    step = HealStep(**figures | {"fired": False, "anchor_fired": False, "divergence": 0.13, "tau": 0.5})
+    step = structured(HealStep, figures | {"fired": False, "anchor_fired": False, "divergence": 0.13, "tau": 0.5})
     records = [step] * 40
     barrier_warning(records, heal(tau=0.5))
     barrier_warning([replace(step, fired=True)] * 40, heal(tau=0.05))
