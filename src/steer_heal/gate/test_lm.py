@@ -240,7 +240,10 @@ import resource, sys, torch
 from pathlib import Path
 from steer_heal.model.memory import keep_freed_memory
 from steer_heal.runs.folder import RunDir
-from steer_heal.stages import freeing
+<<<<<<< HEAD
+from steer_heal.stages.run import freeing
+=======
+>>>>>>> faults
 
 def held():
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
@@ -254,7 +257,7 @@ def compute():
 keep_freed_memory()
 RunDir.begin(Path(sys.argv[1]), {}, [])
 before, alive = held(), []
-print(RunDir(Path(sys.argv[1])).json("stage.json", freeing(compute)), held() - before)
+print(RunDir(Path(sys.argv[1])).artefact(int, "stage.json", freeing(compute)), held() - before)
 """
     said = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, check=True, text=True)
     within, after = map(int, said.stdout.split())

@@ -56,7 +56,7 @@ def wide_product(
 
     A bf16 logit of 20 is off by up to 0.06, and a softmax shows that. A GPU multiplies bf16 matrices into float32. No
     CPU kernel of torch does, so there the head is widened, a block that fits a cache at a time. On a CPU without bf16
-    instructions that takes a third of the time of the rounded product or less (docs/results.md).
+    instructions that takes a third of the time of the rounded product or less (journal, 2026-11-26).
     """
     weight = weight.detach()
     if out is None:
