@@ -240,10 +240,7 @@ import resource, sys, torch
 from pathlib import Path
 from steer_heal.model.memory import keep_freed_memory
 from steer_heal.runs.folder import RunDir
-<<<<<<< HEAD
 from steer_heal.stages.run import freeing
-=======
->>>>>>> faults
 
 def held():
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
