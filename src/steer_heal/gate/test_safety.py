@@ -21,6 +21,7 @@ from steer_heal.model.loading import load
 from steer_heal.presets import PRESETS
 from steer_heal.runs.environment import environment
 from steer_heal.runs.resume import create
+from steer_heal.stages.round import RoundStages
 from steer_heal.stages.run import Work
 from steer_heal.terminal import MODULE
 
@@ -109,15 +110,15 @@ def test_twenty_rounds_hold_no_more_than_five(tmp_path, monkeypatch, least):
     lm, trait = load(config.model), data.load_trait("love")
     folder = create(config, "tiny-random", trait, environment(lm), [])
     seen = []
-    fold = loop.fold
+    bake = RoundStages.bake
 
-    def watched(folder, student, rank, round_):
-        fold(folder, student, rank, round_)
+    def watched(stage):
+        bake(stage)
         gc.collect()
         files = os.listdir("/proc/self/fd")
-        seen.append((resident(), hooks(lm.model), len(student.peft.peft_config), len(files)))
+        seen.append((resident(), hooks(lm.model), len(stage.work.student.peft.peft_config), len(files)))
 
-    monkeypatch.setattr(loop, "fold", watched)
+    monkeypatch.setattr(RoundStages, "bake", watched)
     loop.run(Work.begun(config, "tiny-random", folder, trait, lm))
     memory, hooked, adapters, open_files = zip(*seen, strict=True)
     assert memory[-1] <= 1.05 * memory[4], memory
