@@ -164,13 +164,13 @@ def test_an_artefact_that_comes_out_otherwise_is_said(folder, capsys):
     """As on a GPU, or after an update: what followed from the old one is kept, and that is said."""
     lines = []
     sink = logger.add(lines.append, format="{level} {message}")
-    other = {"name": "prompted.json"}
     run = RunDir(folder)
-    run.again.add("prompted.json")
-    assert run.json("prompted.json", lambda: other) == other
+    other = run.read("decode_rows.json") + 1
+    run.again.add("decode_rows.json")
+    assert run.artefact(int, "decode_rows.json", lambda: other) == other
     logger.remove(sink)
-    assert [line for line in lines if "WARNING prompted.json came out otherwise" in line]
-    assert RunDir(folder).read("prompted.json") == other
+    assert [line for line in lines if "WARNING decode_rows.json was recomputed with another result" in line]
+    assert RunDir(folder).read("decode_rows.json") == other
 
 
 def test_what_cannot_be_trusted_or_made_again_is_refused(folder, capsys):

@@ -233,7 +233,7 @@ class RunDir:
     def _compare(self, name: str, sums: dict[str, str]) -> None:
         """An artefact made again that came out otherwise: what followed from the old one no longer fits."""
         if any(sha not in self.record.sums.get(file, {sha}) for file, sha in sums.items()):
-            logger.warning(f"{name} came out otherwise than before: what was made from the old one stays as it is")
+            logger.warning(f"{name} was recomputed with another result; later artefacts still use the old one")
 
     def put_back(self, name: str, value: Any, otherwise: str) -> None:
         """Write one of the files of the start again. Raises UserError when it would not be the same, bit for bit."""
