@@ -476,7 +476,7 @@ def test_a_training_step_that_is_not_finite_says_where(folder, capsys, monkeypat
 def test_names_cannot_leave_the_outputs_folder(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     trait = replace(data.load_trait("love"), name="../../../etc/" + "x" * 300)
-    env = {"threads": 1}
+    env = {"threads": 1, "packages": {"steer_heal": steer_heal.VERSION}}
     for path in ("../../up", "a/../../..", "/etc/passwd", "..", "/", "x" * 300):
         config = replace(PRESETS["tiny-random"], out="out", model=replace(PRESETS["tiny-random"].model, path=path))
         folder = create(config, "tiny-random", trait, env, [])
