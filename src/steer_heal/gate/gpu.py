@@ -195,7 +195,7 @@ def _heal_stage(lm) -> dict:
     """Preparing and training as the preset asks, on rows of full length, with no more memory than a 24 GiB card."""
     from steer_heal.bake.student import Student
     from steer_heal.heal.examples import prepare, with_tau
-    from steer_heal.heal.train import heal
+    from steer_heal.heal.train import Turn, heal
     from steer_heal.model.lm import Row
     from steer_heal.model.steering import Steering
     from steer_heal.presets import PRESETS
@@ -212,7 +212,7 @@ def _heal_stage(lm) -> dict:
     began = time.perf_counter()
     examples = prepare(student, rows, steering, config)
     prepared = time.perf_counter() - began
-    records = heal(student, examples, [], with_tau(lm, examples, config), 0, 0)
+    records = heal(student, examples, [], with_tau(lm, examples, config), Turn(0, 0))
     student.peft.unload()
     torch.cuda.set_per_process_memory_fraction(1.0)
     seconds = sorted(record.step_seconds for record in records[1:])

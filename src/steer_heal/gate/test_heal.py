@@ -16,7 +16,7 @@ from steer_heal.heal import step as step_module
 from steer_heal.heal import train as heal_module
 from steer_heal.heal.examples import prepare, prepare_anchors, with_tau
 from steer_heal.heal.step import Multipliers, accumulate, loss_terms
-from steer_heal.heal.train import NonFinite, _epoch_batches, check_optimiser, heal, recomputation, trained_on
+from steer_heal.heal.train import NonFinite, Turn, _epoch_batches, check_optimiser, heal, recomputation, trained_on
 from steer_heal.model.lm import Row
 from steer_heal.model.steering import Steering
 from steer_heal.presets import PRESETS
@@ -136,7 +136,7 @@ def test_training_moves_towards_the_text_and_the_barrier_holds_it_back(lm, vecto
         barrier = {"barrier.lam": lam, "barrier.lam_round_pow": 0.0, "barrier.tau": 0.002}
         config = turned(BASE, LONG | barrier)
         student, _, examples, _ = student_with_update(lm, vector, config, scale=0.0)
-        records = heal(fresh(student, config), examples, [], config, round_=0, seed=0)
+        records = heal(fresh(student, config), examples, [], config, Turn(0, 0))
         final[lam] = records
     assert final[0.0][-1].objective < final[0.0][0].objective - 0.05
     assert final[50.0][-1].divergence < 0.5 * final[0.0][-1].divergence
@@ -149,7 +149,7 @@ def test_training_is_reproducible(lm, vector):
     runs = []
     for _ in range(2):
         student, _, examples, _ = student_with_update(lm, vector, config, scale=0.0)
-        records = heal(fresh(student, config, 7), examples, [], config, round_=1, seed=3)
+        records = heal(fresh(student, config, 7), examples, [], config, Turn(1, 3))
         runs.append(([p.detach().clone() for p in student.trainable()], records[-1].val_objective))
         student.peft.unload()
     assert all(torch.equal(a, b) for a, b in zip(runs[0][0], runs[1][0], strict=True))
@@ -161,7 +161,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_with_step_and_term(lm, vector):
     student, _, examples, _ = student_with_update(lm, vector, BASE)
     student.trainable()[0].data.fill_(float("nan"))
     with pytest.raises(NonFinite, match=r"^r00/adapter, step 0: objective is nan on the kept .* number 0, 1, 2 "):
-        heal(student, examples, [], BASE, round_=0, seed=0)
+        heal(student, examples, [], BASE, Turn(0, 0))
     assert not any(p.requires_grad for p in lm.model.parameters())
 
 
@@ -205,12 +205,12 @@ def test_tau_auto_is_a_share_of_what_the_teacher_diverges(lm, vector, agg):
 def test_the_dual_barrier_ends_at_tau_wherever_it_starts(lm, vector, start, monkeypatch):
     free = turned(BASE, LONG | {"barrier.lam": 0.0, "barrier.tau": 1e9, "training.epochs": 60})
     student, _, examples, _ = student_with_update(lm, vector, free, scale=0.0)
-    unconstrained = heal(fresh(student, free), examples, [], free, round_=0, seed=0)[-1].divergence
+    unconstrained = heal(fresh(student, free), examples, [], free, Turn(0, 0))[-1].divergence
     tau = 0.3 * unconstrained
     config = turned(free, {"barrier.kind": "dual", "barrier.tau": tau})
     monkeypatch.setattr(heal_module, "DUAL_START", start)
     monkeypatch.setattr(step_module, "DUAL_RATE", 0.5)
-    records = heal(fresh(student, config), examples, [], config, round_=0, seed=0)
+    records = heal(fresh(student, config), examples, [], config, Turn(0, 0))
     last = [r.divergence for r in records[-15:]]
     assert sum(last) / len(last) == pytest.approx(tau, rel=0.25)
     assert records[0].lam == start and records[-1].lam > 0
@@ -240,14 +240,14 @@ def test_multipliers_of_a_distance_from_base_go_on_and_others_start_anew(lm, vec
     anchors = [replace(examples[0], teacher=None, anchor=True)]
     budget = turned(dual, {"barrier.reference": "base"})
     fixed = turned(budget, {"barrier.kind": "fixed"})
-    before = heal(student, examples, anchors, budget, 0, 0)
+    before = heal(student, examples, anchors, budget, Turn(0, 0))
     own, anchor = (
         max(0.0, getattr(before[-1], lam) + step_module.DUAL_RATE * (getattr(before[-1], divergence) / 0.1 - 1))
         for lam, divergence in (("lam", "divergence"), ("anchor_lam", "anchor_divergence"))
     )
     assert own != before[-1].lam and anchor != before[-1].anchor_lam
     for config, *expected in ((dual, 1.0, anchor), (budget, own, anchor), (fixed, 1.0, 1.0)):
-        first = heal(fresh(student, config), examples, anchors, config, 1, 0, before=before)[0]
+        first = heal(fresh(student, config), examples, anchors, config, Turn(1, 0, before))[0]
         assert [first.lam, first.anchor_lam] == pytest.approx(expected)
 
 
@@ -258,7 +258,7 @@ def test_validation_reads_the_objective_that_is_trained(lm, vector, target):
     config = turned(BASE, once | {"target.kind": target})
     student, rows, examples, _ = student_with_update(lm, vector, config, scale=0.0)
     trained = []
-    last = heal(fresh(student, config), examples, [], config, 0, 0, on_rows=trained.append)[-1]
+    last = heal(fresh(student, config), examples, [], config, Turn(0, 0), on_rows=trained.append)[-1]
     (held_out,) = random.Random(0).sample(range(3), 1)
     objective, _ = naive_loss(student, [rows[held_out]], Steering(vector, torch.full((1,), 0.1)), config)
     assert last.val_objective == pytest.approx(objective.item(), rel=1e-4)
@@ -282,7 +282,7 @@ def test_tau_auto_to_the_base_is_the_budget_of_round_0(lm, vector):
     student.begin_round(config.lora, 1)
     later = prepare(student, rows[:3], Steering(vector, torch.full((3,), 0.1)), config)
     assert with_tau(lm, later, config).barrier.tau > 1.5 * first > 0
-    step = heal(student, examples, [], turned(config, {"barrier.tau": 1.0}), 0, 0)[0]
+    step = heal(student, examples, [], turned(config, {"barrier.tau": 1.0}), Turn(0, 0))[0]
     before = [replace(step, tau=first)]
     assert with_tau(lm, later, config, before).barrier.tau == first
     near = turned(config, {"barrier.reference": "prev"})
@@ -293,7 +293,7 @@ def test_tau_auto_to_the_base_is_the_budget_of_round_0(lm, vector):
 def test_later_rounds_take_smaller_steps(lm, vector):
     config = turned(BASE, {"training.lr": 4e-3, "training.lr_round_pow": -0.5})
     student, _, examples, _ = student_with_update(lm, vector, config, scale=0.0)
-    first, fourth = (heal(fresh(student, config), examples, [], config, round_, seed=0) for round_ in (0, 3))
+    first, fourth = (heal(fresh(student, config), examples, [], config, Turn(round_, 0)) for round_ in (0, 3))
     assert [r.lr for r in fourth] == pytest.approx([r.lr / 2 for r in first]) and first[0].lr > 0
 
 
@@ -343,7 +343,7 @@ def test_the_operator_norm_penalty_keeps_a_trained_update_small(lm, vector):
     for weight in (0.0, 30.0):
         config = turned(BASE, LONG | {"barrier.reg": "nll", "training.op_norm": weight, "training.epochs": 8})
         student, _, examples, _ = student_with_update(lm, vector, config, scale=0.0)
-        records = heal(fresh(student, config), examples, [], config, round_=0, seed=0)
+        records = heal(fresh(student, config), examples, [], config, Turn(0, 0))
         norms[weight] = max(torch.linalg.matrix_norm(f.scale * f.b @ f.a, 2).item() for f in student.factors())
         assert (records[0].squared_op_norm is not None) == (weight > 0)
         student.peft.unload()
@@ -370,7 +370,7 @@ def test_paged_8_bit_adamw_goes_where_adamw_goes(lm, vector):
     for optimiser in ("adamw", "paged_adamw_8bit"):
         config = turned(BASE, LONG | {"training.optimiser": optimiser, "barrier.lam": 0.0})
         student, _, examples, _ = student_with_update(lm, vector, config, scale=0.0)
-        records = heal(fresh(student, config), examples, [], config, round_=0, seed=0)
+        records = heal(fresh(student, config), examples, [], config, Turn(0, 0))
         ends[optimiser] = records[-1].objective
         assert ends[optimiser] < records[0].objective - 0.05
         student.peft.unload()

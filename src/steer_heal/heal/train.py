@@ -12,7 +12,7 @@ import random
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -36,20 +36,26 @@ class NonFinite(UserError):
     """The loss of a step is not a finite number."""
 
 
+@dataclass(frozen=True)
+class Turn:
+    """Which round is trained, and what it goes on from."""
+
+    number: int
+    seed: int
+    before: list[HealStep] | None = None
+    """the steps of the round before: a dual multiplier of a distance from the pristine base goes on from its last
+    value, because that constraint is the same one in every round"""
+
+
 def heal(
     student: Student,
     examples: list[Example],
     anchors: list[Example],
     config: HealConfig,
-    round_: int,
-    seed: int,
+    turn: Turn,
     on_rows: Callable[[int], None] = lambda rows: None,
-    before: list[HealStep] | None = None,
 ) -> list[HealStep]:
     """Train the current round's adapter in place; `config.barrier.tau` must be a number (`with_tau`).
-
-    `before` is what the round before returned. A dual multiplier of a distance from the pristine base goes on from
-    its last value, because that constraint is the same one in every round.
 
     Returns one record per optimiser step: the terms of the loss in nats, whether the barrier fired, lam, with
     `barrier.kind dual` the lam that follows from the step (`next_lam`), learning rate, norm of the gradient before
@@ -57,59 +63,71 @@ def heal(
 
     Raises NonFinite with the step, the batch and the term that produced it.
     """
-    shuffle = random.Random(seed)
-    knobs = config.training
+    shuffle, knobs = random.Random(turn.seed), config.training
     validating = len(examples) - trained_on(len(examples), knobs)
     held_out = set(shuffle.sample(range(len(examples)), validating))
     training = [e for i, e in enumerate(examples) if i not in held_out]
     validation = [examples[i] for i in sorted(held_out)]
-    steps_an_epoch = math.ceil(len(training) / knobs.batch)
-    total = knobs.epochs * steps_an_epoch
-    lam = _weights(config.barrier, round_, before)
-    parameters = student.trainable()
-    optimiser = _optimiser(parameters, replace(knobs, lr=knobs.lr * (1 + round_) ** knobs.lr_round_pow))
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: _cosine(step, total))
-    operator_norm = OperatorNorm(student.factors(), seed) if knobs.op_norm else None
     numbers = {id(e): i for i, e in enumerate(examples)}
-    history = []
+    steps_an_epoch = math.ceil(len(training) / knobs.batch)
+    descent = Descent(student, config, turn, knobs.epochs * steps_an_epoch)
+    records = []
     with student.view(train=True), recomputation(student.lm, knobs.checkpointing):
-        for step in range(total):
+        for step in range(descent.steps):
             if step % steps_an_epoch == 0:
                 epoch = _epoch_batches(training, knobs.batch, shuffle)
-            batch = epoch[step % steps_an_epoch] + shuffle.sample(anchors, min(len(anchors), ANCHORS_A_STEP))
-            began = time.perf_counter()
-            record = {"step": step, **accumulate(student.lm, batch, config, lam)}
-            if operator_norm is not None:
-                penalty = operator_norm()
-                (knobs.op_norm * penalty).backward()
-                record["squared_op_norm"] = penalty.item()
-            record["grad_norm"] = torch.nn.utils.clip_grad_norm_(parameters, CLIP).item()
-            _check_finite(record, round_, [numbers[id(e)] for e in batch if not e.anchor])
-            record["lr"] = schedule.get_last_lr()[0]
-            optimiser.step()
-            schedule.step()
-            optimiser.zero_grad(set_to_none=True)
-            if config.barrier.kind == "dual":
-                lam.ascend(record, config)
-                record |= {"next_lam": lam.own, "next_anchor_lam": lam.anchor}
-            record["step_seconds"] = time.perf_counter() - began
-            record["tokens_per_s"] = record["tokens"] / record["step_seconds"]
-            history.append(record)
-            on_rows(sum(not e.anchor for e in batch))
-            if validation and step + 1 == total:
-                record["val_objective"] = _validation(student, validation, config)
-    return [HealStep(**record) for record in history]
+            batch = epoch[step % steps_an_epoch]
+            joined = batch + shuffle.sample(anchors, min(len(anchors), ANCHORS_A_STEP))
+            records.append(descent.step(step, joined, [numbers[id(e)] for e in batch]))
+            on_rows(len(batch))
+        if validation:
+            records[-1]["val_objective"] = _validation(student, validation, config)
+    return [HealStep(**record) for record in records]
 
 
-def _weights(barrier: BarrierConfig, round_: int, before: list[HealStep] | None) -> Multipliers:
-    """The barrier's weights at a round's first step; `before` are the records of the round before."""
+class Descent:
+    """The optimiser of one round and what moves with it: the learning rate and the barrier's weights."""
+
+    def __init__(self, student: Student, config: HealConfig, turn: Turn, steps: int) -> None:
+        knobs = config.training
+        self.lm, self.config, self.turn, self.steps = student.lm, config, turn, steps
+        self.parameters = student.trainable()
+        lr = knobs.lr * (1 + turn.number) ** knobs.lr_round_pow
+        self.optimiser = _optimiser(self.parameters, replace(knobs, lr=lr))
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimiser, lambda step: _cosine(step, steps))
+        self.operator_norm = OperatorNorm(student.factors(), turn.seed) if knobs.op_norm else None
+        self.lam = _weights(config.barrier, turn)
+
+    def step(self, number: int, batch: list[Example], kept: list[int]) -> dict:
+        """One optimiser step, as a `HealStep` has it. `kept` are the numbers of the batch's completions."""
+        began, knobs = time.perf_counter(), self.config.training
+        record = {"step": number, **accumulate(self.lm, batch, self.config, self.lam)}
+        if self.operator_norm is not None:
+            penalty = self.operator_norm()
+            (knobs.op_norm * penalty).backward()
+            record["squared_op_norm"] = penalty.item()
+        record["grad_norm"] = torch.nn.utils.clip_grad_norm_(self.parameters, CLIP).item()
+        _check_finite(record, self.turn.number, kept)
+        record["lr"] = self.schedule.get_last_lr()[0]
+        self.optimiser.step()
+        self.schedule.step()
+        self.optimiser.zero_grad(set_to_none=True)
+        if self.config.barrier.kind == "dual":
+            self.lam.ascend(record, self.config)
+            record |= {"next_lam": self.lam.own, "next_anchor_lam": self.lam.anchor}
+        seconds = time.perf_counter() - began
+        return record | {"step_seconds": seconds, "tokens_per_s": record["tokens"] / seconds}
+
+
+def _weights(barrier: BarrierConfig, turn: Turn) -> Multipliers:
+    """The barrier's weights at a round's first step."""
     if barrier.kind == "fixed":
-        weight = barrier.lam * (1 + round_) ** barrier.lam_round_pow
+        weight = barrier.lam * (1 + turn.number) ** barrier.lam_round_pow
         return Multipliers(weight, weight)
     lam = Multipliers(DUAL_START, DUAL_START)
-    if before:
-        lam.anchor = before[-1].next_anchor_lam
-        lam.own = before[-1].next_lam if barrier.reference == "base" else lam.own
+    if turn.before:
+        lam.anchor = turn.before[-1].next_anchor_lam
+        lam.own = turn.before[-1].next_lam if barrier.reference == "base" else lam.own
     return lam
 
 

@@ -30,7 +30,7 @@ from steer_heal.eval.opponents import (
 from steer_heal.eval.reading import ArmReading, Geometry, side_by_side
 from steer_heal.heal.examples import Example, prepare, with_tau
 from steer_heal.heal.steps import HealStep
-from steer_heal.heal.train import heal, trained_on
+from steer_heal.heal.train import Turn, heal, trained_on
 from steer_heal.model.steering import AnyVector, Steering
 from steer_heal.runs.rounds import InRound, Round, folder_of
 from steer_heal.runs.summary import Baselines
@@ -155,7 +155,7 @@ class RoundStages:
                 settled = with_tau(student.lm, examples, config.heal, before)
                 held = anchors()
                 folder.part = TRAINING
-                return heal(student, examples, held, settled, self.number, seed, done, before)
+                return heal(student, examples, held, settled, Turn(self.number, seed, before), done)
 
         def write(path: Path, steps: list[HealStep]) -> None:
             folder.write_jsonl(log, steps)  # before the adapter, whose existence says that all is done
