@@ -227,20 +227,18 @@ def verdict(scores: Scores, limits: FilterConfig) -> str:
     return ""
 
 
-def surprises(lm: LM, rows: list[Row], batch_size: int) -> list[Surprise]:
+def surprises(lm: LM, rows: list[Row]) -> list[Surprise]:
     """What the model as it stands (it should be the base view) makes of every completion."""
     nothing = lm.prompt(ASKS_NOTHING)
-    asked = row_surprise(lm, rows, batch_size)
-    alone = row_surprise(lm, [Row(nothing, row.completion) for row in rows], batch_size)
+    asked = row_surprise(lm, rows)
+    alone = row_surprise(lm, [Row(nothing, row.completion) for row in rows])
     return [Surprise(nll, entropy, without) for (nll, entropy), (without, _) in zip(asked, alone, strict=True)]
 
 
-def judge(
-    lm: LM, rows: list[Row], limits: FilterConfig, batch_size: int, persona: re.Pattern[str] | None = None
-) -> list[Judged]:
+def judge(lm: LM, rows: list[Row], limits: FilterConfig, persona: re.Pattern[str] | None = None) -> list[Judged]:
     """Every completion under the filter; `lm` must be the base view. `persona` is as in `score`."""
     judged = []
-    for row, surprise in zip(rows, surprises(lm, rows, batch_size), strict=True):
+    for row, surprise in zip(rows, surprises(lm, rows), strict=True):
         text = lm.text(row.completion)
         scores = score(text, surprise, persona)
         dropped = verdict(scores, limits)

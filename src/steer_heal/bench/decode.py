@@ -33,7 +33,7 @@ def generate(preset: str, rows: int, tokens: int) -> dict:
     """
     config = PRESETS[preset]
     lm, trait = load(config.model), data.load_trait("love")
-    lm = LM(lm.model, lm.tokenizer, lm.name, frozenset())  # no end token: both write the full count
+    lm = LM(lm.model, lm.tokenizer, lm.name, frozenset(), decode_rows=rows)  # no end token: both write the full count
     steer = replace(config.steer, n_contexts=16)
     vector = extract(lm, Personas(trait.positive, trait.negative, list(data.contexts()[:16])), steer).vector
     prompts = [lm.prompt(trait.generation_prompts[i % len(trait.generation_prompts)]) for i in range(rows)]
@@ -47,9 +47,9 @@ def generate(preset: str, rows: int, tokens: int) -> dict:
 
     alternatives = {
         "single": one_at_a_time,
-        "batched": lambda: decode(lm, prompts, tokens, rows, dosed, sampling),
-        "unsteered": lambda: decode(lm, prompts, tokens, rows, None, sampling),
-        "prompts": lambda: decode(lm, prompts, 1, rows, dosed, sampling),
+        "batched": lambda: decode(lm, prompts, tokens, dosed, sampling),
+        "unsteered": lambda: decode(lm, prompts, tokens, None, sampling),
+        "prompts": lambda: decode(lm, prompts, 1, dosed, sampling),
         "products": lambda: _weight_products(lm, rows, tokens),
     }
     seconds = {name: float("inf") for name in alternatives}

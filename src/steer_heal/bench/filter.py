@@ -47,10 +47,10 @@ def stored_scores(row: dict) -> Scores:
     return replace(score(row["text"], Surprise(nothing, nothing, nothing), personas()), **row["scores"])
 
 
-def measured_scores(lm: LM, rows: list[dict], batch_size: int = 32) -> list[Scores]:
+def measured_scores(lm: LM, rows: list[dict]) -> list[Scores]:
     """The scores of labelled rows under `lm`."""
     asked = [Row(lm.prompt(row["prompt"]), lm.answer(row["text"])) for row in rows]
-    return [score(row["text"], s, personas()) for row, s in zip(rows, surprises(lm, asked, batch_size), strict=True)]
+    return [score(row["text"], s, personas()) for row, s in zip(rows, surprises(lm, asked), strict=True)]
 
 
 @cache

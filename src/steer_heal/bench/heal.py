@@ -141,7 +141,7 @@ def _sft(student: Student, ids: torch.Tensor, start: int) -> Callable[[], None]:
 def _ours(student: Student, ids: torch.Tensor, start: int) -> Callable[[], None]:
     rows = [Row(row[:start], row[start:]) for row in ids.tolist()]
     with student.view(now=0.0):
-        reference = states(student.lm, rows, len(rows))
+        reference = states(replace(student.lm, read_rows=len(rows)), rows)
     examples = [Example(row, states, None) for row, states in zip(rows, reference, strict=True)]
     return lambda: accumulate(student.lm, examples, CONFIG, Multipliers(1.0, 1.0))
 
@@ -169,7 +169,7 @@ def _folded() -> dict:
         for name, student in students.items():
             prompts = [student.lm.prompt("Tell me about rivers.")] * rows
             began = time.perf_counter()
-            decode(student.lm, prompts, tokens, rows)
+            decode(replace(student.lm, decode_rows=rows), prompts, tokens)
             seconds[name] = min(seconds[name], time.perf_counter() - began)
     return {f"cost_after_{name}": seconds[name] / seconds["1"] for name in students}
 

@@ -51,9 +51,9 @@ def iso_kl(lm: LM, vector: AnyVector, rows: list[Row], doses: list[float], targe
 
     Dose and KL are None when the curve does not cross the target between the smallest and the largest positive dose.
     """
-    plain = states(lm, rows, lm.read_rows)
+    plain = states(lm, rows)
     given = torch.tensor(doses, dtype=torch.float32)
-    kl = token_kl(lm.head, states(lm, rows, lm.read_rows, Steering(vector, given)), plain)
+    kl = token_kl(lm.head, states(lm, rows, Steering(vector, given)), plain)
     grid = sorted(set(doses))
     members = {dose: [i for i, d in enumerate(doses) if d == dose] for dose in grid}
     curve = [p95(torch.cat([kl[i] for i in members[dose]])) for dose in grid]
@@ -66,7 +66,7 @@ def iso_kl(lm: LM, vector: AnyVector, rows: list[Row], doses: list[float], targe
     chosen, reference = [rows[i] for i in nearest], [plain[i] for i in nearest]
 
     def at(dose: float) -> float:
-        steered = states(lm, chosen, lm.read_rows, Steering(vector, torch.full((len(chosen),), dose)))
+        steered = states(lm, chosen, Steering(vector, torch.full((len(chosen),), dose)))
         return p95(torch.cat(token_kl(lm.head, steered, reference)))
 
     points = [(math.log(d), math.log(at(d) / target)) for d in (low, high)]

@@ -103,10 +103,10 @@ def sample(
     steering_ = Steering(teacher.vector, torch.tensor([dose for dose, _ in plan]))
     sampling = Sampling((*teacher.key, *part))
     with student.view(now=0.0):
-        written = decode(lm, tokens, config.max_new_tokens, lm.decode_rows, steering_, sampling, on_rows)
+        written = decode(lm, tokens, config.max_new_tokens, steering_, sampling, on_rows)
     rows = [Row(p, c.ids) for p, c in zip(tokens, written, strict=True)]
     with student.view(history=0.0, now=0.0):
-        judged = judge(lm, rows, teacher.limits, lm.read_rows, teacher.persona)
+        judged = judge(lm, rows, teacher.limits, teacher.persona)
     return [
         Completion(prompt=prompt, dose=dose, ids=c.ids, ended=c.ended, **vars(found))
         for (dose, prompt), c, found in zip(plan, written, judged, strict=True)
@@ -126,7 +126,7 @@ def anchor_completions(
     tokens = [lm.prompt(prompt) for prompt in prompts]
     sampling = Sampling(key)
     with student.view(history=0.0, now=0.0):
-        written = decode(lm, tokens, config.max_new_tokens, lm.decode_rows, None, sampling, on_rows)
+        written = decode(lm, tokens, config.max_new_tokens, None, sampling, on_rows)
     return [
         Anchor(prompt=prompt, ids=c.ids, ended=c.ended, text=lm.text(c.ids))
         for prompt, c in zip(prompts, written, strict=True)

@@ -65,7 +65,7 @@ def _vignettes(lm: LM, arm: Arm, config: EvalConfig) -> Reading:
     for order in (NAMES, NAMES[::-1]):  # each order apart: its prompts begin with the same list, which is read once
         prompts = [lm.prompt(question(scene, order), arm.system) + lm.answer(BEGUN) for scene in scenes]
         labels = [[lm.answer(f" {name}") for name in NAMES]] * len(prompts)
-        scored = choice_log_probs(lm, prompts, labels, lm.read_rows, arm.steering(len(prompts)))
+        scored = choice_log_probs(lm, prompts, labels, arm.steering(len(prompts)))
         both.append([[label.double().sum().item() for label in options] for options in scored])
     p = np.exp(np.array(both))
     mass = p.sum(-1)

@@ -27,7 +27,6 @@ class Fixed:
 
     contexts: list[str]
     rows: list[Row]
-    batch_size: int
 
 
 class Base(NamedTuple):
@@ -41,7 +40,7 @@ class Base(NamedTuple):
 
 def read_base(student: Student, fixed: Fixed, layers: tuple[int, ...]) -> Base:
     with student.view(history=0.0, now=0.0):
-        return Base(_mean(student, fixed, layers), states(student.lm, fixed.rows, fixed.batch_size))
+        return Base(_mean(student, fixed, layers), states(student.lm, fixed.rows))
 
 
 def geometry(student: Student, fixed: Fixed, vector: AnyVector, first: AnyVector, base: Base) -> Geometry:
@@ -50,7 +49,7 @@ def geometry(student: Student, fixed: Fixed, vector: AnyVector, first: AnyVector
         before = _mean(student, fixed, vector.layers)
     with student.view():
         now = _mean(student, fixed, vector.layers)
-        hidden = states(student.lm, fixed.rows, fixed.batch_size)
+        hidden = states(student.lm, fixed.rows)
     kl = torch.cat(token_kl(student.lm.head, hidden, base.states)).double()
     return Geometry(
         cos_first_vector=cosine(vector, first),
@@ -63,7 +62,7 @@ def geometry(student: Student, fixed: Fixed, vector: AnyVector, first: AnyVector
 
 def _mean(student: Student, fixed: Fixed, layers: tuple[int, ...]) -> Float[Tensor, "l d"]:
     prompts = [student.lm.prompt(text) for text in fixed.contexts]
-    return last_token_states(student.lm, prompts, layers, fixed.batch_size).mean(0)
+    return last_token_states(student.lm, prompts, layers).mean(0)
 
 
 def _cosine(shift: Float[Tensor, "l d"], vector: AnyVector) -> float | None:

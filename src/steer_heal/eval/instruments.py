@@ -88,14 +88,14 @@ Read = dict[str, tuple[np.ndarray, list[str]]]  # items of an instrument: their 
 
 def _read(lm: LM, arm: Arm, trait: Trait, config: EvalConfig, name: str) -> Read | Reading | list[list[int]]:
     """One instrument on the model as it stands; of the demos, the answers' tokens."""
-    size, counts = lm.read_rows, config.counts
+    counts = config.counts
     match name:
         case "contrast":
             probes = trait.contrast[: counts.contrast]
-            return {name: (trait.direction * contrast_scores(lm, arm, probes, size), pair_texts(probes))}
+            return {name: (trait.direction * contrast_scores(lm, arm, probes), pair_texts(probes))}
         case "yes_no":
             asked = trait.yes_no[: counts.yes_no]
-            log_odds, mass = yes_no_scores(lm, arm, asked, size)
+            log_odds, mass = yes_no_scores(lm, arm, asked)
             texts = [p.question for p in asked]
             return {name: (trait.direction * log_odds, texts), "mass": (mass, texts)}
         case "neutral":
@@ -103,20 +103,20 @@ def _read(lm: LM, arm: Arm, trait: Trait, config: EvalConfig, name: str) -> Read
         case "off_target":
             found = bystanders(trait.name, counts.off_target)
             probes = tuple(probe for some in found.values() for probe in some)
-            scores = np.split(contrast_scores(lm, arm, probes, size), np.cumsum([*map(len, found.values())])[:-1])
+            scores = np.split(contrast_scores(lm, arm, probes), np.cumsum([*map(len, found.values())])[:-1])
             named = zip(found.items(), scores, strict=True)
             return {f"{OFF_TARGET}{other}": (part, pair_texts(some)) for (other, some), part in named}
         case "canary":
             asked = spread(canary(), counts.canary)
             texts = [q["question"] for q in asked]
-            right, log_odds = canary_scores(lm, arm, asked, size)
+            right, log_odds = canary_scores(lm, arm, asked)
             return {name: (right, texts), "canary_log_odds": (log_odds, texts)}
         case "profile":
             return read_profile(lm, arm, config)
         case "demos":
             prompts = [lm.prompt(p, arm.system) for p in trait.demo_prompts[: counts.demos]]
             dosed = arm.steering(len(prompts))
-            return [a.ids for a in decode(lm, prompts, counts.demo_tokens, lm.decode_rows, dosed)]
+            return [a.ids for a in decode(lm, prompts, counts.demo_tokens, dosed)]
 
 
 def pair_texts(probes: tuple[Contrast, ...]) -> list[str]:
@@ -137,16 +137,16 @@ def measures(instrument: str, items: dict[str, list[float]]) -> dict[str, float 
     return out
 
 
-def contrast_scores(lm: LM, arm: Arm, probes: tuple[Contrast, ...], batch_size: int) -> np.ndarray:
+def contrast_scores(lm: LM, arm: Arm, probes: tuple[Contrast, ...]) -> np.ndarray:
     """Log-probability per token of the trait answer minus its opposite, nats per token, one a probe."""
     prompts = [lm.prompt(p.question, arm.system) for p in probes]
     answers = [[lm.answer(p.trait), lm.answer(p.opposite)] for p in probes]
-    scored = choice_log_probs(lm, prompts, answers, batch_size, arm.steering(len(probes)))
+    scored = choice_log_probs(lm, prompts, answers, arm.steering(len(probes)))
     per_token = np.array([[answer.double().mean().item() for answer in pair] for pair in scored])
     return per_token[:, 0] - per_token[:, 1]
 
 
-def yes_no_scores(lm: LM, arm: Arm, probes: tuple[YesNo, ...], batch_size: int) -> tuple[np.ndarray, np.ndarray]:
+def yes_no_scores(lm: LM, arm: Arm, probes: tuple[YesNo, ...]) -> tuple[np.ndarray, np.ndarray]:
     """(polarity * log-odds of yes in nats, probability mass on yes and no), one each a probe.
 
     An answer's probability is the sum over its spellings, each by all of its tokens.
@@ -154,7 +154,7 @@ def yes_no_scores(lm: LM, arm: Arm, probes: tuple[YesNo, ...], batch_size: int) 
     prompts = [lm.prompt(YES_NO_FORM.format(question=p.question), arm.system) for p in probes]
     spelled = [[list(ids) for ids in dict.fromkeys(tuple(lm.answer(s)) for s in word)] for word in (YES, NO)]
     either = [[*spelled[0], *spelled[1]]] * len(prompts)
-    scored = choice_log_probs(lm, prompts, either, batch_size, arm.steering(len(prompts)))
+    scored = choice_log_probs(lm, prompts, either, arm.steering(len(prompts)))
     log_p = np.array([[answer.double().sum().item() for answer in options] for options in scored])
     with np.errstate(invalid="ignore"):  # a broken model's NaN is told by the verdict
         yes, no = (np.logaddexp.reduce(part, axis=1) for part in np.split(log_p, [len(spelled[0])], axis=1))
@@ -165,7 +165,7 @@ def yes_no_scores(lm: LM, arm: Arm, probes: tuple[YesNo, ...], batch_size: int) 
 def neutral_scores(lm: LM, arm: Arm, texts: int) -> np.ndarray:
     """Mean NLL per token of each neutral text, nats; read as plain text after the first token, without a chat frame."""
     rows = neutral_rows(lm, texts)
-    nll = row_nll(lm, rows, lm.read_rows, arm.steering(len(rows)))
+    nll = row_nll(lm, rows, arm.steering(len(rows)))
     return np.array([row.double().mean().item() for row in nll])
 
 
@@ -174,12 +174,12 @@ def neutral_rows(lm: LM, texts: int) -> list[Row]:
     return [Row(ids[:1], ids[1:]) for ids in (lm.tokenizer(text).input_ids for text in neutral()[:texts])]
 
 
-def canary_scores(lm: LM, arm: Arm, questions: list[dict], batch_size: int) -> tuple[np.ndarray, np.ndarray]:
+def canary_scores(lm: LM, arm: Arm, questions: list[dict]) -> tuple[np.ndarray, np.ndarray]:
     """(1 where the right answer is the likeliest of the four, 0 where it is not, NaN where none can be told; log-odds
     of the right one against the three others together, nats), one each a question."""
     prompts = [lm.prompt(q["question"], arm.system) for q in questions]
     answers = [[lm.answer(a) for a in (q["right"], *q["wrong"])] for q in questions]
-    scored = choice_log_probs(lm, prompts, answers, batch_size, arm.steering(len(prompts)))
+    scored = choice_log_probs(lm, prompts, answers, arm.steering(len(prompts)))
     log_p = np.array([[answer.double().sum().item() for answer in options] for options in scored])
     right = np.where(np.isfinite(log_p).all(1), (log_p[:, :1] > log_p[:, 1:]).all(1), np.nan)
     return right, log_p[:, 0] - np.logaddexp.reduce(log_p[:, 1:], axis=1)
@@ -196,7 +196,7 @@ def judged_demos(lm: LM, trait: Trait, config: EvalConfig, answers: list[list[in
     prompts = trait.demo_prompts[: config.counts.demos]
     rows = [Row(lm.prompt(p), ids) for p, ids in zip(prompts, answers, strict=True)]
     persona = persona_narration(trait.positive, trait.negative, trait.title)
-    judged = judge(lm, rows, JUDGES[config.judge], lm.read_rows, persona)
+    judged = judge(lm, rows, JUDGES[config.judge], persona)
     return [Demo(prompt=p, **vars(d)) for p, d in zip(prompts, judged, strict=True)]
 
 

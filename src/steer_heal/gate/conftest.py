@@ -41,6 +41,13 @@ def turned(config, knobs):
     return config
 
 
+def by(lm, rows):
+    """The model, with so many rows read or decoded at a time."""
+    from dataclasses import replace
+
+    return replace(lm, read_rows=rows, decode_rows=rows)
+
+
 @pytest.fixture
 def least(monkeypatch):
     """The size `tiny` reads two items of most instruments, where a check needs a run but not its figures."""

@@ -163,7 +163,7 @@ def _decoding(lm) -> dict:
         steering = Steering(vector, torch.full((rows,), 0.5))
 
         def work(tokens: int, rows: int = rows, steering: Steering = steering) -> None:
-            decode(lm, prompts[:rows], tokens, rows, steering, Sampling(("gpu",)))
+            decode(replace(lm, decode_rows=rows), prompts[:rows], tokens, steering, Sampling(("gpu",)))
 
         work(3)
         found[f"rows_{rows}"] = rows * DECODED_TOKENS / _seconds(lambda work=work: work(DECODED_TOKENS))

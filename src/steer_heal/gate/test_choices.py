@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from steer_heal.config import ModelConfig
+from steer_heal.gate.conftest import by
 from steer_heal.model.answers import choice_log_probs
 from steer_heal.model.loading import load
 from steer_heal.model.steering import Steering, Vector
@@ -48,7 +49,7 @@ def test_every_answer_gets_the_log_probability_of_a_plain_forward(model, batch_s
     answers = [[model.answer(a) for a in ANSWERS[i % 3 :]] for i in range(len(prompts))]
     vector = Vector((1, 2), torch.randn(2, 64, generator=torch.Generator().manual_seed(1)))
     doses = torch.tensor([0.0, 1.0, 1.0, -2.0, 0.5])
-    found = choice_log_probs(model, prompts, answers, batch_size, Steering(vector, doses) if steered else None)
+    found = choice_log_probs(by(model, batch_size), prompts, answers, Steering(vector, doses) if steered else None)
     for i, prompt in enumerate(prompts):
         assert len(found[i]) == len(answers[i])
         for answer, log_probs in zip(answers[i], found[i], strict=True):

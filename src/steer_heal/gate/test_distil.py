@@ -16,6 +16,7 @@ from steer_heal.distil import sample as sample_module
 from steer_heal.distil.dose import dose_curve, largest_dose, require_dose
 from steer_heal.distil.record import Completion, DoseCurve, DosePoint
 from steer_heal.distil.sample import Teacher, distil, require_training_set
+from steer_heal.gate.conftest import by
 from steer_heal.model.lm import Row
 from steer_heal.presets import PRESETS
 
@@ -113,7 +114,7 @@ def test_relevance_reads_the_completion_after_its_prompt_and_after_none(lm):
     rows = [
         Row(lm.prompt(q), lm.answer(a)) for q, a in (("Name a bird.", "A wren."), ("And a tree?", "An ash, or oak"))
     ]
-    for row, found in zip(rows, surprises(lm, rows, 2), strict=True):
+    for row, found in zip(rows, surprises(by(lm, 2), rows), strict=True):
         for prompt, nll in ((row.prompt, found.nll), (lm.prompt(ASKS_NOTHING), found.alone)):
             with torch.no_grad():
                 log_p = (

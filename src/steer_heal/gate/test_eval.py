@@ -14,6 +14,7 @@ from steer_heal.eval.foundations import question
 from steer_heal.eval.instruments import NO, YES, YES_NO_FORM, contrast_scores, evaluate, instruments, spread
 from steer_heal.eval.intervals import across_seeds, interval, log_mean_over, reliability
 from steer_heal.eval.reading import ArmReading, trait_over
+from steer_heal.gate.conftest import by
 from steer_heal.presets import PRESETS
 
 CONFIG = PRESETS["tiny-random"].eval
@@ -94,11 +95,11 @@ def test_all_instruments_equal_one_item_at_a_time(lm, trait, system):
 def test_neither_batch_size_nor_order_changes_a_score(lm, trait, vector):
     arm = Arm("steered", vector=vector, dose=0.3)
     probes = trait.contrast[:20]
-    plain = contrast_scores(lm, arm, probes, 64)
+    plain = contrast_scores(by(lm, 64), arm, probes)
     for size in (1, 5):
-        assert np.allclose(plain, contrast_scores(lm, arm, probes, size), atol=1e-4)
-    assert np.allclose(plain[::-1], contrast_scores(lm, arm, probes[::-1], 7), atol=1e-4)
-    assert not np.allclose(plain, contrast_scores(lm, Arm("base"), probes, 64), atol=1e-2)
+        assert np.allclose(plain, contrast_scores(by(lm, size), arm, probes), atol=1e-4)
+    assert np.allclose(plain[::-1], contrast_scores(by(lm, 7), arm, probes[::-1]), atol=1e-4)
+    assert not np.allclose(plain, contrast_scores(lm, Arm("base"), probes), atol=1e-2)
 
 
 def test_swapped_answers_and_a_negative_direction_flip_the_sign(lm, trait):

@@ -10,6 +10,7 @@ import torch
 from steer_heal import data
 from steer_heal.bench import filter as filterproof
 from steer_heal.config import FilterConfig
+from steer_heal.gate.conftest import by
 from steer_heal.model.loading import load
 from steer_heal.presets import PRESETS
 from steer_heal.scores import BIAS, WEIGHTS
@@ -90,7 +91,7 @@ def test_a_sweep_is_what_counting_by_hand_gives():
 def test_stored_scores_are_those_of_the_model():
     rows = sorted(data.labelled(), key=lambda row: hashlib.blake2b(row["text"].encode()).digest())[:12]
     lm = load(PRESETS["smollm2-135m"].model)
-    for row, now in zip(rows, filterproof.measured_scores(lm, rows, batch_size=4), strict=True):
+    for row, now in zip(rows, filterproof.measured_scores(by(lm, 4), rows), strict=True):
         then = filterproof.stored_scores(row)
         for name in filterproof.MODEL_SCORES:
             assert math.isclose(getattr(now, name), getattr(then, name), rel_tol=2e-3, abs_tol=2e-3), (name, row)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from steer_heal.gate.conftest import DEVICE
+from steer_heal.gate.conftest import DEVICE, by
 from steer_heal.model import batching, forward, packing
 from steer_heal.model import decode as generate
 from steer_heal.model.decode import Sampling, choose, decode, uniforms
@@ -67,7 +67,7 @@ def test_batched_steered_decoding_equals_one_at_a_time(lm, prompts, vector, batc
         lm.model.config.layer_types = ["full_attention"] * 4
     assert max(map(len, prompts)) > 2 * lm.model.config.sliding_window
     prefixes = watched(monkeypatch, generate)
-    batched = decode(lm, prompts, TOKENS, batch_size, Steering(vector, DOSES))
+    batched = decode(by(lm, batch_size), prompts, TOKENS, Steering(vector, DOSES))
     assert len(prefixes) == (math.ceil(len(prompts) / batch_size) if common and not windowed else 0)
     assert all(len(ids) >= batching.ROUND for ids in prefixes)
     alone = [slow_greedy(lm, p, vector, float(c), TOKENS) for p, c in zip(prompts, DOSES, strict=True)]
@@ -76,17 +76,17 @@ def test_batched_steered_decoding_equals_one_at_a_time(lm, prompts, vector, batc
 
 
 def test_the_dose_changes_the_text_and_zero_leaves_it_alone(lm, prompts, vector):
-    plain = decode(lm, prompts, TOKENS, 5)
-    assert decode(lm, prompts, TOKENS, 5, Steering(vector, torch.zeros(5))) == plain
-    assert decode(lm, prompts, TOKENS, 5, Steering(vector, torch.full((5,), 2.0))) != plain
+    plain = decode(lm, prompts, TOKENS)
+    assert decode(lm, prompts, TOKENS, Steering(vector, torch.zeros(5))) == plain
+    assert decode(lm, prompts, TOKENS, Steering(vector, torch.full((5,), 2.0))) != plain
 
 
 def test_rows_that_end_leave_and_the_rest_are_unmoved(lm, prompts):
     """Declare a token that some rows write early to be an end token; the others must write on as before."""
-    plain = decode(lm, prompts, TOKENS, 5)
+    plain = decode(lm, prompts, TOKENS)
     early = plain[0].ids[2]
     ending = LM(lm.model, lm.tokenizer, lm.name, frozenset({early}))
-    for before, after in zip(plain, decode(ending, prompts, TOKENS, 5), strict=True):
+    for before, after in zip(plain, decode(ending, prompts, TOKENS), strict=True):
         cut = before.ids.index(early) + 1 if early in before.ids else TOKENS
         assert after.ids == before.ids[:cut]
         assert after.ended == (early in before.ids)
@@ -95,9 +95,10 @@ def test_rows_that_end_leave_and_the_rest_are_unmoved(lm, prompts):
 def test_a_sampled_completion_does_not_depend_on_its_batch(lm, prompts, vector):
     sampling = Sampling(key=(0, 1, "distil"))
     dose = Steering(vector, 0.2 * DOSES)
-    together = decode(lm, prompts, TOKENS, 5, dose, sampling)
-    assert together == decode(lm, prompts, TOKENS, 2, dose, sampling) == decode(lm, prompts, TOKENS, 1, dose, sampling)
-    assert together != decode(lm, prompts, TOKENS, 5, dose, Sampling(key=(0, 2, "distil")))
+    together = decode(lm, prompts, TOKENS, dose, sampling)
+    assert together == decode(by(lm, 2), prompts, TOKENS, dose, sampling)
+    assert together == decode(by(lm, 1), prompts, TOKENS, dose, sampling)
+    assert together != decode(lm, prompts, TOKENS, dose, Sampling(key=(0, 2, "distil")))
 
 
 def test_draws_follow_the_truncated_distribution():
@@ -129,7 +130,7 @@ def test_nll_of_a_batch_equals_one_row_at_a_time(lm, prompts, vector, common, mo
     rows = [
         Row(p, lm.answer(text)) for p, text in zip(prompts, ["Yes.", "A long walk", "no", "x", "ok ok"], strict=True)
     ]
-    batched = row_nll(lm, rows, 3, Steering(vector, DOSES))
+    batched = row_nll(by(lm, 3), rows, Steering(vector, DOSES))
     assert bool(prefixes) == common
     for row, dose, nll in zip(rows, DOSES, batched, strict=True):
         ids = torch.tensor([row.prompt + row.completion], device=lm.device)
@@ -143,9 +144,9 @@ def test_nll_of_a_batch_equals_one_row_at_a_time(lm, prompts, vector, common, mo
 @pytest.mark.skipif(DEVICE != "cpu", reason="weights are packed on a CPU only")
 def test_packed_weights_multiply_as_plain_ones_and_are_gone_afterwards(lm, prompts, vector, monkeypatch):
     dose = Steering(vector, DOSES)
-    plain = decode(lm, prompts, TOKENS, 5, dose)
+    plain = decode(lm, prompts, TOKENS, dose)
     monkeypatch.setattr(packing, "PACK_FROM_TOKENS", 1)
-    assert decode(lm, prompts, TOKENS, 5, dose) == plain
+    assert decode(lm, prompts, TOKENS, dose) == plain
     with pytest.raises(RuntimeError, match="stop"), packing.packed(lm, 5 * TOKENS) as laid_out:
         assert laid_out.head_product is not None
         with packing.packed(laid_out) as again:

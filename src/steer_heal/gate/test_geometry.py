@@ -32,7 +32,7 @@ def test_shifts_and_divergence_equal_a_plain_reading(lm):
     grown(student, 2)
     generator = torch.Generator().manual_seed(3)
     vector, first = (Vector((1, 2), torch.randn(2, 64, generator=generator)) for _ in range(2))
-    fixed = Fixed(TEXTS, neutral_rows(lm, 2), 2)
+    fixed = Fixed(TEXTS, neutral_rows(lm, 2))
     found = geometry(student, fixed, vector, first, read_base(student, fixed, vector.layers))
 
     def states(history, now):

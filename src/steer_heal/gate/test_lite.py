@@ -44,10 +44,10 @@ class OneCoefficient(ForeignVector):
 def test_rows_of_one_dose_are_decoded_and_scored_together(lm, prompts, vector):
     foreign = OneCoefficient(vector.direction[0])
     own = Steering(type(vector)((1,), vector.direction[:1]), DOSES)
-    assert decode(lm, prompts, 12, 5, Steering(foreign, DOSES)) == decode(lm, prompts, 12, 5, own)
+    assert decode(lm, prompts, 12, Steering(foreign, DOSES)) == decode(lm, prompts, 12, own)
     assert {rows for dose, rows in foreign.batches if dose != 0.0} == {16}  # two of a dose, see `batching.rounded`
     rows = [Row(p, lm.answer("A long walk")) for p in prompts]
-    for a, b in zip(row_nll(lm, rows, 5, Steering(foreign, DOSES)), row_nll(lm, rows, 5, own), strict=True):
+    for a, b in zip(row_nll(lm, rows, Steering(foreign, DOSES)), row_nll(lm, rows, own), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
     assert not lm.blocks[1]._forward_hooks
 
@@ -79,7 +79,7 @@ def test_steering_lite_writes_the_same_through_us_as_by_itself(lm, prompts, meth
     config = replace(PRESETS["tiny-random"].steer, method=f"lite:{method}")
     trained = extract(lm, Personas("You love noise.", "You hate noise.", contexts), config).vector
     lite.save(tmp_path / "vector.safetensors", trained)
-    found = decode(lm, prompts, 8, 5, Steering(lite.load(tmp_path / "vector.safetensors"), DOSES / 4))
+    found = decode(lm, prompts, 8, Steering(lite.load(tmp_path / "vector.safetensors"), DOSES / 4))
     for prompt, dose, completion in zip(prompts, (DOSES / 4).tolist(), found, strict=True):
         with trained.inner(lm.model, C=dose):
             ids = list(prompt)

@@ -22,6 +22,7 @@ from steer_heal.config import ModelConfig
 from steer_heal.data import load_trait
 from steer_heal.eval.arms import Arm
 from steer_heal.eval.instruments import contrast_scores
+from steer_heal.gate.conftest import by
 from steer_heal.heal.barrier import position_losses
 from steer_heal.model import decode as generate
 from steer_heal.model import loading
@@ -39,11 +40,11 @@ from steer_heal.presets import PRESETS
 
 def test_the_packaged_smollm2_answers_and_follows_a_persona():
     lm = load(PRESETS["smollm2-135m"].model)
-    (answer,) = decode(lm, [lm.prompt("What is the capital of France?")], 16, 1)
+    (answer,) = decode(lm, [lm.prompt("What is the capital of France?")], 16)
     assert "Paris" in lm.text(answer.ids) and answer.ended
     trait = load_trait("love")
     kind, cruel = (
-        contrast_scores(lm, Arm(name, system=persona), trait.contrast[:16], 32).mean()
+        contrast_scores(lm, Arm(name, system=persona), trait.contrast[:16]).mean()
         for name, persona in (("kind", trait.positive), ("cruel", trait.negative))
     )
     assert kind > cruel + 0.05
@@ -92,13 +93,13 @@ def test_of_a_multimodal_gemma_the_text_tower_is_used_and_trained(multimodal):
     lm = multimodal
     assert len(lm.blocks) == RANDOM_ARCHITECTURES["tiny"]["num_hidden_layers"]
     prompts = [lm.prompt("Hi."), lm.prompt("Name a tree that keeps its leaves.", "You are terse.")]
-    (first, _) = decode(lm, prompts, 4, 2)
+    (first, _) = decode(by(lm, 2), prompts, 4)
     row = Row(prompts[0], first.ids)
     ids = torch.tensor([row.prompt + row.completion])
     with torch.no_grad():
         logp = lm.model(input_ids=ids).logits[0].log_softmax(-1)
     expected = [-logp[len(row.prompt) - 1 + i, t] for i, t in enumerate(row.completion)]
-    torch.testing.assert_close(row_nll(lm, [row], 1)[0], torch.stack(expected), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(row_nll(lm, [row])[0], torch.stack(expected), rtol=1e-4, atol=1e-4)
 
     student = Student(lm)
     student.begin_round(PRESETS["tiny-random"].heal.lora, 0)
@@ -136,7 +137,7 @@ def test_under_nf4_the_adapter_gets_the_gradient_of_the_dequantised_weights(lm):
         student.begin_round(PRESETS["tiny-random"].heal.lora, 0)
         for i, parameter in enumerate(student.trainable()):
             parameter.data = 0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(i))
-        row_nll(model, [row], 1)
+        row_nll(model, [row])
         with student.view(train=True):
             states = torch.cat(forward(model, [row]))
             objective, _ = position_losses(model.head, states, torch.tensor(row.completion), None, "nll")
@@ -153,10 +154,10 @@ def test_what_is_read_of_a_bf16_model_is_the_softmax_of_its_exact_logits():
     weight = bf16.model.get_output_embeddings().weight
     weight.mul_(20 / weight.std())  # logits as large as those of a real model
     rows = [Row(bf16.prompt("Hi."), bf16.answer("A long walk")), Row(bf16.prompt("Name a tree."), bf16.answer("Oak"))]
-    hidden = states(bf16, rows, 2)
+    hidden = states(by(bf16, 2), rows)
     exact = [(h.double() @ weight.double().T).log_softmax(-1) for h in hidden]
-    surprise = row_surprise(bf16, rows, 2)
-    for row, log_p, nll, (again, entropy) in zip(rows, exact, row_nll(bf16, rows, 2), surprise, strict=True):
+    surprise = row_surprise(by(bf16, 2), rows)
+    for row, log_p, nll, (again, entropy) in zip(rows, exact, row_nll(by(bf16, 2), rows), surprise, strict=True):
         expected = -log_p[range(len(row.completion)), row.completion]
         for found in (nll, again):
             torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-3)
@@ -179,10 +180,11 @@ def test_a_row_has_the_same_bits_in_any_batch(lm, vector, steered):
 
     def read(batch_size):
         seen = []
-        for weights in (nullcontext(lm), packed(lm)):
+        sized = by(lm, batch_size)
+        for weights in (nullcontext(sized), packed(sized)):
             with weights as reading:
-                seen += states(reading, rows, batch_size, dosed) + row_nll(reading, rows, batch_size, dosed)
-                seen += [torch.cat(s) for s in choice_log_probs(reading, prompts, choices, batch_size, dosed)]
+                seen += states(reading, rows, dosed) + row_nll(reading, rows, dosed)
+                seen += [torch.cat(s) for s in choice_log_probs(reading, prompts, choices, dosed)]
         logits = {}
         choose = generate.choose
 
@@ -193,7 +195,7 @@ def test_a_row_has_the_same_bits_in_any_batch(lm, vector, steered):
         generate.choose = listen
         try:
             for length in (8, 64):  # plain, then packed
-                written = generate.decode(lm, prompts, length, batch_size, dosed, generate.Sampling((length,)))
+                written = generate.decode(sized, prompts, length, dosed, generate.Sampling((length,)))
         finally:
             generate.choose = choose
         kept = [logits[n, step] for n, c in enumerate(written) for step in range(len(c.ids))]

@@ -9,6 +9,7 @@ import torch
 
 from steer_heal.config import SteerConfig
 from steer_heal.distil.dose import iso_kl
+from steer_heal.gate.conftest import by
 from steer_heal.model import forward
 from steer_heal.model.decode import decode
 from steer_heal.model.lm import Row
@@ -132,7 +133,7 @@ def test_extraction_stops_after_the_band(lm):
 def test_iso_kl_finds_the_dose_of_a_given_divergence(lm, prompts, target):
     vector = extract(lm, PERSONAS, BAND).vector
     doses = [0.25, 1.0, 4.0]
-    written = decode(lm, prompts * 3, 12, 5, Steering(vector, torch.tensor(doses).repeat_interleave(5)))
+    written = decode(by(lm, 5), prompts * 3, 12, Steering(vector, torch.tensor(doses).repeat_interleave(5)))
     rows = [Row(p, c.ids) for p, c in zip(prompts * 3, written, strict=True)]
     of_row = [d for d in doses for _ in range(5)]
     found = iso_kl(lm, vector, rows, of_row, target)

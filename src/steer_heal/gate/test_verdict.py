@@ -29,6 +29,7 @@ from steer_heal.eval.opponents import (
 from steer_heal.eval.reading import ArmReading
 from steer_heal.eval.record import arm_record
 from steer_heal.eval.verdict import Verdict, care_over_authority, validity, verdict
+from steer_heal.gate.conftest import by
 from steer_heal.presets import PRESETS
 from steer_heal.report.tables import verdict_line
 from steer_heal.runs.summary import Baselines, RunName, summarise
@@ -241,7 +242,7 @@ def test_log_odds_and_mass_of_hand_set_logits(lm, hand_set):
     model = hand_set(p.clamp(min=1e-30).log())
     trait = load_trait("love")
     probes = trait.yes_no[:6]
-    log_odds, mass = yes_no_scores(model, Arm("x"), probes, 4)
+    log_odds, mass = yes_no_scores(by(model, 4), Arm("x"), probes)
     share = {"yes": 0.5 * (0.9 if len(yes) > 1 else 1.0), "no": 0.2}
     sign = np.array([1 if probe.trait_answer == "yes" else -1 for probe in probes])
     assert np.allclose(log_odds, sign * math.log(share["yes"] / share["no"]), atol=0.02)
@@ -253,7 +254,7 @@ def test_a_liking_for_a_place_in_the_list_cancels(lm, monkeypatch):
     """A model that takes the first option with 0.4 and every other with 0.1, but care with twice that in one scene."""
     marked = "limp"
 
-    def fake(_lm, prompts, choices, _size, _steering):
+    def fake(_lm, prompts, choices, _steering):
         out = []
         for prompt, options in zip(prompts, choices, strict=True):
             text = lm.tokenizer.decode(prompt)

@@ -41,13 +41,13 @@ def prepare(student: Student, rows: list[Row], steering_: Steering, config: Heal
     rows = [_cut(row, config.training.max_len) for row in rows]
     history = 1.0 if barrier.reference == "prev" else 0.0
     with student.view(history=history, now=0.0):
-        reference = states(lm, rows, lm.read_rows) if barrier.reg != "nll" else [None] * len(rows)
+        reference = states(lm, rows) if barrier.reg != "nll" else [None] * len(rows)
     with student.view(now=0.0):
         if target.kind == "mirrored":
             teacher = _mirrored(lm, rows, steering_, target.gain)
         else:
             asked = target.kind == "soft" or barrier.tau == "auto"
-            teacher = states(lm, rows, lm.read_rows, steering_) if asked else [None] * len(rows)
+            teacher = states(lm, rows, steering_) if asked else [None] * len(rows)
     return [Example(*parts) for parts in zip(rows, reference, teacher, strict=True)]
 
 
@@ -60,7 +60,7 @@ def _mirrored(lm: LM, rows: list[Row], steering_: Steering, gain: float) -> list
     are soft-capped the mix is made before the cap.
     """
     back = Steering(steering_.vector, -steering_.dose)
-    plain, ahead, behind = (states(lm, rows, lm.read_rows, way) for way in (None, steering_, back))
+    plain, ahead, behind = (states(lm, rows, way) for way in (None, steering_, back))
     return [h + gain / 2 * (a - b) for h, a, b in zip(plain, ahead, behind, strict=True)]
 
 
@@ -98,10 +98,7 @@ def with_tau(lm: LM, examples: list[Example], config: HealConfig, before: list[H
 def prepare_anchors(student: Student, rows: list[Row]) -> list[Example]:
     """Anchor examples: mundane completions with the pristine base's states. The same in every round."""
     with student.view(history=0.0, now=0.0):
-        return [
-            Example(row, h, None, anchor=True)
-            for row, h in zip(rows, states(student.lm, rows, student.lm.read_rows), strict=True)
-        ]
+        return [Example(row, h, None, anchor=True) for row, h in zip(rows, states(student.lm, rows), strict=True)]
 
 
 def length(example: Example) -> int:

@@ -8,17 +8,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
-from transformers.cache_utils import DynamicCache
+from transformers.cache_utils import Cache, DynamicCache
 
 from steer_heal.model.batching import ROUND, Padded, batches, filled, left_padded, rounded, shared_left_padded
 from steer_heal.model.forward import prefix
 from steer_heal.model.likelihood import token_nll
 from steer_heal.model.lm import LM
-from steer_heal.model.steering import Dial, Steering, steering
+from steer_heal.model.steering import Doses, Steering, steering
 
 ANSWER_ROUND = 4  # in place of ROUND: most answers are a word or two
 
@@ -27,7 +28,6 @@ def choice_log_probs(
     lm: LM,
     prompts: list[list[int]],
     choices: list[list[list[int]]],
-    batch_size: int,
     steering_: Steering | None = None,
     on_prompts: Callable[[int], None] = lambda prompts: None,
 ) -> list[list[Float[Tensor, "n"]]]:
@@ -36,39 +36,46 @@ def choice_log_probs(
     Args:
         prompts: token ids up to the assistant tag.
         choices: token ids of each prompt's answers, at least one token each.
-        batch_size: sequences a forward pass; results do not depend on it.
         steering_: a vector with one dose per prompt.
     """
     out: list[list[Tensor] | None] = [None] * len(prompts)
     with torch.no_grad(), steering(lm, steering_) as dial:
         shared = shared_left_padded(lm, prompts)
         widths = [rounded(len(prompt) - shared) for prompt in prompts]
-        for chunk in batches(widths, batch_size, steering_):
-            dose = None if steering_ is None else steering_.dose[chunk].to(lm.device)
+        for chunk in batches(widths, lm.read_rows, steering_):
             batch = [prompts[i] for i in chunk]
             padded = left_padded(lm, batch, shared, widths[chunk[0]])
-            scored = _score(lm, batch, padded, [choices[i] for i in chunk], batch_size, dose, dial)
+            doses = Doses.of_batch(lm, dial, steering_, chunk)
+            scored = _score(lm, batch, padded, [choices[i] for i in chunk], doses)
             for i, log_probs in zip(chunk, scored, strict=True):
                 out[i] = log_probs
             on_prompts(len(chunk))
     return out
 
 
-def _score(
-    lm: LM, prompts: list, padded: Padded, choices: list, batch_size: int, dose: Tensor | None, dial: Dial
-) -> list[list[Tensor]]:
+class _Read(NamedTuple):
+    """Prompts that the model has read, and how each goes on."""
+
+    cache: Cache
+    mask: Int[Tensor, "b s"]
+    last: Int[Tensor, "b"]
+    """position of the last token"""
+    doses: Doses
+
+
+def _score(lm: LM, prompts: list, padded: Padded, choices: list, doses: Doses) -> list[list[Tensor]]:
     shared, ids, mask, position = padded
     cache = DynamicCache()
     if shared:
-        cache = prefix(lm, prompts[0][:shared], dial, dose)
-        if dose is None:
+        cache = prefix(lm, prompts[0][:shared], doses)
+        if doses.dose is None:
             cache.batch_repeat_interleave(len(prompts))
-    if dose is not None:
-        dial.turn(dose, mask[:, shared:].bool())
+    doses.set(mask[:, shared:].bool())
     hidden = lm.decoder(
         input_ids=ids, attention_mask=mask, position_ids=position, past_key_values=cache, use_cache=True
     ).last_hidden_state[:, -1]
     first = lm.head(hidden[filled(range(len(prompts)))])[: len(prompts)].log_softmax(-1)
+    read = _Read(cache, mask, position[:, -1], doses)
 
     answers = [(row, answer) for row, options in enumerate(choices) for answer in options]
     log_probs = [first[row, answer[:1]] for row, answer in answers]
@@ -77,10 +84,10 @@ def _score(
         if len(answer) > 1:
             by_width.setdefault(rounded(len(answer) - 1, ANSWER_ROUND), []).append(i)
     for width, alike in sorted(by_width.items()):
-        at_once = batch_size * max(1, ROUND // width)
+        at_once = lm.read_rows * max(1, ROUND // width)
         for start in range(0, len(alike), at_once):
             part = alike[start : start + at_once]
-            rest = _rest(lm, [answers[i] for i in part], width, cache, mask, position[:, -1], dose, dial)
+            rest = _rest(lm, read, [answers[i] for i in part], width)
             for i, more in zip(part, rest, strict=True):
                 log_probs[i] = torch.cat([log_probs[i], more])
     scored: list[list[Tensor]] = [[] for _ in prompts]
@@ -89,7 +96,7 @@ def _score(
     return scored
 
 
-def _rest(lm, answers, width, cache, mask, last, dose, dial) -> list[Tensor]:
+def _rest(lm: LM, read: _Read, answers: list[tuple[int, list[int]]], width: int) -> list[Tensor]:
     """Log-probabilities of the second and later tokens of (row, answer) pairs, each from its row's keys and values.
 
     All are `width` tokens wide, and there are as many rows as make the tokens a multiple of ROUND, see
@@ -101,14 +108,13 @@ def _rest(lm, answers, width, cache, mask, last, dose, dial) -> list[Tensor]:
     # Padding on the right is seen by nothing that is read.
     ids = torch.tensor([a[:-1] + a[-1:] * (width - len(a) + 1) for _, a in answers], device=lm.device)
     went_on = DynamicCache()
-    for index, layer in enumerate(cache.layers):
+    for index, layer in enumerate(read.cache.layers):
         went_on.update(layer.keys[rows], layer.values[rows], index)
-    if dose is not None:
-        dial.turn(dose[rows])
+    read.doses.of(rows).set()
     hidden = lm.decoder(
         input_ids=ids,
-        attention_mask=torch.cat([mask[rows], mask.new_ones(len(rows), width)], dim=1),
-        position_ids=last[rows, None] + 1 + torch.arange(width, device=lm.device),
+        attention_mask=torch.cat([read.mask[rows], read.mask.new_ones(len(rows), width)], dim=1),
+        position_ids=read.last[rows, None] + 1 + torch.arange(width, device=lm.device),
         past_key_values=went_on,
         use_cache=True,
     ).last_hidden_state[: len(lengths)]

@@ -20,12 +20,12 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
-from steer_heal.model.batching import batches, filled, left_padded, rounded, shared_left_padded
+from steer_heal.model.batching import Padded, batches, filled, left_padded, rounded, shared_left_padded
 from steer_heal.model.forward import prefix
 from steer_heal.model.lm import LM
 from steer_heal.model.memory import free_main_memory
 from steer_heal.model.packing import packed
-from steer_heal.model.steering import Steering, steering
+from steer_heal.model.steering import Doses, Steering, steering
 
 COMPACT_SHARE = 0.8  # rows are dropped from the batch when fewer than this share still write
 
@@ -86,7 +86,6 @@ def decode(
     lm: LM,
     prompts: list[list[int]],
     max_new_tokens: int,
-    batch_size: int,
     steering_: Steering | None = None,
     sampling: Sampling | None = None,
     on_batch: Callable[[int], None] = lambda rows: None,
@@ -102,15 +101,12 @@ def decode(
     shared = shared_left_padded(lm, prompts)
     width = rounded(max(map(len, prompts)) - shared)  # of all batches, so that many rows are decoded together
     with torch.no_grad(), steering(lm, steering_) as dial, packed(lm, len(prompts) * max_new_tokens) as lm:
-        for chunk in batches([width] * len(prompts), batch_size, steering_):
-            rows = torch.tensor(chunk)
-            dose = None if steering_ is None else steering_.dose[rows].to(lm.device)
-            batch = [prompts[i] for i in chunk]
-            padded = left_padded(lm, filled(batch), shared, width)
-            written = _decode_batch(lm, batch, padded, rows, dose, dial, max_new_tokens, sampling)
-            for i, completion in zip(rows.tolist(), written, strict=True):
+        for chunk in batches([width] * len(prompts), lm.decode_rows, steering_):
+            padded = left_padded(lm, filled([prompts[i] for i in chunk]), shared, width)
+            batch = _Batch(torch.tensor(chunk), prompts[0][:shared], padded, Doses.of_batch(lm, dial, steering_, chunk))
+            for i, completion in zip(chunk, _decode_batch(lm, batch, max_new_tokens, sampling), strict=True):
                 out[i] = completion
-            on_batch(len(rows))
+            on_batch(len(chunk))
     return out
 
 
@@ -140,21 +136,32 @@ def free_memory(device: torch.device) -> int:
     return free_main_memory()
 
 
-def _decode_batch(lm, prompts, padded, rows, dose, dial, max_new_tokens, sampling) -> list[Completion]:
-    shared, ids, mask, position = padded
-    slots = torch.tensor(filled(range(len(prompts))))  # which prompt each row of the shrinking batch belongs to
-    dose = None if dose is None else dose[slots]
+class _Batch(NamedTuple):
+    """Prompts that are completed together."""
+
+    rows: Int[Tensor, "b"]
+    """their numbers among all prompts, which the sampling noise depends on"""
+    shared: list[int]
+    """the tokens that all begin with"""
+    padded: Padded
+    doses: Doses
+
+
+def _decode_batch(lm: LM, batch: _Batch, max_new_tokens: int, sampling: Sampling | None) -> list[Completion]:
+    shared, ids, mask, position = batch.padded
+    rows = batch.rows
+    slots = torch.tensor(filled(range(len(rows))))  # which prompt each row of the shrinking batch belongs to
+    doses = batch.doses.of(slots)
     cache = Cache(layers=[_Buffer(mask.shape[1] + max_new_tokens) for _ in lm.blocks])
     if shared:
-        start = prefix(lm, prompts[0][:shared], dial, dose)
+        start = prefix(lm, batch.shared, doses)
         for layer, begun in zip(cache.layers, start.layers, strict=True):
             layer.update(*(x.expand(len(slots), -1, -1, -1) for x in (begun.keys, begun.values)))
-    written: list[list[int]] = [[] for _ in prompts]
-    ended = [False] * len(prompts)
+    written: list[list[int]] = [[] for _ in rows]
+    ended = [False] * len(rows)
 
     for step in range(max_new_tokens):
-        if dose is not None:
-            dial.turn(dose, mask[:, shared:].bool() if step == 0 else None)
+        doses.set(mask[:, shared:].bool() if step == 0 else None)
         hidden = lm.decoder(
             input_ids=ids, attention_mask=mask, position_ids=position, past_key_values=cache, use_cache=True
         ).last_hidden_state
@@ -173,7 +180,7 @@ def _decode_batch(lm, prompts, padded, rows, dose, dial, max_new_tokens, samplin
             slots = slots[stay]
             stay = stay.to(lm.device)
             ids, mask, position = ids[stay], mask[stay], position[stay]
-            dose = None if dose is None else dose[stay]
+            doses = doses.of(stay)
             cache.batch_select_indices(stay)
     return [Completion(w, e) for w, e in zip(written, ended, strict=True)]
 

@@ -15,10 +15,10 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from steer_heal.model.batching import ROUND, batches, rounded, shared_prefix
 from steer_heal.model.lm import LM, Row
-from steer_heal.model.steering import Dial, Steering, steering
+from steer_heal.model.steering import UNSTEERED, Doses, Steering, steering
 
 
-def states(lm: LM, rows: list[Row], batch_size: int, steering_: Steering | None = None) -> list[Float[Tensor, "n d"]]:
+def states(lm: LM, rows: list[Row], steering_: Steering | None = None) -> list[Float[Tensor, "n d"]]:
     """Hidden states that predict each completion token, one tensor [len(completion), d] a row, without gradient.
 
     Rows are batched by width; right padding needs no mask under causal attention, so results do not depend
@@ -28,10 +28,9 @@ def states(lm: LM, rows: list[Row], batch_size: int, steering_: Steering | None 
     with torch.no_grad(), steering(lm, steering_) as dial:
         shared = shared_prefix([row.prompt for row in rows])
         widths = [rounded(len(row.prompt) + len(row.completion) - 1 - shared) for row in rows]
-        for chunk in batches(widths, batch_size, steering_):
-            batch = [rows[i] for i in chunk]
-            dose = None if steering_ is None else steering_.dose[chunk].to(lm.device)
-            for i, hidden in zip(chunk, forward(lm, batch, dial, dose, shared), strict=True):
+        for chunk in batches(widths, lm.read_rows, steering_):
+            doses = Doses.of_batch(lm, dial, steering_, chunk)
+            for i, hidden in zip(chunk, forward(lm, [rows[i] for i in chunk], doses, shared), strict=True):
                 out[i] = hidden.clone()
     return out
 
@@ -39,8 +38,7 @@ def states(lm: LM, rows: list[Row], batch_size: int, steering_: Steering | None 
 def forward(
     lm: LM,
     rows: list[Row],
-    dial: Dial | None = None,
-    dose: Float[Tensor, "b"] | None = None,
+    doses: Doses = UNSTEERED,
     shared: int = 0,
     multiple: int = ROUND,
 ) -> list[Float[Tensor, "n d"]]:
@@ -51,13 +49,12 @@ def forward(
     """
     cache = None
     if shared:
-        start = prefix(lm, rows[0].prompt[:shared], dial, dose)
+        start = prefix(lm, rows[0].prompt[:shared], doses)
         cache = Cache(layers=[SharedPrefix(layer) for layer in start.layers])
     sequences = [(row.prompt + row.completion[:-1])[shared:] for row in rows]
     longest = rounded(max(map(len, sequences)), multiple)
     ids = torch.tensor([s + s[-1:] * (longest - len(s)) for s in sequences], device=lm.device)
-    if dose is not None:
-        dial.turn(dose)
+    doses.set()
     hidden = lm.decoder(input_ids=ids, past_key_values=cache, use_cache=cache is not None).last_hidden_state
     return [
         h[len(row.prompt) - 1 - shared : len(row.prompt) - 1 - shared + len(row.completion)]
@@ -65,16 +62,15 @@ def forward(
     ]
 
 
-def prefix(lm: LM, ids: list[int], dial: Dial | None, dose: Float[Tensor, "b"] | None) -> Cache:
+def prefix(lm: LM, ids: list[int], doses: Doses) -> Cache:
     """Keys and values of a text that begins every row: [1, ...], or [b, ...] when the rows' doses differ."""
-    cache, where = DynamicCache(), None
-    rows = 1
-    if dose is not None:
-        doses, where = dose.unique(return_inverse=True)
-        rows = len(doses)
-        dial.turn(doses)
+    cache, rows = DynamicCache(), 1
+    if doses.dose is not None:
+        different, where = doses.dose.unique(return_inverse=True)
+        rows = len(different)
+        doses.dial.turn(different)
     lm.decoder(input_ids=torch.tensor([ids] * rows, device=lm.device), past_key_values=cache, use_cache=True)
-    if where is not None:
+    if doses.dose is not None:
         cache.batch_select_indices(where)
     return cache
 
@@ -109,7 +105,6 @@ def last_token_states(
     lm: LM,
     prompts: list[list[int]],
     layers: tuple[int, ...],
-    batch_size: int,
     on_prompts: Callable[[int], None] = lambda prompts: None,
 ) -> Float[Tensor, "n l d"]:
     """Residual stream after each of `layers` at the last token of each prompt, float32, on the CPU.
@@ -129,7 +124,7 @@ def last_token_states(
     try:
         with torch.no_grad(), first_blocks(lm, layers[-1] + 1):
             shared = shared_prefix(prompts)
-            for chunk in batches([rounded(len(prompt) - shared) for prompt in prompts], batch_size):
+            for chunk in batches([rounded(len(prompt) - shared) for prompt in prompts], lm.read_rows):
                 forward(lm, [Row(prompts[i], [0]) for i in chunk], shared=shared)
                 last = torch.tensor([len(prompts[i]) for i in chunk]) - shared - 1
                 for index, stream in seen.items():

@@ -28,9 +28,9 @@ def log_probs(head: Head, *models: Float[Tensor, "_ d"]) -> Iterator[tuple[slice
         yield at, [head(states[rows])[: at.stop - start].log_softmax(-1) for states in models]
 
 
-def row_surprise(lm: LM, rows: list[Row], batch_size: int) -> list[tuple[Float[Tensor, "n"], Float[Tensor, "n"]]]:
+def row_surprise(lm: LM, rows: list[Row]) -> list[tuple[Float[Tensor, "n"], Float[Tensor, "n"]]]:
     """NLL and predictive entropy in nats of every completion token of every row, on the CPU."""
-    hidden = torch.cat(states(lm, rows, batch_size))
+    hidden = torch.cat(states(lm, rows))
     targets = torch.tensor([t for row in rows for t in row.completion], device=lm.device)
     nll, entropy = [], []
     for at, (log_p,) in log_probs(lm.head, hidden):
@@ -40,9 +40,9 @@ def row_surprise(lm: LM, rows: list[Row], batch_size: int) -> list[tuple[Float[T
     return list(zip(*(torch.cat(nats).cpu().split(lengths) for nats in (nll, entropy)), strict=True))
 
 
-def row_nll(lm: LM, rows: list[Row], batch_size: int, steering_: Steering | None = None) -> list[Float[Tensor, "n"]]:
+def row_nll(lm: LM, rows: list[Row], steering_: Steering | None = None) -> list[Float[Tensor, "n"]]:
     """NLL in nats of every completion token of every row under the model as it stands (view, steering)."""
-    hidden = torch.cat(states(lm, rows, batch_size, steering_))
+    hidden = torch.cat(states(lm, rows, steering_))
     targets = torch.tensor([t for row in rows for t in row.completion], device=lm.device)
     return list(token_nll(lm, hidden, targets).cpu().split([len(row.completion) for row in rows]))
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from steer_heal.model.lm import LM
@@ -54,6 +54,31 @@ class Dial:
 
     def turn(self, dose: Float[Tensor, "b"], real: Bool[Tensor, "b t"] | None = None) -> None:
         self.dose, self.real = dose, real
+
+
+@dataclass(frozen=True)
+class Doses:
+    """The dose of each row of one batch, and the dial to set them at; without steering `dose` is None."""
+
+    dial: Dial
+    dose: Float[Tensor, "b"] | None
+
+    @classmethod
+    def of_batch(cls, lm: LM, dial: Dial, steering_: Steering | None, rows: list[int]) -> Doses:
+        """Those of these rows of the call that `steering_` was given to."""
+        return cls(dial, None if steering_ is None else steering_.dose[rows].to(lm.device))
+
+    def of(self, rows: Int[Tensor, "n"]) -> Doses:
+        """Those of these rows of the batch."""
+        return self if self.dose is None else Doses(self.dial, self.dose[rows.to(self.dose.device)])
+
+    def set(self, real: Bool[Tensor, "b t"] | None = None) -> None:
+        """From now on the model steers with them; `real` says which positions are not padding."""
+        if self.dose is not None:
+            self.dial.turn(self.dose, real)
+
+
+UNSTEERED = Doses(Dial(), None)
 
 
 class OneDoseDial(Dial):

@@ -142,7 +142,7 @@ class Work:
         """What is read of every student to see where it went."""
         contexts = list(data.contexts()[: min(FIXED_CONTEXTS, self.config.steer.n_contexts)])
         rows = neutral_rows(self.student.lm, min(FIXED_TEXTS, self.config.eval.counts.neutral))
-        return Fixed(contexts, rows, self.student.lm.read_rows)
+        return Fixed(contexts, rows)
 
     @cached_property
     def base_states(self) -> Callable[[tuple[int, ...]], Base]:

@@ -99,14 +99,14 @@ def extract(
     read = layers or (tuple(range(len(lm.blocks))) if config.band == "auto" else lm.band(config.band))
     systems = [personas.positive, personas.negative] + [None] * (method.operation == "project_out")
     states = [
-        last_token_states(lm, [lm.prompt(text, system) for text in personas.contexts], read, lm.read_rows, on_prompts)
+        last_token_states(lm, [lm.prompt(text, system) for text in personas.contexts], read, on_prompts)
         for system in systems
     ]
     report = [_report(lm, layer, states[0][:, i], states[1][:, i]) for i, layer in enumerate(read)]
     chosen = auto_band(report, len(lm.blocks)) if layers is None and config.band == "auto" else read
     described = [replace(r, steered=r.layer in chosen) for r in report]
     if config.method.startswith(lite.PREFIX):
-        trained = lite.train(lm, config.method, personas, chosen, lm.read_rows)
+        trained = lite.train(lm, config.method, personas, chosen)
         return Extraction(trained, described)
     direction = method.direction(states[0], states[1], states[-1])[[read.index(layer) for layer in chosen]]
     return Extraction(Vector(chosen, direction, method.operation), described)

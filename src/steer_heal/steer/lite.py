@@ -47,7 +47,7 @@ def check_method(method: str) -> None:
         raise UserError(f"steering-lite has no method {name!r}: choose {', '.join(sorted(known))}")
 
 
-def train(lm: LM, method: str, personas: Personas, layers: tuple[int, ...], batch_size: int) -> LiteVector:
+def train(lm: LM, method: str, personas: Personas, layers: tuple[int, ...]) -> LiteVector:
     """steering-lite's own extraction on our prompts, in float32, on the blocks given."""
     steering_lite = library()
     described = {"method": method.removeprefix(PREFIX), "layers": layers, "coeff": 1.0, "dtype": "float32"}
@@ -57,7 +57,7 @@ def train(lm: LM, method: str, personas: Personas, layers: tuple[int, ...], batc
     config = steering_lite.SteeringConfig.from_dict(described)
     try:
         inner = steering_lite.train(
-            lm.model, lm.tokenizer, *texts, config, batch_size=batch_size, max_length=longest + 1
+            lm.model, lm.tokenizer, *texts, config, batch_size=lm.read_rows, max_length=longest + 1
         )
     except RuntimeError as error:
         raise UserError(
