@@ -5,9 +5,11 @@ which is what `gate.gpu` does.
 """
 
 import os
+import shutil
 import warnings
 
 import pytest
+from filelock import FileLock
 
 from steer_heal import check_types
 
@@ -46,6 +48,33 @@ def by(lm, rows):
     from dataclasses import replace
 
     return replace(lm, read_rows=rows, decode_rows=rows)
+
+
+@pytest.fixture(scope="session")
+def shared(tmp_path_factory, worker_id):
+    """`shared(name, make)`: the folder that `make(folder)` has filled, once for all processes of the gate."""
+    base = tmp_path_factory.getbasetemp()
+    base = base if worker_id == "master" else base.parent
+
+    def folder(name, make):
+        made = base / name
+        with FileLock(base / f"{name}.lock"):
+            if not (made / "done").exists():
+                shutil.rmtree(made, ignore_errors=True)
+                (made / "made").mkdir(parents=True)
+                make(made / "made")
+                (made / "done").touch()
+        return made / "made"
+
+    return folder
+
+
+@pytest.fixture(scope="session")
+def whole(shared):
+    """A finished run of `soak.WORDS` that nobody touches, made by an interpreter of its own."""
+    from steer_heal.gate.soak import run_alone, run_folder
+
+    return run_folder(shared("whole", run_alone))
 
 
 @pytest.fixture

