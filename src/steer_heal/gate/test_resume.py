@@ -37,7 +37,7 @@ from steer_heal.terminal import MODULE
 
 pytestmark = pytest.mark.run
 
-KILLS = 4
+KILLS = 3
 
 
 @pytest.fixture
