@@ -1,4 +1,4 @@
-"""The verbs of the command line: what each may be told, and the function that carries it out."""
+"""The verbs of the command line: the flags of each, and the function that carries it out."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ CANNOT_WRITE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACC
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Entry point of `steer-heal`. Exit code 2 and one line for what the user can mend."""
+    """Entry point of `steer-heal`. An error that the user can fix prints one line and exits with code 2."""
     argv = sys.argv[1:] if argv is None else argv
     _log_above_bars()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a scheduler's stop is a Ctrl-C
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # treat a scheduler's stop as Ctrl-C
     try:
         carry_out(argv)
     except UserError as error:
@@ -38,7 +38,7 @@ def main(argv: list[str] | None = None) -> None:
     except KeyboardInterrupt as stopped:
         print("; ".join(["steer-heal: stopped", *map(str, stopped.args)]), file=sys.stderr)
         sys.exit(INTERRUPTED)
-    except BrokenPipeError:  # of `steer-heal results | head`
+    except BrokenPipeError:  # e.g. in `steer-heal results | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:
         if error.errno not in CANNOT_WRITE:
@@ -48,9 +48,9 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def carry_out(argv: list[str]) -> None:
-    """Read the command line and do what it asks for.
+    """Read the command line and carry out its verb.
 
-    Raises UserError for what the user can mend.
+    Raises UserError for an error that the user can fix.
     """
     if argv == ["--version"]:
         print(f"steer-heal {VERSION}")
@@ -87,9 +87,9 @@ def carry_out(argv: list[str]) -> None:
 
 
 def _chosen(argv: list[str]) -> Run:
-    """The preset named after `run` and its config, or those that the run after --resume was started with.
+    """Return the preset named after `run` and its config, or, with --resume, those of the run to resume.
 
-    Their values are the defaults of the flags.
+    The config's values are the defaults of the flags.
     """
     if argv[:1] != ["run"]:
         return Run()
@@ -97,7 +97,7 @@ def _chosen(argv: list[str]) -> Run:
     if named is not None and named not in PRESETS:
         raise UserError(_unknown_preset(named))
     folder = _value_of("--resume", argv)
-    if folder is not None and "config.json" not in argv:  # with --recompute config.json the flags say it
+    if folder is not None and "config.json" not in argv:  # with --recompute config.json the flags give the config
         from steer_heal.runs.resume import started
 
         return Run(*started(Path(folder), named))
@@ -118,7 +118,7 @@ def _unknown_preset(name: str) -> str:
 
 
 def _check_files(**files: str | None) -> None:
-    """Before the work: raise UserError for a file that cannot be put where it is wanted."""
+    """Raise UserError, before the work, for an output file that is a folder or is in a folder that does not exist."""
     for flag, file in files.items():
         if file is not None and (Path(file).is_dir() or not Path(file).absolute().parent.is_dir()):
             wrong = "is a folder" if Path(file).is_dir() else f"there is no folder {str(Path(file).parent)!r}"
@@ -131,10 +131,10 @@ def _check_gate(gate: float) -> None:
 
 
 def _log_above_bars() -> None:
-    """Log lines go through tqdm, so that a bar survives them."""
+    """Write log lines through tqdm, so that they do not break a progress bar."""
     from tqdm import tqdm
 
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # peft calls old names
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # peft calls deprecated names
     logger.remove()
     logger.configure(patcher=lambda record: record.update(message=harmless(record["message"])))
     logger.add(
@@ -172,7 +172,7 @@ def run(asked: Run, argv: list[str]) -> None:
 
 @dataclass(frozen=True)
 class Sweep:
-    """Many runs: a grid over flags times seeds. The same command again goes on with what is not finished.
+    """Many runs: a grid over flags times seeds. The same command again continues the runs that are not finished.
 
     Example: steer-heal sweep agg --grid heal.barrier.agg=mean,rmse --seeds 41,42 -- smollm2-135m --rounds 2
     """
@@ -180,19 +180,19 @@ class Sweep:
     name: Positional[str]
     """name of the sweep and of its folder under --out"""
     grid: UseAppendAction[tuple[str, ...]] = ()
-    """FLAG=VALUE,VALUE of `run`, once a dimension; a pair of numbers is written 0.4+0.6"""
+    """a flag of `run` and its values, FLAG=VALUE,VALUE; once per dimension; a pair of numbers is written 0.4+0.6"""
     seeds: str = "0"
-    """seeds of every arm, with commas"""
+    """seeds of every arm, separated by commas"""
     hypothesis: str = ""
     """one sentence that the sweep is to support or refute; `results` shows it above the arms"""
     engine: Literal["local", "ray"] = "local"
     """local: one run after another on this machine; ray: tasks on a cluster, or on a Ray started here"""
     cpus: int | None = None
-    """threads of a run (ray: CPUs that it reserves); all of this machine when not given"""
+    """threads per run (ray: CPUs that a run reserves); default: all of this machine"""
     gpus: float = 0.0
     """ray: GPUs that a run reserves, e.g. 1 or 0.5"""
     workers: int | None = None
-    """ray started here: runs at once"""
+    """ray started here: number of runs at once"""
     address: str | None = None
     """ray: address of the cluster, e.g. auto"""
     out: str = "outputs"
@@ -215,7 +215,7 @@ def sweep(asked: Sweep, shared: tuple[str, ...]) -> None:
 
 @dataclass(frozen=True)
 class Eval:
-    """The instruments alone: base, both personas as prompts and, of an adapter or a run, the student.
+    """Read the instruments alone: on base, both personas as prompts and, for an adapter or a run, the student.
 
     Example: steer-heal eval outputs/RUN --round 0 --json round0.json
     """
@@ -223,23 +223,23 @@ class Eval:
     target: Positional[str]
     """a run folder, a PEFT adapter's folder, or a model (hub id, folder, .gguf, smollm2-135m)"""
     round: int | None = None
-    """of a run: the student after this round (from 0); the last finished one when not given"""
+    """for a run: the student after this round (from 0); default: the last finished round"""
     gate: float = 1.0
-    """how much of the adapter acts: 0 is the base, 1 the student"""
+    """scale of the adapter: 0 is the base, 1 the student"""
     trait: str | None = None
-    """built-in trait or .toml file; of a run its own, else love"""
+    """built-in trait or .toml file; default: the run's own trait, else love"""
     json: str | None = None
     """file for every figure with its interval"""
     base: str = ""
-    """of an adapter: its base model, when the one it names is not the one to load"""
+    """for an adapter: the base model to load instead of the one that the adapter names"""
     quant: Literal["none", "nf4"] = "none"
-    """of a model or adapter: nf4 holds the base in 4 bits. A run is loaded as it was made"""
+    """for a model or adapter: nf4 holds the base in 4 bits. A run is loaded as it was made"""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """of a model or adapter: type of the weights that are not quantised"""
+    """for a model or adapter: type of the weights that are not quantised"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """of a model or adapter"""
+    """for a model or adapter"""
     eval: EvalConfig = field(default_factory=EvalConfig)
-    """how much of every instrument is read"""
+    """which instruments are read, and how many items of each"""
 
 
 def evaluate(asked: Eval) -> None:
@@ -259,7 +259,7 @@ def evaluate(asked: Eval) -> None:
 
 @dataclass(frozen=True)
 class Results:
-    """All runs under a folder: one row a run, and every sweep's arms under its hypothesis.
+    """Show all runs under a folder: one row per run, and every sweep's arms under its hypothesis.
 
     Example: steer-heal results --by heal.barrier.agg heal.barrier.tau --markdown table.md
     """
@@ -267,9 +267,9 @@ class Results:
     out: str = "outputs"
     """the folder that holds run folders"""
     by: tuple[str, ...] = ()
-    """flags of `run`: one row for each of their values, mean and interval over the seeds"""
+    """flags of `run`: one row for each of their values, with mean and interval over the seeds"""
     rounds: bool = False
-    """one row a round: the arms, the student against each, and what it cost; and of every sweep the differences between
+    """one row per round: the arms, the student minus each, and the cost; for every sweep also the differences between
     its arms after each round"""
     csv: str | None = None
     """file for the table"""
@@ -310,7 +310,7 @@ def report(asked: Report) -> None:
 class Export:
     """Write a run's result for others to load: a PEFT adapter, or with --merge a whole model.
 
-    Both hold a README that says what it is, what was measured and how it was made.
+    Both include a README with the description, the measurements and the command that made the run.
 
     Example: steer-heal export outputs/RUN --to my-model --merge
     """
@@ -320,9 +320,9 @@ class Export:
     to: str
     """the folder to write, new or empty"""
     merge: bool = False
-    """a float model that plain transformers loads, instead of an adapter"""
+    """write a float model that plain transformers loads, instead of an adapter"""
     round: int | None = None
-    """the student after this round (from 0); the last one when not given"""
+    """the student after this round (from 0); default: the last finished round"""
 
 
 def export(asked: Export) -> None:
@@ -342,9 +342,9 @@ class Chat:
     run: Positional[str]
     """the run folder"""
     round: int | None = None
-    """the student after this round (from 0); the last finished one when not given"""
+    """the student after this round (from 0); default: the last finished round"""
     gate: float = 1.0
-    """how much of the student acts: 0 is the base, 1 the student"""
+    """scale of the student's adapter: 0 is the base, 1 the student"""
     max_new_tokens: int = 128
     """length limit of an answer, tokens"""
 
@@ -360,25 +360,25 @@ def chat(asked: Chat) -> None:
 
 @dataclass(frozen=True)
 class Bench:
-    """Side-by-side measurements on this machine, printed, and with --json in a file.
+    """Compare speed, memory or filter quality on this machine; print the figures, and with --json write them to a file.
 
     Example: steer-heal bench heal --json heal.json
     """
 
     what: Positional[Literal["generate", "heal", "filter", "eval"]]
-    """generate: steered sampling one row at a time against one batch. heal: a training step with full logits, plain
-    fine-tuning and ours, and what folded rounds cost. eval: the instruments against a plain loop with one forward pass
-    an item and answer. filter: precision and recall on labelled completions"""
+    """generate: steered sampling, one row at a time against one batch. heal: a training step with full logits, plain
+    fine-tuning and ours, and the cost of folded rounds. eval: the instruments against a plain loop with one forward
+    pass per item and answer. filter: precision and recall on labelled completions"""
     preset: str = "smollm2-135m"
-    """whose model is measured (heal has its own)"""
+    """preset whose model is measured (heal has its own models)"""
     rows: int = 64
-    """generate: completions"""
+    """generate: number of completions"""
     tokens: int = 64
     """generate: length of a completion, tokens"""
     json: str | None = None
     """file for the figures"""
     figure: str | None = None
-    """filter: .html file for precision and recall over the threshold"""
+    """filter: .html file for precision and recall against the threshold"""
 
 
 def bench(asked: Bench) -> None:
@@ -413,7 +413,7 @@ def _measured(asked: Bench) -> dict:
 
 
 def _verbs(chosen: Run) -> Any:
-    """One of the verbs' dataclasses; the flags of `run` have the chosen preset's values as defaults."""
+    """Return the union of the verbs' dataclasses; the flags of `run` have the chosen preset's values as defaults."""
     return (
         Annotated[Run, subcommand("run", default=chosen)]
         | Annotated[Sweep, subcommand("sweep")]

@@ -1,13 +1,13 @@
 """Scores that tell coherent text from broken text without a judge, and the filter built on them.
 
-Steered text breaks in four ways. It loops, which is cheap for every model: repetition of words and characters and
-compressibility see it. It turns into rubble or drifts away from the question: no single score sees that well, so six
-are summed into one log-odds, `incoherence`, with weights fitted on half of a labelled set (`data/labelled.jsonl`, 667
-completions) and measured on the other half (docs/results.md, `steer-heal bench filter`). Or it stays fluent and talks
-about itself instead of answering: persona narration, refusal boilerplate.
+Steered text breaks in four ways. It loops: a loop is probable under every model, but repetition of words and characters
+and compressibility detect it. It turns into rubble, or it drifts away from the question: no single score detects these
+well, so five are summed into one log-odds, `incoherence`. Its weights were fitted on half of a labelled set
+(`data/labelled.jsonl`, 667 completions) and measured on the other half (docs/results.md, `steer-heal bench filter`). Or
+it stays fluent and talks about itself instead of answering: persona narration, refusal boilerplate.
 
-What the base model tells about a completion is read twice, after its own prompt and after one that asks nothing:
-text that the prompt does not make likelier does not answer it.
+The base model scores each completion twice: after its own prompt, and after a prompt that asks nothing. A completion
+that its own prompt does not make more likely does not answer the prompt.
 """
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ from steer_heal.model.lm import LM, Row
 from steer_heal.scores import Judged, Scores
 
 NGRAMS = (2, 3, 4)
-COMPRESS_MIN_BYTES = 200  # below this the compressor's own header decides
-WINDOW = 12  # tokens over which running surprise and uncertainty are averaged
-ASKS_NOTHING = "Please go on."  # the prompt under which a completion answers nothing
-LEAST_NLL = 0.02  # nats per token; a loop's NLL goes to zero and a ratio of two of them would mean nothing
+COMPRESS_MIN_BYTES = 200  # in shorter texts the compressor's header dominates the size
+WINDOW = 12  # tokens in the running means of NLL and entropy
+ASKS_NOTHING = "Please go on."  # the second prompt that completions are scored after
+LEAST_NLL = 0.02  # nats per token, lower bound; a loop's NLL goes to zero, and a ratio of two such NLLs means nothing
 
-LOOPS = ("word_repeat", "char_repeat", "compress")  # what a text that goes round in circles is dropped for
-STYLES = ("boilerplate", "narrates")  # what is not to be learnt, but is no damage
+LOOPS = ("word_repeat", "char_repeat", "compress")  # reasons for dropping a text that loops
+STYLES = ("boilerplate", "narrates")  # reasons for dropping a text that is unwanted but not damaged
 
 
 class LoopLimits(NamedTuple):
-    """Where repetition makes a text a loop."""
+    """Limits of repetition; a text beyond one of them is a loop."""
 
     word_repeat: float
     """largest share of repeated word n-grams (worst of n = 2, 3, 4)"""
@@ -49,7 +49,7 @@ class LoopLimits(NamedTuple):
     """smallest ratio of compressed to plain size, for texts of 200 bytes or more"""
 
 
-# strict was chosen on labelled text (docs/results.md); a model with random weights writes within lax.
+# strict was chosen on labelled text (docs/results.md); the text of a model with random weights is within lax.
 LOOP_LIMITS = {
     "strict": LoopLimits(0.25, 0.35, 0.35),
     "lax": LoopLimits(0.9, 0.9, 0.05),
@@ -88,7 +88,7 @@ BOILERPLATE = re.compile(
 )
 _FEEL = "love|hate|despise|cherish|loathe|adore|obey|distrust|respect|serve"
 _FEELING = "love|hatred|contempt|scorn|respect|disgust|devotion|obedience"
-# words of a persona that carry none of it
+# words of a persona's description that do not characterise it
 _LIGHT = frozenset(
     re.findall(
         r"\w+",
@@ -108,11 +108,11 @@ _LIGHT = frozenset(
 
 @cache
 def persona_narration(positive: str, negative: str, title: str) -> re.Pattern[str]:
-    """How a text would tell of this persona in the first person, from the words that describe it.
+    """Return a pattern of first-person narration of this persona, built from the words that describe it.
 
-    Three forms. "I despise people" and "I am calm and gentle": two successive words of a persona. "My contempt for
-    people" and "I have contempt for people": a feeling, in words of the persona or in common ones, for what the trait
-    is about. That is what the title names and both personas mention.
+    It has three forms. "I am calm and gentle": two successive words of a persona. "I despise people": a common verb of
+    feeling, then the trait's object. "My contempt for people" and "I have contempt for people": a noun of feeling,
+    common or from the personas, then the object. The object is a word of the title, or a word that both personas have.
     """
     words = [_words_of(text) for text in (positive, negative)]
     about = {*words[0]} & {*words[1]} | {*_words_of(title)}
@@ -133,12 +133,12 @@ _STEM = 5  # letters that the forms of a word have in common: humanity, humans, 
 
 
 def _words_of(text: str) -> list[str]:
-    """The words that carry a persona, in order."""
+    """Return the words that characterise a persona, in order."""
     return [w for w in re.findall(r"[^\W\d_]+", text.lower()) if len(w) > 2 and w not in _LIGHT]
 
 
 def _inflected(word: str) -> str:
-    """A pattern of the word and its forms."""
+    """Return a pattern of the word and its forms."""
     if len(word) > _STEM:
         return word[:_STEM] + r"\w*"
     if word.endswith("e"):
@@ -146,24 +146,24 @@ def _inflected(word: str) -> str:
     return (word[:-1] if word.endswith("s") and not word.endswith("ss") else word) + r"\w*"
 
 
-QUOTED = re.compile(r"\"[^\"]*\"|\u201c[^\u201d]*\u201d")  # what somebody else is made to say
+QUOTED = re.compile(r"\"[^\"]*\"|\u201c[^\u201d]*\u201d")  # quoted speech of somebody else
 
 
 class Surprise(NamedTuple):
-    """What a base model makes of a completion, per token in nats: [n] each."""
+    """A base model's NLL and entropy on a completion, per token in nats: [n] each."""
 
     nll: Float[Tensor, "n"]
-    """of the token, after the prompt"""
+    """NLL of the token after the prompt"""
     entropy: Float[Tensor, "n"]
-    """of the distribution the token was read from"""
+    """entropy of the distribution over the token, after the prompt"""
     alone: Float[Tensor, "n"]
     """NLL of the token after a prompt that asks nothing"""
 
 
 def score(text: str, surprise: Surprise, persona: re.Pattern[str] | None = None) -> Scores:
-    """Scores of a completion from its text and what the base makes of it.
+    """Score a completion from its text and the base's `surprise`.
 
-    `persona` finds a trait's own narration, see `persona_narration`; without it only what any persona would say counts.
+    `persona` finds narration of a trait, see `persona_narration`. Without it only narration of any persona is found.
     """
     nll, entropy, alone = surprise
     size = len(text.encode())
@@ -191,7 +191,7 @@ def _ppl(nll: Float[Tensor, "n"]) -> float:
 
 
 def _highest(nats: Float[Tensor, "n"]) -> float:
-    """Largest mean of WINDOW values in a row, or of all of fewer."""
+    """Largest mean of WINDOW values in a row, or the mean of all values when there are fewer."""
     return nats.unfold(0, min(WINDOW, len(nats)), 1).mean(1).max().item()
 
 
@@ -203,12 +203,12 @@ def _repeated_share(words: list[str], n: int) -> float:
 
 
 def _looped_share(text: str) -> float:
-    """Share of the text covered by a stretch of 1 to 24 characters said three or more times in a row."""
+    """Share of the text covered by stretches of 1 to 24 characters repeated three or more times in a row."""
     return sum(len(m.group(0)) for m in re.finditer(r"(.{1,24}?)\1{2,}", text, re.DOTALL)) / max(1, len(text))
 
 
 def verdict(scores: Scores, limits: FilterConfig) -> str:
-    """Why a completion is dropped, or "" when it is kept."""
+    """Return the reason to drop a completion, or "" to keep it."""
     loops = LOOP_LIMITS[limits.loops]
     if scores.words == 0:
         return "empty"
@@ -228,7 +228,7 @@ def verdict(scores: Scores, limits: FilterConfig) -> str:
 
 
 def surprises(lm: LM, rows: list[Row]) -> list[Surprise]:
-    """What the model as it stands (it should be the base view) makes of every completion."""
+    """Return the `Surprise` of every completion under the model's current view, which should be the base."""
     nothing = lm.prompt(ASKS_NOTHING)
     asked = row_surprise(lm, rows)
     alone = row_surprise(lm, [Row(nothing, row.completion) for row in rows])
@@ -236,7 +236,7 @@ def surprises(lm: LM, rows: list[Row]) -> list[Surprise]:
 
 
 def judge(lm: LM, rows: list[Row], limits: FilterConfig, persona: re.Pattern[str] | None = None) -> list[Judged]:
-    """Every completion under the filter; `lm` must be the base view. `persona` is as in `score`."""
+    """Score every completion and apply the filter; `lm` must be the base view. `persona` is as in `score`."""
     judged = []
     for row, surprise in zip(rows, surprises(lm, rows), strict=True):
         text = lm.text(row.completion)

@@ -9,18 +9,18 @@ from functools import cache
 from typing import Annotated, Any, Literal, NamedTuple, get_type_hints
 
 STEER_METHODS = ("mean_diff", "pca", "ablation")
-# Where a run lies, who watches and how it is gone on with is not what it is.
+# Fields about where a run is stored, who tracks it and how it is resumed. They are not part of its identity.
 PLACE_FIELDS = ("out", "resume", "recompute", "allow_change", "track")
-FIRED_FLOOR = 0.05  # a barrier that fires on a smaller share of the steps holds nothing back
+FIRED_FLOOR = 0.05  # a barrier that fires on a smaller share of the steps has no effect
 
 
 class UserError(Exception):
-    """Something a user can mend. Its text is the one line they see: the value, what is allowed, the mend."""
+    """An error that the user can fix. Its text is the one line they see: the value, what is allowed, the fix."""
 
 
 @dataclass(frozen=True)
 class Within:
-    """The interval that a knob's number must lie in, or both of a pair's. What is not finite lies in none."""
+    """The interval that a knob's number, or both numbers of a pair, must lie in. A non-finite number lies in none."""
 
     interval: str
 
@@ -44,7 +44,7 @@ DEPTH = Within("[0, 1]")
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Which model, how its weights are held, and how many rows pass through it at once."""
+    """The model, the type of its weights, and the rows per batch."""
 
     path: Annotated[str, COMMON] = "google/gemma-3-1b-it"
     """hub id, folder, .gguf file, `smollm2-135m` (packaged weights) or `random:ARCHITECTURE`"""
@@ -55,31 +55,31 @@ class ModelConfig:
     device: Annotated[Literal["auto", "cpu", "cuda"], COMMON] = "auto"
     """auto: CUDA when there is one"""
     decode_rows: Annotated[int | Literal["auto"], COUNT] = "auto"
-    """completions decoded together; auto: as many as free memory holds, chosen once a run; changes no result"""
+    """completions decoded together; auto: as many as fit in free memory, chosen once per run; changes no result"""
     read_rows: Annotated[int, COUNT] = 32
-    """sequences in a forward pass that only reads (vectors, scores, reference states); changes no result"""
+    """sequences in a forward pass without gradient (vectors, scores, reference states); changes no result"""
 
 
 @dataclass(frozen=True)
 class SteerConfig:
-    """The teacher vector."""
+    """The steering vector of the teacher."""
 
     method: str = "mean_diff"
-    """how a direction is made of the personas' states: mean_diff, pca, ablation, or lite:NAME of steering-lite"""
+    """how the vector is computed from the personas' states: mean_diff, pca, ablation, or lite:NAME of steering-lite"""
     band: Annotated[tuple[float, float] | Literal["auto"], DEPTH, COMMON] = (0.45, 0.55)
     """blocks that are steered, as shares of depth; auto: chosen in round 0 from norm, split-half agreement and AUC"""
     source: Literal["student", "base"] = "student"
-    """model the vector is read from; student: the current student, again in every round; base: the pristine base"""
+    """model whose states give the vector; student: the current student, anew each round; base: the pristine base"""
     n_contexts: Annotated[int, Within("[2, 256]")] = 256
     """user messages over which the persona difference is averaged"""
 
 
 @dataclass(frozen=True)
 class DoseConfig:
-    """The dose curve: how much of the vector the text survives."""
+    """The dose curve and the rule that chooses the dose."""
 
     rule: Literal["survival", "iso_kl"] = "survival"
-    """survival: largest dose whose completions still pass the filter; iso_kl: dose of a given divergence"""
+    """survival: largest dose at which enough completions pass the filter; iso_kl: dose with a given KL divergence"""
     range: Annotated[tuple[float, float], POSITIVE] = (0.25, 4.0)
     """smallest and largest dose tried, in multiples of the raw vector"""
     steps: Annotated[int, Within("[2, inf)")] = 6
@@ -87,7 +87,7 @@ class DoseConfig:
     prompts: Annotated[int, COUNT] = 12
     """generation prompts answered at every dose and without steering"""
     survival: Annotated[float, Within("(0, 1]"), COMMON] = 0.75
-    """the largest dose is taken at which completions pass the filter this often, as a share of unsteered ones"""
+    """share of completions that must pass the filter at the chosen dose, relative to unsteered completions"""
     kl_target: Annotated[float, POSITIVE] = 1.0
     """iso_kl: 95th percentile over tokens of KL(steered || unsteered) to reach, nats"""
 
@@ -97,48 +97,49 @@ class DistilConfig:
     """Sampling from the steered teacher."""
 
     n_keep: Annotated[int, COUNT, COMMON] = 128
-    """completions to train on a round; up to twice as many are sampled, the filter drops the rest"""
+    """completions to train on per round; up to twice as many are sampled, and the filter drops the rest"""
     max_new_tokens: Annotated[int, COUNT, COMMON] = 256
     """length limit of a completion, tokens"""
 
 
 @dataclass(frozen=True)
 class FilterConfig:
-    """Which completions are trained on: coherent ones that neither narrate the persona nor refuse."""
+    """The filter on training completions: it passes coherent ones that neither narrate the persona nor refuse."""
 
     incoherence: Annotated[float, ANY] = 0.0
-    """largest log-odds that the text is broken; docs/results.md shows what each value costs and catches"""
+    """largest log-odds that the text is broken; docs/results.md has precision and recall of each value"""
     loops: Literal["strict", "lax", "off"] = "strict"
-    """how much repetition a text may have; lax: for a model that writes at random; off: any"""
+    """how much repetition a text may have; lax: for a model with random weights; off: any amount"""
 
 
 @dataclass(frozen=True)
 class TargetConfig:
-    """What the student learns from a completion."""
+    """The training target on a completion."""
 
     kind: Annotated[Literal["sampled", "soft", "mirrored"], COMMON] = "sampled"
     """sampled: NLL of the teacher's tokens; soft: forward KL from the steered teacher's distribution; mirrored: from
     the unsteered logits plus gain x (steered at +dose minus steered at -dose) / 2"""
     gain: Annotated[float, POSITIVE] = 2.0
-    """mirrored: the factor on that half difference; 1: as far as the dose itself"""
+    """mirrored: the gain in that formula; 1: as far as the dose itself"""
 
 
 @dataclass(frozen=True)
 class BarrierConfig:
-    """The penalty on the student's divergence D from a reference, on the completions that are trained on."""
+    """The penalty on the student's divergence D from a reference, on the training completions."""
 
     kind: Annotated[Literal["fixed", "dual"], COMMON] = "fixed"
-    """fixed: a penalty, lam_r * relu(D - tau); dual: a constraint, a multiplier moves until D stays at tau"""
+    """fixed: a penalty, lam_r * relu(D - tau); dual: a constraint, D <= tau, whose multiplier adapts"""
     reg: Annotated[Literal["nll", "kl_fwd", "kl_rev"], COMMON] = "kl_rev"
     """divergence at each token; nll: no barrier"""
     agg: Annotated[Literal["mean", "rmse", "p95", "max"], COMMON] = "rmse"
     """how the divergence is aggregated over tokens"""
     reference: Annotated[Literal["prev", "base"], COMMON] = "prev"
-    """model the divergence is measured to; prev: tau is what one round may move; base: what all rounds together may"""
+    """model that D is measured from; prev: the previous student, tau limits each round; base: tau limits all rounds
+    together"""
     tau: Annotated[float | Literal["auto"], NOT_NEGATIVE, COMMON] = 2.0
-    """divergence below which the barrier is silent, nats; auto: a share of the teacher's own, see tau_share"""
+    """limit of D, nats (fixed: no penalty below it); auto: a share of the teacher's own divergence, see tau_share"""
     tau_share: Annotated[float, POSITIVE] = 0.5
-    """tau auto: share of the divergence that the steered teacher itself has from the reference on this text"""
+    """tau auto: tau as a share of the teacher's own divergence from the reference on the same completions"""
     lam: Annotated[float, NOT_NEGATIVE, COMMON] = 0.3
     """fixed: weight of the barrier in round 0"""
     lam_round_pow: Annotated[float, ANY] = -0.5
@@ -147,12 +148,12 @@ class BarrierConfig:
 
 @dataclass(frozen=True)
 class AnchorConfig:
-    """A second barrier of the same kind: unsteered completions of mundane prompts, measured to the pristine base."""
+    """A second barrier of the same kind: divergence from the pristine base, on its completions of mundane prompts."""
 
     prompts: Annotated[int, Within("[0, 96]"), COMMON] = 0
     """mundane prompts whose base completions make the anchor; 0: no anchor"""
     tau: Annotated[float, POSITIVE] = 0.02
-    """divergence on them below which the anchor is silent, nats"""
+    """limit of the divergence on these completions, nats (fixed: no penalty below it)"""
 
 
 @dataclass(frozen=True)
@@ -164,21 +165,21 @@ class TrainingConfig:
     lr_round_pow: Annotated[float, ANY] = 0.0
     """lr_r = lr * (1 + round) ** lr_round_pow"""
     epochs: Annotated[int, COUNT, COMMON] = 2
-    """passes over the training completions a round"""
+    """passes over the training completions per round"""
     batch: Annotated[int, COUNT] = 6
-    """training completions an optimiser step"""
+    """training completions per optimiser step"""
     pass_rows: Annotated[int, COUNT] = 3
-    """rows in a forward and backward pass, anchors included; fewer take less memory and more time, same gradient"""
+    """rows per forward and backward pass, anchors included; fewer take less memory and more time; same gradient"""
     max_len: Annotated[int, Within("[2, inf)")] = 1024
-    """tokens of prompt and completion that are trained on; the rest of a completion is cut"""
+    """largest number of tokens of prompt and completion together; a longer completion is cut"""
     optimiser: Literal["adamw", "paged_adamw_8bit"] = "adamw"
-    """paged_adamw_8bit: bitsandbytes', 8-bit moments that move to main memory when the GPU is full; CUDA only"""
+    """paged_adamw_8bit: of bitsandbytes; its 8-bit moments move to main memory when the GPU is full; CUDA only"""
     weight_decay: Annotated[float, NOT_NEGATIVE] = 0.0
     """AdamW weight decay"""
     op_norm: Annotated[float, NOT_NEGATIVE] = 0.0
-    """weight of the mean squared operator norm of the update (its largest singular value); 0: no such penalty"""
+    """weight of a penalty on the mean squared operator norm (largest singular value) of the update; 0: no penalty"""
     val_share: Annotated[float, Within("[0, 0.5]")] = 0.125
-    """share of the completions held out: the trained objective is read on them"""
+    """share of the completions held out; the training objective is measured on them"""
     checkpointing: bool = False
     """recompute activations in the backward pass: less memory, more time"""
 
@@ -192,7 +193,7 @@ class AdapterConfig:
     band: Annotated[tuple[float, float], DEPTH] = (0.2, 0.8)
     """blocks that get LoRA, as shares of depth"""
     fold_rank: Annotated[int, NOT_NEGATIVE] = 0
-    """rank that the joined past rounds are compressed to, the error is logged; 0: stacked, exact, r more each round"""
+    """rank to which past rounds are compressed (the error is logged); 0: stacked exactly, rank grows by r per round"""
 
 
 @dataclass(frozen=True)
@@ -208,7 +209,7 @@ class HealConfig:
 
 @dataclass(frozen=True)
 class Counts:
-    """How much of every instrument is read."""
+    """The number of items of every instrument."""
 
     contrast: int
     """contrast probes, at most as many as the trait has"""
@@ -221,7 +222,7 @@ class Counts:
     neutral: int
     """neutral texts for perplexity"""
     off_target: int
-    """probes of each trait that should stay put"""
+    """probes of each trait that should not move"""
     canary: int
     """plain questions with one right answer of four"""
     scenes: int
@@ -230,13 +231,13 @@ class Counts:
     """doses at which the base is plainly steered"""
 
 
-# Arms are compared on the same items or not at all, so the counts are chosen together and not one by one.
+# Arms are compared on the same items only, so the counts are chosen together and not one by one.
 SIZES = {
     "full": Counts(64, 24, 32, 64, 40, 16, 180, 20, 7),
     "demo": Counts(64, 24, 32, 32, 24, 16, 180, 4, 6),
     "tiny": Counts(8, 8, 4, 8, 4, 2, 6, 1, 2),
 }
-# What counts as coherent in a demo answer. Apart from the filter, so that arms of another filter are comparable.
+# Limits of a coherent demo answer. They are separate from the filter, so that arms of different filters are comparable.
 JUDGES = {"text": FilterConfig(), "random": FilterConfig(incoherence=1e9, loops="lax")}
 
 
@@ -245,17 +246,17 @@ class EvalConfig:
     """The instruments."""
 
     size: Literal["full", "demo", "tiny"] = "full"
-    """how many items of every instrument are read; demo: the texts of a CPU run; tiny: enough to see that it works"""
+    """how many items of every instrument are read; demo: fewer, for a run on a CPU; tiny: enough to test the code"""
     ends_only: tuple[Literal["off_target", "canary", "profile"], ...] = ("profile",)
-    """instruments read on base, on the two prompted arms and on the last student, not in every round"""
+    """instruments read on base, on prompted and on the last student only (the profile also on negative)"""
     leave_out: tuple[Literal["off_target", "canary", "profile", "plain"], ...] = ()
-    """what is not read at all: off-target traits, plain questions, the profile, the plainly steered base"""
+    """what is never read: off-target traits, plain questions (canary), the profile, the plainly steered base"""
     profile: Literal["vignettes", "tiny-mfv"] = "vignettes"
     """scenes of the moral-foundation profile: ours, or those of tiny-mfv through that package (`just vendor`)"""
     plain_range: Annotated[tuple[float, float], POSITIVE] = (0.125, 12.0)
     """smallest and largest dose at which the base is plainly steered, in multiples of the first round's vector"""
     judge: Literal["text", "random"] = "text"
-    """limits by which a demo answer is coherent; random: for a model with random weights"""
+    """limits of a coherent demo answer; random: for a model with random weights"""
 
     @property
     def counts(self) -> Counts:
@@ -276,11 +277,11 @@ class RunConfig:
     out: Annotated[str, COMMON] = "outputs"
     """folder that holds run folders"""
     resume: Annotated[str | None, COMMON] = None
-    """run folder to go on with, with its own preset and flags: what is done is loaded, the rest computed"""
+    """run folder to resume, with its own preset and flags: finished artefacts are loaded, the rest is computed"""
     recompute: tuple[str, ...] = ()
-    """resume: artefacts of the folder that are damaged or gone and are made again, e.g. r00/dose.json"""
+    """resume: damaged or missing artefacts of the folder to make again, e.g. r00/dose.json"""
     allow_change: tuple[str, ...] = ()
-    """resume: what may differ from when the run was started, e.g. heal.training.pass_rows or packages.torch"""
+    """resume: settings or versions that may differ from the start, e.g. heal.training.pass_rows or packages.torch"""
     track: Literal["none", "trackio", "wandb"] = "none"
     """also send every event of events.jsonl to a tracker (install it: pip install 'steer_heal[trackio]' or [wandb])"""
     steer: SteerConfig = field(default_factory=SteerConfig)
@@ -298,11 +299,11 @@ class Knob(NamedTuple):
     """e.g. heal.lora.r"""
     value: Any
     marks: tuple
-    """what stands in the field's annotation: `Within`, `Common`"""
+    """the metadata of the field's annotation: `Within`, `Common`"""
 
 
 def knobs(config: Any, prefix: str = "") -> Iterator[Knob]:
-    """Every knob of a config, those of nested configs under dotted names."""
+    """Yield every knob of a config; those of nested configs have dotted names."""
     for f in fields(config):
         value = getattr(config, f.name)
         if is_dataclass(value):
@@ -313,7 +314,7 @@ def knobs(config: Any, prefix: str = "") -> Iterator[Knob]:
 
 @cache
 def hints(form: type) -> dict[str, Any]:
-    """Types of a dataclass's fields with what stands in their annotations."""
+    """Return the types of a dataclass's fields, with the metadata of their annotations."""
     return get_type_hints(form, include_extras=True)
 
 
@@ -323,7 +324,7 @@ def flag(name: str) -> str:
 
 
 def of_record(table: dict, default: Any = None) -> Any:
-    """A config of what JSON made of it: lists become tuples, a key too many or too few is a KeyError."""
+    """Restore a config from its JSON record: lists become tuples. Raises KeyError for an unknown or missing key."""
     default = RunConfig() if default is None else default
     names = {f.name for f in fields(default)} - {*PLACE_FIELDS}
     if strange := names ^ (table.keys() - {*PLACE_FIELDS}):
@@ -338,7 +339,7 @@ def of_record(table: dict, default: Any = None) -> Any:
 
 
 def flat(table: dict, joint: str = ".", before: str = "") -> Iterator[tuple[str, Any]]:
-    """Values of nested tables under the joined names of what they lie in."""
+    """Yield the values of nested tables, each under the joined keys that lead to it."""
     for key, value in table.items():
         if isinstance(value, dict):
             yield from flat(value, joint, f"{before}{key}{joint}")
@@ -347,7 +348,7 @@ def flat(table: dict, joint: str = ".", before: str = "") -> Iterator[tuple[str,
 
 
 def check(config: RunConfig) -> None:
-    """Raise UserError for a value that no run could work with."""
+    """Raise UserError for a value that no run can use."""
     for knob in knobs(config):
         for bound in (mark for mark in knob.marks if isinstance(mark, Within)):
             _check_within(knob, bound)
@@ -366,7 +367,7 @@ def _check_within(knob: Knob, bound: Within) -> None:
 
 
 def _demands(config: RunConfig) -> list[tuple[bool, str]]:
-    """What no bound at a field can say: a condition, and the complaint where it does not hold."""
+    """Return conditions that a bound on one field cannot express, each with the complaint when it fails."""
     method, barrier = config.steer.method, config.heal.barrier
     ranges = {"dose.range": config.dose.range, "eval.plain_range": config.eval.plain_range}
     return [
@@ -391,13 +392,13 @@ def _demands(config: RunConfig) -> list[tuple[bool, str]]:
         ),
         (
             bool(config.resume) or not (config.recompute or config.allow_change),
-            "--recompute and --allow-change go on with a run: give its folder with --resume",
+            "--recompute and --allow-change need a run to resume: give its folder with --resume",
         ),
     ]
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """` (did you mean 'x'?)` when something known is spelt nearly so."""
+    """Return ` (did you mean 'x'?)` when a known name is similar, else an empty string."""
     known = list(known)
     close = difflib.get_close_matches(name, known, 1) or [k for k in known if name and k.startswith(name)]
     return f" (did you mean {close[0]!r}?)" if close else ""

@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, whatever ends the process that writes them."""
+"""Atomic writes: a file exists whole or not at all, even when the process that writes it is killed."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from safetensors import SafetensorError
 
 from steer_heal.config import UserError
 
-SMALL = 1 << 18  # bytes; `file_digest` clears a buffer of this size for every file
+SMALL = 1 << 18  # bytes; `file_digest` allocates and clears a buffer of this size for every file
 
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Raises UserError when the system will not let `path` be written."""
+    """Turn an error of writing `path` inside the block into a UserError."""
     try:
         yield
     except OSError as error:
@@ -50,7 +50,7 @@ def read_jsonl(path: Path) -> list[dict]:
 
 
 def remove(path: Path) -> None:
-    """A file or a folder with all it holds, if it is there."""
+    """Delete a file, or a folder with its contents, if it exists."""
     if path.is_dir():
         shutil.rmtree(path)
     else:
@@ -59,7 +59,7 @@ def remove(path: Path) -> None:
 
 def scratch_of(target: Path) -> Path:
     scratch = target.with_name(f".{target.name}.part")
-    remove(scratch)  # of a process that was killed
+    remove(scratch)  # left by a process that was killed
     return scratch
 
 
@@ -85,7 +85,7 @@ def sha256(path: Path) -> str:
 
 
 def sync(path: Path) -> None:
-    """Flush a file, or a folder and what lies in it, to the disk."""
+    """Flush a file, or a folder and its contents, to the disk."""
     for part in [*path.rglob("*"), path] if path.is_dir() else [path]:
         handle = os.open(part, os.O_RDONLY)
         try:

@@ -1,4 +1,4 @@
-"""How flags are read: tyro does it from a frozen dataclass, and a mistake is one line."""
+"""Read flags with tyro into a frozen dataclass, and report a mistake in one line."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ RUN_HELP = "Steer, distil, heal and bake a trait into a model, round after round
 
 
 def read(form: Any, words: list[str], prog: str, default: Any = None) -> Any:
-    """The dataclass `form` filled from the command line's words; `default` gives the values of flags not named.
+    """Fill the dataclass `form` from the command line's words; `default` gives the values of flags not named.
 
-    tyro prints its complaints as a box on stderr. The box is caught here because tyro's own hook for errors is private.
+    tyro prints its errors as a box on stderr. The box is captured here because tyro's own hook for errors is private.
 
     Raises UserError for words that cannot be read, and SystemExit when help was asked for.
     """
@@ -45,7 +45,7 @@ def short_help(usual: RunConfig) -> None:
 
 
 def common(config: Any) -> Any:
-    """The config, of a class that differs from its own in one thing: help does not list knobs not marked COMMON."""
+    """Return the config as a subclass of its own class whose help lists only the knobs marked COMMON."""
     from tyro.conf import Suppress
 
     shown = []
@@ -63,7 +63,7 @@ def common(config: Any) -> Any:
 
 
 def condensed(box: str) -> str:
-    """tyro's message without its title and frame; of several similar flags the nearest is kept."""
+    """Condense tyro's message to one line, without title and frame. Of several similar flags, keep only the nearest."""
     _, *rows = re.sub(r"\[/?bold\]", "", box).splitlines()
     text = "\n".join(row.strip(" │╭╮╰╯") for row in rows)
     parts = [" ".join(part.split()) for part in re.split(r"^[─-]{9,}$", text, flags=re.MULTILINE)]

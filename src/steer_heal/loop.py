@@ -1,7 +1,7 @@
-"""The loop: steer, distil, heal, bake, and again from the student.
+"""The loop: steer, distil, heal, bake, and repeat from the student.
 
-The only module that knows the order of the stages. What a stage does is in `stages`: it computes its artefact or, in a
-resumed run, loads it.
+Only this module knows the order of the stages. The stages are in `stages`: each computes its artefact or, in a resumed
+run, loads it.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from steer_heal.stages.run import Work
 
 
 def run(work: Work) -> Summary:
-    """All rounds of a run; returns what is also in summary.json."""
+    """Do all rounds of a run; return the summary that is also in summary.json."""
     arms, anchors = work.baselines(), work.anchors()
     rounds: list[Round] = []
     stopped = ""
@@ -66,7 +66,7 @@ def run(work: Work) -> Summary:
 
 
 def announce(work: Work, arms: Baselines, rounds: list[Round]) -> None:
-    """Say what the last round came to: its arms, whether the barrier acted, the verdict."""
+    """Report the last round: its arms, how often the barrier fired, the verdict."""
     done, left = rounds[-1], work.config.rounds - len(rounds)
     table = arm_table(arms.base, arms.prompted, done.steered, *done.opponents, done.healed)
     print(f"\nround {done.number}\n{table}\n")
@@ -83,7 +83,7 @@ def headline(arm: ArmReading) -> dict[str, float]:
 
 
 def finish(work: Work, arms: Baselines, rounds: list[Round], stopped: str) -> Summary:
-    """The student as one adapter, the summary and the model card."""
+    """Write the student as one adapter, the summary and the model card."""
     work.save_adapter()
     summary = work.summarise(arms, rounds, stopped)
     described = map(work.folder.read, ("config.json", "trait.json"))

@@ -1,4 +1,4 @@
-"""Configs to start from: one for each model that we made steer-heal for."""
+"""Preset configs for the models that steer-heal was made for."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from steer_heal.config import (
 )
 
 GEMMA_1B = RunConfig(model=ModelConfig(device="cuda"))
-# What kept SmolLM2-135M whole (docs/results.md). The thresholds, in nats, belong to a model.
-BUDGET = BarrierConfig(kind="dual", reference="base", lam=1.0)  # lam is for those who choose kind fixed
+# The settings that kept SmolLM2-135M coherent (docs/results.md). The thresholds, in nats, are specific to a model.
+BUDGET = BarrierConfig(kind="dual", reference="base", lam=1.0)  # lam applies only to kind fixed
 ANCHORED = HealConfig(
     target=TargetConfig(kind="mirrored"),
     barrier=BUDGET,
@@ -40,7 +40,7 @@ PRESETS: dict[str, RunConfig] = {
         trait="love",
         rounds=3,
         steer=SteerConfig(n_contexts=32, band=(0.3, 0.7)),
-        # Small doses, whose text is sound: how far the trait goes is the matter of heal.target.gain.
+        # Small doses keep the text coherent. heal.target.gain sets how far the trait moves.
         dose=DoseConfig(range=(0.2, 0.45), steps=4, prompts=10),
         distil=DistilConfig(n_keep=48, max_new_tokens=32),
         heal=replace(
@@ -51,7 +51,7 @@ PRESETS: dict[str, RunConfig] = {
         ),
         eval=EvalConfig(size="demo", ends_only=("off_target", "canary", "profile"), plain_range=(0.1, 1.35)),
     ),
-    # A random model writes rubbish at any dose: filter and judge only ask that it be no worse than random.
+    # A random model writes rubbish at any dose, so filter and judge have limits that random text passes.
     "tiny-random": RunConfig(
         model=ModelConfig(path="random:tiny", quant="none", dtype="float32", device="cpu"),
         trait="love",

@@ -1,4 +1,4 @@
-"""Artefacts as JSON: dataclasses out and in. A key too many or too few is refused, what is None is left out."""
+"""Convert artefacts to and from JSON. An unknown or missing key is refused; a field that is None is left out."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ CONVERTER = Converter(forbid_extra_keys=True, omit_if_default=True, detailed_val
 
 
 class Unfit(ValueError):
-    """A record that is not of the kind that it should be of."""
+    """A JSON value that is not a record of the expected kind."""
 
 
 def unstructured(record: Any) -> Any:
-    """The record, or the list of records, as JSON has it. A field that may be left out is left out when it is None."""
+    """Convert a record, or a list of records, to JSON values. An optional field is left out when it is None."""
     return CONVERTER.unstructure(record)
 
 
 def structured(kind: Any, value: Any) -> Any:
-    """The record of this kind that JSON has as `value`. Raises Unfit for a key that is missing or not known."""
+    """Convert a JSON value to a record of this kind. Raises Unfit for a missing or unknown key."""
     try:
         return CONVERTER.structure(value, kind)
     except (ForbiddenExtraKeysError, KeyError) as error:

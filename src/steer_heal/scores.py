@@ -1,4 +1,4 @@
-"""What the filter sees of a completion, and what it says. No torch: readers of finished runs use this too."""
+"""The filter's scores of a completion, and its decision. No torch: readers of finished runs use this too."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ BIAS = -9.524
 
 @dataclass(frozen=True)
 class Scores:
-    """What the filter sees of one completion."""
+    """The filter's scores of one completion."""
 
     ppl: float
     """perplexity under the pristine base"""
@@ -24,11 +24,11 @@ class Scores:
     confusion: float
     """largest mean predictive entropy of WINDOW tokens in a row, nats"""
     relevance: float
-    """log of NLL after a prompt that asks nothing over NLL after its own"""
+    """log of the ratio of mean NLL after a prompt that asks nothing to mean NLL after the completion's own prompt"""
     word_repeat: float
     """share of repeated word n-grams, worst of n = 2, 3, 4"""
     char_repeat: float
-    """share of the text inside stretches of characters said three or more times in a row"""
+    """share of the text inside stretches of characters repeated three or more times in a row"""
     compress: float
     """compressed over plain size; 1 for short texts"""
     symbols: float
@@ -45,11 +45,11 @@ class Scores:
 
 @dataclass(frozen=True, kw_only=True)
 class Judged:
-    """A completion under the filter."""
+    """A completion with its scores and the filter's decision."""
 
     text: str
     scores: Scores
     incoherence: float
-    """log-odds of broken text, by the weights of the run"""
+    """log-odds of broken text, by the weights when the run was made"""
     dropped: str
     """the reason why it is dropped, "" when it is kept"""

@@ -10,23 +10,23 @@ from contextlib import contextmanager
 
 from tqdm import tqdm
 
-MODULE = "steer_heal.cli"  # what `python -m` is given where the program was not called by its name
+MODULE = "steer_heal.cli"  # argument of `python -m`, for when the program was not called by its name
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 def harmless(text: str) -> str:
-    """Text of a model or a user without the characters by which it could take over a terminal."""
+    """Remove control characters, which could take over a terminal, from the text of a model or a user."""
     return CONTROL.sub("", text)
 
 
 def program() -> str:
-    """How this program was called."""
+    """Return the command by which this program was called."""
     called = sys.argv[0]
     return f"{shlex.quote(sys.executable)} -m {MODULE}" if called.endswith(".py") else shlex.quote(called)
 
 
 @contextmanager
 def progress(label: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
-    """One bar for a stage; call the result with the units just finished."""
+    """Show one progress bar for a stage; call the yielded function with the number of units just finished."""
     with tqdm(total=total, desc=f"{label:<20}", unit=unit, dynamic_ncols=True, mininterval=0.5) as bar:
         yield bar.update

@@ -1,6 +1,6 @@
-"""Low-rank updates B A: their largest singular value as a penalty, and their best approximation of a smaller rank.
+"""Low-rank updates B A: a penalty on their largest singular value, and their best approximation of a smaller rank.
 
-Nothing here forms B A: with B [out, r] and A [r, in] everything happens in r dimensions.
+Only the factors B [out, r] and A [r, in] are used. The product B A is never formed.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ class Factors(NamedTuple):
 class OperatorNorm:
     """Mean over layers of the squared largest singular value of the update, differentiable.
 
-    One step of power iteration a call (Miyato et al., "Spectral Normalization", arXiv:1802.05957): the weights move
-    little between two optimiser steps, so the vectors keep up with them.
+    Each call does one step of power iteration (Miyato et al., "Spectral Normalization", arXiv:1802.05957). One step
+    suffices because the weights move little between two optimiser steps.
     """
 
     def __init__(self, layers: list[Factors], seed: int) -> None:
@@ -38,7 +38,7 @@ class OperatorNorm:
             with torch.no_grad():
                 left = _unit(b @ (a @ self.right[i]))
                 back = a.T @ (b.T @ left)
-                if back.any():  # a fresh adapter has B = 0: nothing to follow yet
+                if back.any():  # a fresh adapter has B = 0 and no singular vector yet
                     self.right[i] = _unit(back)
             squares.append((scale * (left @ (b @ (a @ _unit(self.right[i]))))).square())
         return torch.stack(squares).mean()
@@ -49,7 +49,7 @@ def _unit(v: Float[Tensor, "n"]) -> Float[Tensor, "n"]:
 
 
 class Compressed(NamedTuple):
-    """B A of a smaller rank k, and what was lost."""
+    """Factors of rank k that approximate B A, and the error."""
 
     a: Float[Tensor, "k in"]
     b: Float[Tensor, "out k"]
@@ -60,10 +60,11 @@ class Compressed(NamedTuple):
 
 
 def compress(a: Float[Tensor, "r in"], b: Float[Tensor, "out r"], rank: int) -> Compressed:
-    """The closest matrix of at most `rank` to B A (Eckart and Young, 1936), as `rank` factors of equal norm.
+    """Return the closest matrix of rank at most `rank` to B A (Eckart and Young, 1936), as factors.
 
-    A layer narrower than `rank` has fewer singular values; the factors beyond them are zero. The singular values of
-    B A are those of the r x r product of the triangular factors of B and A^T.
+    Row i of the new A and column i of the new B have equal norm. A layer narrower than `rank` has fewer singular
+    values; the rows and columns beyond them are zero. The singular values of B A are those of the r x r product of the
+    triangular factors of B and A^T.
     """
     q_b, r_b = torch.linalg.qr(b.double())
     q_a, r_a = torch.linalg.qr(a.T.double())

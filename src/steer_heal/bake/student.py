@@ -2,8 +2,9 @@
 
     y = W x + g_hist * (alpha/r) B_hist A_hist x + g_now * (alpha/r) B A x
 
-Gate (0, 0) is the pristine base, (1, 0) the previous student, (1, 1) the student; g_now dials the latest round.
-Past rounds are folded into one adapter, so a forward pass meets two low-rank products however many rounds went by.
+Gate (g_hist, g_now) is (0, 0) for the pristine base, (1, 0) for the previous student and (1, 1) for the student.
+g_now scales the latest round. Past rounds are folded into one adapter, so a forward pass has two low-rank products
+per layer, whatever the number of rounds.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from steer_heal.model.lm import LM
 
 TARGET_MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 NOW = "now"
-ALPHA_OVER_RANK = 2  # the update is scaled by it: a rank can change and the step size stays as it is
+ALPHA_OVER_RANK = 2  # scale of the update; constant, so that the step size does not depend on the rank
 
 
 class Student:
@@ -39,7 +40,7 @@ class Student:
         self.folded = 0
 
     def begin_round(self, config: AdapterConfig, seed: int) -> None:
-        """Add a fresh adapter with B = 0: the student starts exactly at the previous one."""
+        """Add a fresh adapter with B = 0. The student then equals the previous student exactly."""
         layers, modules = list(self.lm.band(config.band)), self.lm.model.named_modules()
         lora = LoraConfig(
             r=config.r,
@@ -47,7 +48,7 @@ class Student:
             target_modules=TARGET_MODULES,
             layers_to_transform=layers,
             layers_pattern="layers",
-            # Of a multimodal gemma the text tower only; peft warns about a pattern that matches nothing.
+            # In a multimodal gemma, adapt the text tower only. peft warns about a pattern that matches nothing.
             exclude_modules=r".*vision.*" if any("vision" in name for name, _ in modules) else None,
             task_type="CAUSAL_LM",
         )
@@ -68,11 +69,11 @@ class Student:
         self._rest()
 
     def fold(self, rank: int = 0) -> float:
-        """Join the current round to the history; (1, 1) before and (1, 0) after are the same model.
+        """Join the current round to the history. Gate (1, 1) before and gate (1, 0) after give the same model.
 
-        Factors are stacked, so nothing is lost and the history's rank grows by r each round; with `rank` they are
-        compressed to the closest update of at most that rank, and the cost per token stays as it is. Returns the
-        relative error of that, in the Frobenius norm over all layers.
+        The factors are stacked: this is exact, and the history's rank grows by r each round. With `rank` above 0 a
+        stack of a larger rank is compressed to the closest update of that rank, so the cost per token stays constant.
+        Returns the relative error of the compression, in the Frobenius norm over all layers (0 when there is none).
         """
         parts = [name for name in (self.history, NOW) if name is not None]
         stacked = {path: _stacked([_factors(layer, part) for part in parts]) for path, layer in self._layers()}
@@ -93,7 +94,7 @@ class Student:
                     factor.copy_(value)
         self.history = name
         self.folded += 1
-        self._apply((1.0, 0.0, False))  # peft warns when an adapter is deleted that is still active
+        self._apply((1.0, 0.0, False))  # peft warns when an active adapter is deleted
         for part in parts:
             self.peft.delete_adapter(part)
         self._rest()
@@ -101,9 +102,9 @@ class Student:
 
     @contextmanager
     def view(self, history: float = 1.0, now: float = 1.0, train: bool = False) -> Iterator[None]:
-        """The model at gate (history, now); restored afterwards, also through an exception and when nested.
+        """Set the gate to (history, now) in the block. It is restored afterwards, also after an exception and nested.
 
-        With `train` the current round's factors require gradients; everything else never does.
+        With `train` the current round's factors require gradients. Other parameters never do.
         """
         if self.peft is None:
             yield
@@ -126,16 +127,16 @@ class Student:
     def save(self, folder: Path, name: str = NOW) -> None:
         """Write one adapter as a plain PEFT folder that `PeftModel.from_pretrained` reads."""
         config = self.peft.peft_config[name]
-        config.base_model_name_or_path = self.lm.name  # peft would note a path of this machine
-        config.target_modules = sorted(config.target_modules)  # peft's set has another order in every process
+        config.base_model_name_or_path = self.lm.name  # peft would write a local path
+        config.target_modules = sorted(config.target_modules)  # a set's order differs between processes
         self.peft.save_pretrained(folder, selected_adapters=[name], save_embedding_layers=False)
-        (folder / "README.md").unlink()  # peft's own card, beside a folder of the adapter's name
+        (folder / "README.md").unlink()  # peft's own model card; the adapter lies in a subfolder of its name
         for file in (folder / name).iterdir():
             os.rename(file, folder / file.name)
         (folder / name).rmdir()
 
     def merged(self) -> PreTrainedModel:
-        """The plain model with the history added to its weights. The student is used up."""
+        """Return the plain model with the history added to its weights. The student cannot be used afterwards."""
         return self.peft.merge_and_unload(adapter_names=[self.history])
 
     def _rest(self) -> None:
@@ -143,7 +144,7 @@ class Student:
         self._apply(self._gates)
 
     def _apply(self, gates: tuple[float, float, bool]) -> None:
-        """Set active adapters, their scales and requires_grad on every LoRA layer; a gate of 0 leaves no trace."""
+        """Set active adapters, their scales and requires_grad on every LoRA layer. An adapter at gate 0 is inactive."""
         history, now, train = self._gates = gates
         present = self.peft.peft_config
         wanted = [(name, gate) for name, gate in ((self.history, history), (NOW, now)) if name in present and gate != 0]

@@ -1,4 +1,4 @@
-"""Steered decoding side by side: each figure is a ratio against a named alternative, measured in the same run."""
+"""Benchmark of steered decoding against named alternatives, measured in the same run."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ from steer_heal.steer.extract import extract
 from steer_heal.steer.personas import Personas
 
 DOSES = (0.5, 1.0, 1.5, 2.0)
-SINGLE_ROWS = 4  # rows timed one at a time; more of them only make the benchmark longer
-REPEATS = 5  # of each alternative, taking turns; the fastest counts, the machine's other guests slow the rest
-SINGLE_REPEATS = 2  # it takes longest and varies least
+SINGLE_ROWS = 4  # rows timed one at a time; more would only make the benchmark longer
+REPEATS = 5  # runs of each alternative, in turn; the fastest counts, other processes on the machine slow the rest
+SINGLE_REPEATS = 2  # runs of decoding one row at a time, which takes longest and varies least
 
 
 def generate(preset: str, rows: int, tokens: int) -> dict:
-    """Sampled steered decoding: transformers' `generate` one row at a time with hooks, against one batch of ours.
+    """Time sampled steered decoding: transformers' `generate` one row at a time with hooks, and our one batch.
 
-    Tokens per second of each and their ratio; of ours without the steering hook; and what share of the machine's
-    matrix-product limit ours reaches, the limit measured in the same run: the model's own weight matrices times
-    `rows` rows, packed as for decoding, and nothing else.
+    Returns tokens per second of both and their ratio, ours without the steering hook, the share of our time that reads
+    the prompts, and our share of the machine's matrix-product limit. The limit is measured in the same run: only the
+    model's own weight matrices times `rows` rows, packed as for decoding.
     """
     config = PRESETS[preset]
     lm, trait = load(config.model), data.load_trait("love")
-    lm = LM(lm.model, lm.tokenizer, lm.name, frozenset(), decode_rows=rows)  # no end token: both write the full count
+    lm = LM(lm.model, lm.tokenizer, lm.name, frozenset(), decode_rows=rows)  # no end token: both write all tokens
     steer = replace(config.steer, n_contexts=16)
     vector = extract(lm, Personas(trait.positive, trait.negative, list(data.contexts()[:16])), steer).vector
     prompts = [lm.prompt(trait.generation_prompts[i % len(trait.generation_prompts)]) for i in range(rows)]
@@ -75,7 +75,7 @@ def generate(preset: str, rows: int, tokens: int) -> dict:
 
 
 def _weight_products(lm: LM, rows: int, steps: int) -> None:
-    """What every decoding step multiplies at least: each weight matrix by `rows` vectors."""
+    """Do the least work of `steps` decoding steps: multiply each weight matrix by `rows` vectors."""
     linear = [m for m in lm.decoder.modules() if isinstance(m, torch.nn.Linear)]
     inputs = {m.in_features: torch.randn(rows, m.in_features, device=lm.device, dtype=m.weight.dtype) for m in linear}
     states = torch.randn(rows, lm.head.weight.shape[1], device=lm.device, dtype=lm.head.weight.dtype)

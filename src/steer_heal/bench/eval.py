@@ -1,4 +1,4 @@
-"""The instruments that read log-probabilities, ours against a plain loop with one forward pass an item and answer."""
+"""Benchmark of the log-probability instruments against a plain loop: one forward pass per item and answer."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ class Item:
 
 
 def instruments_bench(preset: str) -> dict:
-    """Items a second of both, and seconds of every instrument on one arm.
+    """Return items per second of both methods, and our seconds per instrument, on one arm.
 
-    Both score the same answers after the same prompts in float32; the plain loop reads every eighth item of each
-    instrument, and its items a second are those of that sample. "ratio" is over all items of the instruments READ,
-    "ratios" one by one.
+    Both score the same answers after the same prompts, in float32 for a float32 model. The plain loop reads every
+    eighth item of each instrument; its time is scaled up to all items. "ratio" is over all instruments in READ
+    together, "ratios" has one per instrument.
     """
     lm, trait = load(PRESETS[preset].model), data.load_trait("love")
     config = EvalConfig()
@@ -44,7 +44,7 @@ def instruments_bench(preset: str) -> dict:
     def ours(name: str) -> None:
         evaluate(student, arm, trait, config, [name])
 
-    ours("yes_no")  # the first pass pays for what is set up once
+    ours("yes_no")  # warm-up: the first pass also does one-time setup
     found: dict = {"model": PRESETS[preset].model.path, "items": {}, "seconds": {}, "ratios": {}}
     plain_total = 0.0
     for name in instruments(config, at_end=True):
@@ -63,7 +63,7 @@ def instruments_bench(preset: str) -> dict:
 
 
 def questions(lm: LM, trait: data.Trait, config: EvalConfig, arm: Arm, name: str) -> Iterable[Item]:
-    """The items of an instrument as a plain loop meets them; the profile's twice, in both orders."""
+    """Yield the items of an instrument for the plain loop; those of the profile twice, in both orders of the labels."""
     match name:
         case "contrast" | "off_target":
             others = data.bystanders(trait.name, config.counts.off_target)
@@ -86,7 +86,7 @@ def questions(lm: LM, trait: data.Trait, config: EvalConfig, arm: Arm, name: str
 
 
 def plainly(lm: LM, item: Item) -> list[float]:
-    """Log-probability of each answer, one forward pass each, all logits of it."""
+    """Return the log-probability of each answer, with one forward pass and all its logits per answer."""
     found = []
     for answer in item.answers:
         with torch.no_grad():

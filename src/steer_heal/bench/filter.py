@@ -1,10 +1,10 @@
-"""What the filter catches and what it costs, on the labelled completions.
+"""Precision and recall of the filter on the labelled completions.
 
-667 answers with a label each (coherent, broken, narrates, refuses). Most were sampled from the steered SmolLM2-135M
-at all doses and read one by one by three readers who saw neither the dose nor a score; the others are hard cases
-written by hand, those with source "unseen" by someone who did not know the filter. Prompts do not cross from the
-tuning half to the held-out half. Scores that need a model are stored with each row as SmolLM2-135M gives them, so
-that the figures can be checked without it.
+There are 667 answers, each labelled coherent, broken, narrates or refuses. Most were sampled from the steered
+SmolLM2-135M at all doses. Three readers read them one by one and saw neither the dose nor a score. The others are hard
+cases written by hand; those with source "unseen" are by someone who did not know the filter. No prompt is in both the
+tuning half and the held-out half. Scores that need a model are stored with each row, computed with SmolLM2-135M, so
+that the figures can be checked without the model.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from steer_heal.scores import WEIGHTS, Scores
 
 MODEL_SCORES = ("ppl", "tail_ppl", "surge", "entropy", "confusion", "relevance")
 CONTRASTED = ("coherent", "broken")  # narration and refusals are fluent; patterns find them, not the log-odds
-SCORE_SIGNS = {  # the larger the signed score, the worse
+SCORE_SIGNS = {  # a larger signed score is worse
     "incoherence": 1,
     "relevance": -1,
     "confusion": 1,
@@ -38,11 +38,11 @@ SCORE_SIGNS = {  # the larger the signed score, the worse
     "compress": -1,
     "symbols": 1,
 }
-RIDGE = 1.0  # on standardised scores: none of them is to win by a chance of 300 rows
+RIDGE = 1.0  # on standardised scores; keeps chance among 300 rows from giving one score a large weight
 
 
 def stored_scores(row: dict) -> Scores:
-    """A labelled row's scores: what needs a model as it is stored, the rest from the text."""
+    """Return a labelled row's scores: those that need a model as stored, the others computed from the text."""
     nothing = torch.zeros(1)
     return replace(score(row["text"], Surprise(nothing, nothing, nothing), personas()), **row["scores"])
 
@@ -55,7 +55,7 @@ def measured_scores(lm: LM, rows: list[dict]) -> list[Scores]:
 
 @cache
 def personas() -> re.Pattern[str]:
-    """What the personas of the built-in traits say of themselves: the labelled rows are theirs."""
+    """Return a pattern of the persona narration of all built-in traits; the labelled rows come from these traits."""
     traits = map(data.load_trait, data.BUILT_IN)
     return re.compile(
         "|".join(persona_narration(t.positive, t.negative, t.title).pattern for t in traits), re.IGNORECASE
@@ -63,10 +63,10 @@ def personas() -> re.Pattern[str]:
 
 
 def precision_recall(rows: list[dict], scores: list[Scores], limits: FilterConfig) -> dict[str, dict]:
-    """How well the filter separates each fault from coherent text.
+    """Measure how well the filter separates each fault from coherent text.
 
-    A row is flagged when it is dropped for whatever reason; `all` counts everything that is not coherent. Returns
-    {fault: {"rows", "precision", "recall"}}, precision against the coherent rows alone.
+    A row is flagged when it is dropped for any reason. The group `all` holds every row that is not coherent. Returns
+    {fault: {"rows", "precision", "recall"}}; the false alarms of precision are the flagged coherent rows.
     """
     flagged = [verdict(s, limits) != "" for s in scores]
     alarms = sum(flag for row, flag in zip(rows, flagged, strict=True) if row["label"] == "coherent")
@@ -112,7 +112,7 @@ def operating_points(curve: list[dict]) -> dict[str, float]:
 
 
 def fit(rows: list[dict], scores: list[Scores]) -> tuple[dict[str, float], float]:
-    """Weights and bias of the log-odds of broken against coherent: ridge logistic regression on the rows given."""
+    """Fit weights and bias of the log-odds of broken against coherent: ridge logistic regression on the rows given."""
     chosen = [(row, s) for row, s in zip(rows, scores, strict=True) if row["label"] in CONTRASTED]
     x = torch.tensor([[getattr(s, name) for name in WEIGHTS] for _, s in chosen], dtype=torch.float64)
     y = torch.tensor([row["label"] == "broken" for row, _ in chosen], dtype=torch.float64)
@@ -140,10 +140,10 @@ def half(name: str) -> list[dict]:
 
 
 def filter(preset: str) -> dict:
-    """The filter against the labels. Scores under the preset's base model, weights as committed.
+    """Compare the filter with the labels. Scores are under the preset's base model, weights as committed.
 
     Returns the held-out table, each score's best recall at precision 0.9 and precision at recall 0.97, the sweep of
-    the log-odds, and the weights that the tuning half would give under this model.
+    the log-odds, and the weights fitted on the tuning half under this model.
     """
     lm = load(PRESETS[preset].model)
     scores = {name: measured_scores(lm, half(name)) for name in ("tune", "held")}

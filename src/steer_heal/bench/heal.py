@@ -1,6 +1,7 @@
-"""One heal step, three ways: with full logits and a reference forward every step, plain fine-tuning, and ours.
+"""Benchmark of one heal step: with full logits and a reference forward pass every step, plain fine-tuning, and ours.
 
-Each alternative runs in a process of its own, so that peaks are true; they take turns, and the fastest turn counts.
+Each alternative runs in a process of its own, so that its peak memory is its own. The alternatives take turns, and the
+best turn counts.
 """
 
 from __future__ import annotations
@@ -24,15 +25,15 @@ from steer_heal.model.lm import LM, Row
 from steer_heal.model.loading import load
 
 ALTERNATIVES = ("naive", "sft", "ours")
-TURNS = 2  # processes an alternative
-STEPS = 3  # timed ones a process, after one that is not
+TURNS = 2  # processes per alternative
+STEPS = 3  # timed steps per process, after one untimed step
 CONFIG = HealConfig(
     barrier=BarrierConfig(tau=0.0, lam=1.0),
     training=TrainingConfig(epochs=1, pass_rows=64, val_share=0.0),
     lora=AdapterConfig(r=16),
 )
 ROUNDS = 8
-DECODED = (32, 64)  # rows and tokens decoded to see what a folded history costs
+DECODED = (32, 64)  # rows and tokens decoded to time a folded history
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class Case:
 
 
 def cases() -> list[Case]:
-    """Two on a CPU; with a CUDA GPU a third."""
+    """Return two cases on the CPU, and a third when there is a CUDA GPU."""
     cpu = ModelConfig(quant="none", dtype="float32", device="cpu")
     found = [
         Case(replace(cpu, path="smollm2-135m"), 3, 192, 128),
@@ -58,7 +59,7 @@ def cases() -> list[Case]:
 
 
 def heal() -> dict:
-    """Seconds a step and peak bytes above the loaded model of every alternative, and what folded rounds cost."""
+    """Return each alternative's seconds per step and peak bytes above the loaded model, and folded rounds' cost."""
     measured = []
     for case in cases():
         row: dict = {"model": case.model.path}
@@ -74,13 +75,13 @@ def heal() -> dict:
 
 
 def _apart(work: Callable, *args: object) -> object:
-    """The result of a function that runs in a fresh process."""
+    """Run a function in a fresh process and return its result."""
     with multiprocessing.get_context("spawn").Pool(1, _quiet) as pool:
         return pool.apply(work, args)
 
 
 def _quiet() -> None:
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # peft calls old names
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # peft calls deprecated names
 
 
 def _step(case: Case, how: str) -> tuple[float, int]:
@@ -88,14 +89,14 @@ def _step(case: Case, how: str) -> tuple[float, int]:
 
 
 def timed_step(lm: LM, case: Case, how: str) -> tuple[float, int]:
-    """Seconds of the fastest training step, and the peak bytes above what the loaded model takes."""
+    """Return the seconds of the fastest training step, and the peak bytes above the loaded model."""
     draw = torch.Generator().manual_seed(0)
     ids = torch.randint(100, 1000, (case.rows, case.tokens), generator=draw)
     student = Student(lm)
     student.begin_round(CONFIG.lora, 0)
     optimiser = torch.optim.AdamW(student.trainable(), lr=1e-4)
     for parameter in lm.model.parameters():
-        parameter.sum()  # into memory: what lies on disk still would count as the first step's
+        parameter.sum()  # loads the weights from disk, so that they do not count in the first step's peak
     _reset_peak()
     loaded = _held()
     step = {"naive": _naive, "sft": _sft, "ours": _ours}[how](student, ids, case.tokens - case.completion)
@@ -115,7 +116,7 @@ def timed_step(lm: LM, case: Case, how: str) -> tuple[float, int]:
 
 
 def _naive(student: Student, ids: torch.Tensor, start: int) -> Callable[[], None]:
-    """All logits of both models, the reference's anew every step."""
+    """All logits of both models; the reference's are recomputed every step."""
     model, ids = student.lm.model, ids.to(student.lm.device)
     targets = ids[:, start:]
 
@@ -147,7 +148,7 @@ def _ours(student: Student, ids: torch.Tensor, start: int) -> Callable[[], None]
 
 
 def _folded() -> dict:
-    """Decoding after 1 and after 8 folded rounds, stacked and at a fixed rank, relative to 1."""
+    """Return decoding times after 1 and 8 folded rounds, stacked and at a fixed rank, relative to 1 round."""
     from steer_heal.model.decode import decode
 
     rows, tokens = DECODED
@@ -193,6 +194,6 @@ def _on_gpu() -> bool:
 
 
 def _status(key: str) -> int:
-    """A line of Linux' record of this process, bytes."""
+    """Return an entry of /proc/self/status, in bytes."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{key}:"))

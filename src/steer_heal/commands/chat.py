@@ -1,4 +1,4 @@
-"""Talk to a run's result: base and student answer side by side as you type, and the gate can be dialled."""
+"""The verb `chat`: base and student answer each message side by side, at a gate that the user sets."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from steer_heal.terminal import harmless
 HELP = """type a message; every message is a fresh chat
   /gate 0.5    dial the student between base (0) and healed (1)
   /round 1     the student after that round
-  /steer 1.0   let the base answer steered by the first round's vector as well; /steer 0 ends it
+  /steer 1.0   also show the base steered at this dose by the first round's vector; /steer 0 ends it
   /base        show or hide the base
   /save FILE   write what was said so far
   /help  /quit (or Ctrl-D)"""
@@ -31,7 +31,7 @@ TEMPERATURE = 0.7
 
 @dataclass(frozen=True)
 class Session:
-    """What the commands change."""
+    """The state of a chat. The commands change it."""
 
     folder: Path
     student: Student
@@ -45,7 +45,7 @@ class Session:
 
 
 def chat(folder: Path, gate: float, max_new_tokens: int, round_: int | None) -> None:
-    """Read messages from the terminal until it ends."""
+    """Read messages and commands from the terminal until /quit or end of input."""
     session = opened(folder, gate, max_new_tokens, round_)
     print(HELP)
     while (line := _read(session)) is not None and line != "/quit":
@@ -56,7 +56,7 @@ def chat(folder: Path, gate: float, max_new_tokens: int, round_: int | None) -> 
 
 
 def opened(folder: Path, gate: float, max_new_tokens: int, round_: int | None) -> Session:
-    """A session with the student after a round, the last finished one if None.
+    """Open a session with the student after `round_`, the last finished round if None.
 
     Raises UserError when the folder is no run or the round was not finished.
     """
@@ -69,7 +69,7 @@ def opened(folder: Path, gate: float, max_new_tokens: int, round_: int | None) -
 
 
 def obey(session: Session, line: str) -> Session:
-    """A command's effect; what it cannot do it says, and changes nothing."""
+    """Carry out a command and return the new session. On an error, print it and return the session unchanged."""
     word, _, rest = line.partition(" ")
     try:
         match word:
@@ -100,7 +100,7 @@ def _columns(answers: dict[str, str]) -> str:
 
 
 def answer(session: Session, message: str, show: Callable[[str], None] = lambda text: print(text, end="", flush=True)):
-    """Let every voice answer, each streamed as it is written, and keep what was said."""
+    """Stream an answer from each view (base, steered base, student) and append all to `session.said`."""
     views = {"base": (0.0, 0.0)} if session.base else {}
     views |= {f"base steered at {session.dose:g}": (0.0, session.dose)} if session.dose else {}
     views |= {f"student after round {session.round} at gate {session.gate:g}": (session.gate, 0.0)}
@@ -115,7 +115,7 @@ def answer(session: Session, message: str, show: Callable[[str], None] = lambda 
 
 
 class _Harmless(TextStreamer):
-    """Text as it is written, without the control characters by which text could take over a terminal."""
+    """Streams text without control characters, which could take over a terminal."""
 
     def __init__(self, lm: LM, show: Callable[[str], None]) -> None:
         super().__init__(lm.tokenizer, skip_prompt=True, skip_special_tokens=True)
@@ -133,7 +133,7 @@ def _streamed(session: Session, message: str, dose: float, turn: int, show: Call
     steered = Steering(session.vector, torch.tensor([dose])) if dose else None
     streamer = _Harmless(lm, show)
     with torch.random.fork_rng(), steering(lm, steered) as dial:
-        torch.manual_seed(turn)  # all voices draw the same numbers
+        torch.manual_seed(turn)  # all views draw the same random numbers
         if steered:
             dial.turn(steered.dose.to(lm.device))
         lm.model.generate(

@@ -1,4 +1,4 @@
-"""The instruments alone, on any model, adapter or run."""
+"""The verb `eval`: the instruments alone, on any model, adapter or run."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from steer_heal.runs.student import finished_rounds, student_after
 
 @dataclass(frozen=True)
 class Target:
-    """What is measured: a base model, and perhaps a student on it."""
+    """The object of the measurement: a base model, with or without a student on it."""
 
     student: Student
     trait: Trait
@@ -33,14 +33,14 @@ class Target:
 
 @dataclass(frozen=True, kw_only=True)
 class Alone:
-    """The arms of a model and what they come to."""
+    """The arms of a model, the validity of the instruments and the verdict."""
 
     base: ArmSummary
     prompted: ArmSummary
     negative: ArmSummary
     validity: list[Validity]
     student: ArmSummary | None = None
-    """of an adapter or a run"""
+    """for an adapter or a run"""
     gate: float | None = None
     verdict: Verdict | None = None
 
@@ -48,9 +48,9 @@ class Alone:
 def evaluate_alone(
     target: str, round_: int | None, gate: float, trait: str | None, model: ModelConfig, config: EvalConfig
 ) -> Alone:
-    """Measure and print base, both prompted arms and, of an adapter or a run, the student at the gate.
+    """Measure and print base, both prompted arms and, for an adapter or a run, the student at the gate.
 
-    Raises UserError when the target is nothing that can be measured.
+    Raises UserError when the target cannot be measured.
     """
     found = opened(target, round_, trait, model)
     which = instruments(config, at_end=True)

@@ -1,4 +1,4 @@
-"""A run's result for others: an adapter that plain PEFT loads, or a whole model that plain transformers loads."""
+"""The verb `export`: write a run's result as an adapter that plain PEFT loads, or a model that transformers loads."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from steer_heal.runs.student import finished_rounds, student_after
 def export(folder: Path, to: Path, round_: int | None, merge: bool) -> None:
     """Write the student after `round_` (the last one if None) into `to`, with a model card.
 
-    An adapter belongs on the run's base model. Merged, the update is added to the base's float weights in the run's
-    dtype, also when the run trained on NF4 ones.
+    The adapter needs the run's base model. With `merge` the update is added to the base's float weights in the run's
+    dtype, also when the run trained on NF4 weights.
 
     Raises UserError when the folder is no run, the round was not finished, or `to` is not empty.
     """
@@ -28,7 +28,7 @@ def export(folder: Path, to: Path, round_: int | None, merge: bool) -> None:
     student = student_after(folder, run.config, rounds, float_weights=merge)
     to.parent.mkdir(parents=True, exist_ok=True)
     if to.exists():
-        to.rmdir()  # it is empty; the adapter's folder is renamed into place
+        to.rmdir()  # it is empty, and saving makes it again
     if merge:
         student.merged().save_pretrained(to)
         student.lm.tokenizer.save_pretrained(to)

@@ -1,4 +1,4 @@
-"""The verb `run`: everything that can be wrong is checked first, then the loop, and what ends it early is explained."""
+"""The verb `run`: check the input, run the loop, and explain an early end."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ DECODING = ("anchor.jsonl", InRound.DOSE, InRound.COMPLETIONS)
 
 
 def run(config: RunConfig, preset: str, argv: list[str]) -> tuple[RunDir, Summary]:
-    """Do a run, or go on with one; returns its folder and summary. `argv` is how it was asked for.
+    """Start or resume a run; return its folder and summary. `argv` is the command line.
 
-    Raises UserError for what the user can mend, and KeyboardInterrupt, with the command that goes on, when stopped.
+    Raises UserError for what the user can fix, and KeyboardInterrupt, with the command to resume, when stopped.
     """
     check(config)
     if config.steer.method.startswith(lite.PREFIX):
@@ -40,7 +40,7 @@ def run(config: RunConfig, preset: str, argv: list[str]) -> tuple[RunDir, Summar
     if not config.resume:
         check_place(Path(config.out))
         trait = data.load_trait(config.trait)
-        lm = loaded(config.model)  # before a folder is made: a model that cannot be loaded leaves nothing behind
+        lm = loaded(config.model)  # before the folder is made: a model that cannot be loaded leaves no folder
         check_optimiser(config.heal.training, lm.device)
         folder = create(config, preset, trait, environment(lm), argv)
         with folder.held():
@@ -50,7 +50,7 @@ def run(config: RunConfig, preset: str, argv: list[str]) -> tuple[RunDir, Summar
     with reopened(config, preset) as folder:
         trait = trait_of(folder, config, given)
         if "env.json" not in config.recompute:
-            torch.set_num_threads(folder.read("env.json")["threads"])  # sums come out otherwise with another number
+            torch.set_num_threads(folder.read("env.json")["threads"])  # another number changes how sums are rounded
         lm = loaded(config.model)
         check_optimiser(config.heal.training, lm.device)
         require_surroundings(folder, config, environment(lm))
@@ -71,8 +71,8 @@ def loaded(config: ModelConfig) -> LM:
 
 
 def loop_of(config: RunConfig, preset: str, folder: RunDir, trait: data.Trait, lm: LM) -> Summary:
-    """The loop, with a word on how to go on when it ends early."""
-    if os.environ.get("STEER_HEAL_BLOCK_NETWORK") == "1":  # in the fast-dev run: with the model there, nothing is asked
+    """Run the loop. An error that ends it early names the command to resume."""
+    if os.environ.get("STEER_HEAL_BLOCK_NETWORK") == "1":  # set by the fast-dev run: a loaded model needs no network
         block_network()
     folder.follow = follower(config.track, folder.path.name, described(config))
     try:
@@ -90,13 +90,13 @@ def loop_of(config: RunConfig, preset: str, folder: RunDir, trait: data.Trait, l
 
 
 def _wanted(error: RuntimeError) -> str | None:
-    """How much memory could not be had, from torch's words on a GPU or a CPU; None when that is not what went wrong."""
+    """Return the memory that torch could not allocate, from its GPU or CPU message; None for any other error."""
     said = re.search(r"[Tt]ried to allocate ([\d.]+ (?:[KMG]iB|bytes))", str(error))
     return said and said[1]
 
 
 def out_of_memory(folder: RunDir, config: RunConfig, wanted: str) -> str:
-    """Where memory ended, how much was wanted, and the command that goes on with less."""
+    """Return a message: where memory ran out, how much was wanted, and the command that resumes with less."""
     doing = f"{folder.doing}, {folder.part}" if folder.part else folder.doing
     where = f"out of memory while making {doing} ({wanted} more were wanted)"
     smaller = _smaller(folder, config)
@@ -110,10 +110,10 @@ def out_of_memory(folder: RunDir, config: RunConfig, wanted: str) -> str:
 
 
 def _smaller(folder: RunDir, config: RunConfig) -> dict[str, int | str]:
-    """Flags with which what was being computed takes less memory and gives the same result."""
+    """Return flags that make the current stage take less memory and give the same result."""
     training, name = config.heal.training, Path(folder.doing).name
     trains = name == InRound.ADAPTER and folder.part != READING
-    if folder.doing == "adapter":  # all rounds folded, only to be written
+    if folder.doing == "adapter":  # all rounds are folded; this stage only writes them
         return {}
     if trains and training.pass_rows > 1:
         return {"heal.training.pass_rows": training.pass_rows // 2}

@@ -21,7 +21,7 @@ HERE = files(__name__)
 BUILT_IN = ("love", "authority", "calm")
 PERSONAS = ("positive", "negative")
 LONGEST_NAME = 64  # characters of a trait's name
-FOUNDATIONS = {  # what a scene of the profile may breach, as it is put to the model; norms is the control
+FOUNDATIONS = {  # foundations that a scene of the profile may breach, as the model reads them; norms is the control
     "care": "someone is hurt or treated coldly",
     "fairness": "someone cheats or takes more than their share",
     "loyalty": "someone turns against their own group",
@@ -43,7 +43,7 @@ class Contrast:
 
 @dataclass(frozen=True)
 class YesNo:
-    """A self-report question; `trait_answer` says which of yes and no shows the trait."""
+    """A self-report question; `trait_answer`, yes or no, is the answer that shows the trait."""
 
     question: str
     trait_answer: str
@@ -54,7 +54,7 @@ Probe = TypeVar("Probe", Contrast, YesNo)
 
 @dataclass(frozen=True)
 class Trait:
-    """What to steer towards and how to see whether it moved. `direction` +1: the trait raises the score."""
+    """A trait to steer towards, and its probes. `direction` is +1 if the trait raises the score, -1 if it lowers it."""
 
     name: str
     title: str
@@ -69,9 +69,9 @@ class Trait:
 
 
 def load_trait(name_or_file: str) -> Trait:
-    """A built-in trait by name, or one of the user's own by path.
+    """Load a built-in trait by name, or the user's own by path.
 
-    Raises UserError when there is no such trait, or the file lacks something or holds what cannot be measured.
+    Raises UserError when there is no such trait, or when the file is incomplete or its trait cannot be measured.
     """
     if name_or_file in BUILT_IN:
         return parse_trait((HERE / "traits" / f"{name_or_file}.toml").read_text("utf-8"), name_or_file)
@@ -94,7 +94,7 @@ def load_trait(name_or_file: str) -> Trait:
 
 
 def parse_trait(text: str, source: str) -> Trait:
-    """A trait from TOML text; `source` names it in errors. Raises UserError as `load_trait` does."""
+    """Parse a trait from TOML text; `source` names it in errors. Raises UserError as `load_trait` does."""
     where = f"trait file {source!r}"
     try:
         table = tomllib.loads(text)
@@ -165,12 +165,12 @@ def _require_measurable(trait: Trait, where: str) -> None:
 
 
 def _plain(text: str) -> str:
-    """A text by which it is known: case and spaces do not make it another one."""
+    """Normalise case and spaces, so that texts that differ only in them are equal."""
     return " ".join(text.lower().split())
 
 
 def _shown(value: object) -> str:
-    """A user's value for a message: short, and without what could take over a terminal."""
+    """Format a user's value for a message: at most 60 characters, control characters escaped."""
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
 
@@ -241,18 +241,20 @@ def contexts() -> tuple[str, ...]:
 
 
 def neutral() -> tuple[str, ...]:
-    """40 plain texts in which no trait plays a role; their perplexity tells whether the model was damaged."""
+    """40 plain texts in which no trait plays a role; their perplexity shows damage to the model."""
     return _lines("neutral")
 
 
 def mundane() -> tuple[str, ...]:
-    """96 user messages about everyday things, on which a healed model should answer as the base does; every third asks
-    for a word, a figure, a yes or a no alone."""
+    """96 user messages about everyday things, which a healed model should answer as the base does.
+
+    Every third message asks for one word, a figure, a yes or a no alone.
+    """
     return _lines("mundane")
 
 
 def vignettes() -> tuple[dict, ...]:
-    """140 short scenes, 20 that breach each moral foundation (norms: none, just odd), in third and second person."""
+    """140 short scenes in third and second person; 20 breach each moral foundation, 20 (norms) are only odd."""
     return _records_of("vignettes")
 
 
@@ -263,7 +265,7 @@ def canary() -> tuple[dict, ...]:
 
 @cache
 def off_target() -> dict[str, tuple[Contrast, ...]]:
-    """Contrast probes of five traits that have no business to move: boldness, tidiness, thrift, novelty, optimism."""
+    """Contrast probes of five traits that should not move: boldness, tidiness, thrift, novelty, optimism."""
     found: dict[str, tuple[Contrast, ...]] = {}
     for row in _records_of("off_target"):
         found[row["trait"]] = (*found.get(row["trait"], ()), Contrast(row["question"], row["high"], row["low"]))
@@ -271,14 +273,16 @@ def off_target() -> dict[str, tuple[Contrast, ...]]:
 
 
 def bystanders(target: str, count: int) -> dict[str, tuple[Contrast, ...]]:
-    """`count` contrast probes of each trait that should stay put when `target` is steered: `off_target`, which is far
-    from it, and the other built-in traits, which may be near."""
+    """Return `count` contrast probes of each trait that should not move when `target` is steered.
+
+    These are the traits of `off_target`, which are far from it, and the other built-in traits, which may be near it.
+    """
     found = off_target() | {name: load_trait(name).contrast for name in BUILT_IN if name != target}
     return {name: probes[:count] for name, probes in found.items()}
 
 
 def labelled() -> tuple[dict, ...]:
-    """Completions that were read and labelled, with their scores under SmolLM2-135M: see `bench.filter`."""
+    """Completions labelled by readers, with their scores under SmolLM2-135M: see `bench.filter`."""
     return _records_of("labelled")
 
 

@@ -1,10 +1,9 @@
-"""How much of the vector the text survives: the dose curve, and the dose read off it.
+"""The dose curve (the share of completions that pass the filter, dose by dose) and the choice of the dose.
 
-The curve replaces a bisection over doses (each step of which would decode a batch of its own) by one batch that
-mixes all doses; the share of completions that survive the filter is made monotone in the dose by isotonic
-regression, and the largest dose that meets the target is read off it. The target is relative to unsteered completions
-in the same batch: a filter is never perfect, and what it drops of the model's own text is not the vector's doing.
-The other rule, iso-KL, looks for the dose of a given divergence instead.
+One batch mixes all doses; a bisection would decode one batch per step. Isotonic regression makes the share monotone in
+the dose. The dose chosen is the largest that meets the target. The target is relative to unsteered completions in the
+same batch: the filter also drops some of the model's own text, which the vector does not cause. The other rule,
+iso-KL, finds the dose with a given KL divergence instead.
 """
 
 from __future__ import annotations
@@ -27,29 +26,31 @@ from steer_heal.model.likelihood import token_kl
 from steer_heal.model.lm import LM, Row
 from steer_heal.model.steering import AnyVector, Steering
 
-ISO_KL_TOLERANCE = 0.05  # share of the target by which the dose found may miss it
+ISO_KL_TOLERANCE = 0.05  # allowed difference between the KL reached and the target, as a share of the target
 ISO_KL_PASSES = 12  # scoring passes; the secant in log-log needs three to five
 
 
 class IsoKl(NamedTuple):
-    """The dose of a given divergence."""
+    """The dose with a given KL divergence."""
 
     dose: float | None
     kl: float | None
-    """what it reaches, nats"""
+    """the KL that it reaches, nats"""
     kl_p95: list[float]
-    """the curve at the distinct doses, ascending"""
+    """the curve: 95th percentile of the KL at each distinct dose, doses ascending, nats"""
 
 
 def iso_kl(lm: LM, vector: AnyVector, rows: list[Row], doses: list[float], target: float) -> IsoKl:
-    """Dose at which the 95th percentile over tokens of KL(steered || unsteered) equals `target` nats.
+    """Find the dose at which the 95th percentile over tokens of KL(steered || unsteered) equals `target` nats.
 
-    Each row was written under its own dose; all rows are scored under theirs in mixed batches, which gives the curve.
-    The rows of the dose nearest to where the (increasing) curve crosses the target are then scored again under
-    candidates found by a secant in log dose and log KL, steered and unsteered on the same tokens, until the answer
-    is within 5%. After wassname/isokl_steering_calibration, which bisects with one rollout a step.
+    Each row was written under its own dose. All rows are scored under their doses in mixed batches, which gives the
+    curve. The curve is taken to increase, and the two doses around its crossing of the target are found. The rows of
+    the dose whose KL is nearer to the target are then scored again, steered and unsteered on the same tokens, at doses
+    proposed by a secant in log dose and log KL, until the KL is within 5% of the target. After
+    wassname/isokl_steering_calibration, which bisects with one rollout per step.
 
-    Dose and KL are None when the curve does not cross the target between the smallest and the largest positive dose.
+    Dose and KL are None when the curve does not cross the target between the smallest and the largest positive dose, or
+    when the search does not converge.
     """
     plain = states(lm, rows)
     given = torch.tensor(doses, dtype=torch.float32)
@@ -88,10 +89,10 @@ def p95(values: Float[Tensor, "n"]) -> float:
 def dose_curve(
     teacher: Teacher, prompts: list[str], config: DoseConfig, on_rows: Progress = lambda rows: None
 ) -> DoseCurve:
-    """The share of completions that survive the filter, dose by dose, and the dose chosen.
+    """Measure the share of completions that pass the filter at each dose, and choose the dose.
 
-    Survival is relative to that of dose 0. The dose is the smallest when that misses the target by no more than a
-    standard error, and None when it misses by more (`require_dose` says so to the user).
+    The target is relative to the share at dose 0. If even the smallest dose misses the target, that dose is chosen when
+    it misses by no more than a standard error. Otherwise the dose is None, and `require_dose` tells the user.
     """
     lowest, highest = config.range
     ratio = (highest / lowest) ** (1 / max(1, config.steps - 1))
@@ -126,7 +127,7 @@ def _monotone(survival: list[float]) -> list[float]:
 def _iso_kl_curve(
     teacher: Teacher, config: DoseConfig, curve: list[DosePoint], completions: list[Completion]
 ) -> DoseCurve:
-    """The curve with its divergences, and the dose at which the divergence meets the target."""
+    """Add the KL divergence to each point of the curve, and choose the dose at which it meets the target."""
     lm, given = teacher.student.lm, [c.dose for c in completions]
     rows = [Row(lm.prompt(c.prompt), c.ids) for c in completions]
     with teacher.student.view(now=0.0):
@@ -143,13 +144,13 @@ def _iso_kl_curve(
 
 
 def _sampling_error(curve: list[DosePoint], rows: int) -> float:
-    """Standard error of the difference between the unsteered share and the smallest dose's, each of so many rows."""
-    shares = [(p.survival * rows + 1) / (rows + 2) for p in curve[:2]]  # Laplace's: ten of ten is not certainty
+    """Standard error of the difference in survival between dose 0 and the smallest dose, each of `rows` completions."""
+    shares = [(p.survival * rows + 1) / (rows + 2) for p in curve[:2]]  # Laplace's rule: ten of ten is not certainty
     return math.sqrt(sum(share * (1 - share) for share in shares) / rows)
 
 
 def require_dose(found: DoseCurve) -> float:
-    """The chosen dose. Raises Exhausted, the curve in its text, when there is none."""
+    """Return the chosen dose. Raises Exhausted, with the curve in its message, when there is none."""
     if found.dose is not None:
         return found.dose
     if found.rule == "iso_kl":
@@ -170,7 +171,7 @@ def require_dose(found: DoseCurve) -> float:
 
 
 def largest_dose(doses: list[float], survival: list[float], target: float) -> float | None:
-    """Largest dose whose fitted survival reaches the target, interpolated in log dose; None when none does."""
+    """Largest dose whose fitted survival reaches the target, interpolated in log dose; None if there is none."""
     if survival[0] < target:
         return None
     for (d0, s0), (d1, s1) in zip(
@@ -183,6 +184,6 @@ def largest_dose(doses: list[float], survival: list[float], target: float) -> fl
 
 
 def expected_survival(found: DoseCurve) -> float:
-    """Share of completions that the filter is expected to pass at the chosen dose, between the curve's points."""
+    """Return the expected survival at the chosen dose, interpolated between the curve's points."""
     points = [(p.dose, p.fitted) for p in found.curve]
     return float(np.interp(found.dose, *zip(*points, strict=True)))

@@ -1,4 +1,4 @@
-"""What distilling leaves behind: the dose curve and the judged completions. No torch."""
+"""The artefacts of distilling: the dose curve and the judged completions. No torch."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class Completion(Judged):
     dose: float
     ids: list[int]
     ended: bool
-    """the model ended it by itself, within the limit"""
+    """whether the model wrote its end token within the length limit"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,13 +30,13 @@ class Anchor:
 
 @dataclass(frozen=True, kw_only=True)
 class DosePoint:
-    """What completions at one dose are like."""
+    """Figures of the completions at one dose, and an example."""
 
     dose: float
     survival: float
     """share that passes the filter"""
     fitted: float
-    """the same, made monotone in the dose"""
+    """survival made monotone in the dose"""
     tail_ppl: float
     """median perplexity of the last quarter, under base"""
     example: str
@@ -50,11 +50,11 @@ class DoseCurve:
 
     rule: str
     target: float
-    """survival to reach, or nats"""
+    """survival to reach; rule iso_kl: KL to reach, nats"""
     dose: float | None = None
     """None: no dose meets the target, see `require_dose`"""
     kl: float | None = None
-    """rule iso_kl: what the chosen dose reaches, nats"""
+    """rule iso_kl: KL that the chosen dose reaches, nats"""
     curve: list[DosePoint]
     completions: list[Completion]
 

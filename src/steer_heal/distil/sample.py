@@ -1,4 +1,4 @@
-"""From a vector and a dose to a training set: steered completions, the filter, and those of the base that anchor it."""
+"""Make the training set from a vector and a dose: sample steered completions, filter them, sample base anchors."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from steer_heal.model.lm import Row
 from steer_heal.model.steering import AnyVector, Steering
 
 Progress = Callable[[int], None]
-SAMPLED_PER_SURVIVOR = 2  # completions a round at most, for each one wanted: at the chosen dose most of them pass
-LEAST = 16  # survivors that training needs, or a third of what is wanted where that is fewer
-DOSE_SPREAD = 0.15  # a third of the completions each at the chosen dose and this share below and above it
+SAMPLED_PER_SURVIVOR = 2  # most completions sampled per completion wanted; at the chosen dose most of them pass
+LEAST = 16  # fewest survivors to train on, or a third of n_keep when that is fewer
+DOSE_SPREAD = 0.15  # completions are sampled at the chosen dose and at this share below and above it, a third each
 
 
 class Exhausted(UserError):
-    """Steering gives no text to train on. An error in round 0; later the loop stops."""
+    """Steering gives no text to train on. In round 0 this is an error; in a later round it ends the loop."""
 
 
 @dataclass(frozen=True)
 class Teacher:
-    """The previous student steered with a vector: how it is sampled, and the filter its completions must pass."""
+    """The previous student steered with a vector, its sampling config, and the filter for its completions."""
 
     student: Student
     vector: AnyVector
@@ -39,17 +39,17 @@ class Teacher:
     key: tuple
     """names the stream of random numbers"""
     persona: re.Pattern[str] | None = None
-    """finds what the trait's persona says of itself, see `coherence.persona_narration`"""
+    """finds narration of the trait's persona, see `coherence.persona_narration`"""
 
 
 def distil(
     teacher: Teacher, dose: float, prompts: list[str], expected: float = 1.0, on_kept: Progress = lambda rows: None
 ) -> list[Completion]:
-    """Completions of the steered previous student, every one with its scores and why it was dropped.
+    """Sample completions of the steered previous student; return all, with scores and the reason each was dropped.
 
-    Batches are sampled until `n_keep` have survived or twice as many are written. The first is as large as the
-    `expected` survival makes it. Prompts and the doses around `dose` take turns, so that each has a fair share. A text
-    that was written before is dropped as "duplicate", survivors beyond `n_keep` as "surplus".
+    Batches are sampled until `n_keep` have survived or twice as many are written. The `expected` survival sets the size
+    of the first batch. Prompts and the doses around `dose` take turns, so that each has an equal share. A repeated text
+    is dropped as "duplicate", survivors beyond `n_keep` as "surplus".
     """
     config = teacher.config
     doses = [dose * (1 + side * DOSE_SPREAD) for side in (0, -1, 1)]
@@ -58,10 +58,10 @@ def distil(
     kept, texts = 0, set()
     while kept < config.n_keep and len(completions) < budget:
         done = len(completions)
-        share = kept / done if done else expected  # of the batches before, passed
+        share = kept / done if done else expected  # share of earlier completions that passed
         rows = min(math.ceil((config.n_keep - kept) / max(share, 0.01)), budget - done)
         turns = range(done, done + rows)
-        # A step of one dose a pass over the prompts, so that no prompt is always asked at the same dose.
+        # Each pass over the prompts shifts the doses by one, so that no prompt always has the same dose.
         plan = [(doses[(i + i // len(prompts)) % len(doses)], prompts[i % len(prompts)]) for i in turns]
         before = kept
         for completion in sample(teacher, plan, (done,)):
@@ -77,7 +77,7 @@ def distil(
 
 
 def require_training_set(completions: list[Completion], dose: DoseCurve, config: DistilConfig) -> None:
-    """Raise Exhausted, the survival table in its text, when too few completions survived to train on."""
+    """Raise Exhausted, with the survival table in its message, when too few completions survived to train on."""
     kept = sum(not c.dropped for c in completions)
     needed = max(1, min(LEAST, config.n_keep // 3))
     if kept >= needed:
@@ -96,7 +96,7 @@ def sample(
 ) -> list[Completion]:
     """Decode (dose, prompt) pairs from the teacher and judge each completion under the pristine base.
 
-    `part` tells the batches of one stream of random numbers apart.
+    `part` extends the teacher's key, so that each batch has its own stream of random numbers.
     """
     student, lm, config = teacher.student, teacher.student.lm, teacher.config
     tokens = [lm.prompt(prompt) for _, prompt in plan]
@@ -121,7 +121,7 @@ def rows_of(student: Student, completions: list[Completion] | list[Anchor]) -> l
 def anchor_completions(
     student: Student, prompts: list[str], config: DistilConfig, key: tuple, on_rows: Progress = lambda rows: None
 ) -> list[Anchor]:
-    """Completions of mundane prompts by the pristine base, on which a healed model should not move."""
+    """Sample completions of mundane prompts from the pristine base. A healed model should not move on them."""
     lm = student.lm
     tokens = [lm.prompt(prompt) for prompt in prompts]
     sampling = Sampling(key)

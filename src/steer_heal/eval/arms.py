@@ -1,4 +1,4 @@
-"""An arm: one view of the model that is measured, perhaps with a system prompt or a steering vector."""
+"""An arm: one view of the model that is measured, with or without a system prompt or a steering vector."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from steer_heal.model.steering import AnyVector, Steering
 
 @dataclass(frozen=True)
 class Arm:
-    """Which model is measured: gate of the adapter history, system prompt, steering vector and dose."""
+    """The model that is measured: gate of the adapter history, system prompt, steering vector and dose."""
 
     name: str
     history: float = 1.0

@@ -1,4 +1,4 @@
-"""The instruments: what each scores, how its mean is shown, and which side of a change is damage. No torch."""
+"""The instruments: the measure of each, how it is printed, and which direction of change is damage. No torch."""
 
 from __future__ import annotations
 
@@ -7,37 +7,37 @@ from dataclasses import dataclass
 from steer_heal.eval.intervals import relative
 from steer_heal.eval.reading import Measures
 
-OFF_TARGET = "off:"  # begins the name of the items of every trait that should stay put
+OFF_TARGET = "off:"  # prefix of the item names of the traits that should not move
 
 
 @dataclass(frozen=True)
 class Instrument:
-    """A score for each item, and the measure of an arm that is their mean."""
+    """A score for each item, and the arm's measure, which is the mean of the scores."""
 
     name: str
-    """of its items in a reading"""
+    """name of its items in a reading"""
     measure: str
     """the field of `Measures` that holds the mean"""
     read_with: str
-    """the pass over the model that gives it, see `eval.instruments`"""
+    """the pass over the model that measures it, see `eval.instruments`"""
     unit: str
     label: str
     short: str
-    """the label where there is little room"""
+    """short form of the label"""
     form: str
-    """how a value of the measure is written"""
+    """format of a value of the measure"""
     damage: int = 0
-    """the side of a change that is damage: -1 a fall, +1 a rise, 0 neither"""
+    """the direction of change that is damage: -1 a fall, +1 a rise, 0 neither"""
     log: bool = False
     """the items are logarithms, and the measure is exp of their mean"""
     limit: float | None = None
-    """beyond it a model is broken, whatever its base was"""
+    """absolute limit: a model beyond it is broken, whatever its base's measure"""
     bound: float | None = None
-    """a student is damaged when its measure over its base's is beyond it"""
+    """relative limit: a student is damaged when its measure divided by its base's is beyond it"""
 
     @property
     def item_label(self) -> str:
-        """What a difference of items is called."""
+        """The label of a difference of items."""
         return f"log {self.label}" if self.log else self.label
 
     @property
@@ -46,7 +46,7 @@ class Instrument:
         return f"{self.measure.removesuffix('_nats').removesuffix('_share')}_ci"
 
     def over(self, arm: Measures, base: Measures) -> float:
-        """The arm's measure as a share of the base's; NaN where the base has none."""
+        """Return the arm's measure divided by the base's; NaN when the base's is 0."""
         return relative(getattr(arm, self.measure), getattr(base, self.measure))
 
     def worse(self, value: float, other: float) -> bool:
@@ -88,6 +88,6 @@ DEMO_PPL = Instrument(
 )
 
 CATALOGUE = (CONTRAST, YES_NO, COHERENT, MASS, NEUTRAL, RIGHT, RIGHT_LOG_ODDS, LOOPED, STYLED, DEMO_PPL)
-COHERENCE = tuple(one for one in CATALOGUE if one.bound is not None)  # what a verdict watches
+COHERENCE = tuple(one for one in CATALOGUE if one.bound is not None)  # the instruments by which a verdict finds damage
 COSTS = tuple(one for one in CATALOGUE if one.damage)
-UNITS = {one.name: one.unit for one in (CONTRAST, YES_NO)}  # of a trait score, by the instrument of the trait
+UNITS = {one.name: one.unit for one in (CONTRAST, YES_NO)}  # unit of a trait score, by the trait's instrument

@@ -1,7 +1,7 @@
-"""Where a round moved the model: along its teacher's vector or elsewhere, and how far from the base.
+"""The geometry of a round: the direction in which it moved the model, and the divergence from the base.
 
-The shift is read as the vector is, at the last prompt token in the vector's band, but without any persona: the mean
-over contexts of the student's hidden state minus that of the model before.
+The shift is read where the vector is read, at the last prompt token in the vector's band, but without a persona. It is
+the mean over contexts of the student's hidden state minus the previous student's.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ from steer_heal.model.steering import AnyVector, ForeignVector, Vector
 
 @dataclass(frozen=True)
 class Fixed:
-    """What is read of the base and of every student alike."""
+    """The prompts and rows on which the base and every student are read."""
 
     contexts: list[str]
     rows: list[Row]
 
 
 class Base(NamedTuple):
-    """What the base has on `Fixed`; later rounds are compared with it."""
+    """The base's hidden states on `Fixed`; later rounds are compared with them."""
 
     mean: Float[Tensor, "l d"]
     """mean over contexts of the base's hidden states at the last prompt token"""
     states: list[Float[Tensor, "_ d"]]
-    """of fixed text, before the head"""
+    """hidden states before the head, on `Fixed.rows`"""
 
 
 def read_base(student: Student, fixed: Fixed, layers: tuple[int, ...]) -> Base:
@@ -44,7 +44,7 @@ def read_base(student: Student, fixed: Fixed, layers: tuple[int, ...]) -> Base:
 
 
 def geometry(student: Student, fixed: Fixed, vector: AnyVector, first: AnyVector, base: Base) -> Geometry:
-    """Of the current round, before it is folded."""
+    """Measure the current round, before it is folded."""
     with student.view(now=0.0):
         before = _mean(student, fixed, vector.layers)
     with student.view():
@@ -72,7 +72,7 @@ def _cosine(shift: Float[Tensor, "l d"], vector: AnyVector) -> float | None:
 
 
 def cosine(a: AnyVector, b: AnyVector) -> float | None:
-    """Mean over layers of the cosine between two vectors of the same band; None for another library's."""
+    """Mean over layers of the cosine between two vectors of the same band; None for a foreign vector."""
     if isinstance(a, ForeignVector) or isinstance(b, ForeignVector):
         return None
     return float(torch.cosine_similarity(a.direction, b.direction, dim=-1).mean())

@@ -1,4 +1,4 @@
-"""Instruments: did the trait move, did coherence hold, did other traits stay put.
+"""Instruments that measure the trait, coherence and the traits that should not move.
 
 All are deterministic, read log-probabilities or greedy text, and compare arms (base, prompted, steered, healed) on the
 same items.
@@ -7,10 +7,10 @@ same items.
   token of the trait answer minus that of its opposite, in nats per token. It needs no instruction following, so it
   works from 135M parameters up.
 * Yes/no self-report (secondary): log-odds of yes against no times the question's polarity, in nats. The probability
-  mass on the two answers is a canary for coherence whatever the trait does.
-* Off target: contrast probes of traits that have no business to move, far and near, in the same unit.
-* Coherence: greedy demo answers judged like completions but by limits of their own (`eval.judge`), perplexity of
-  neutral text, plain questions with one answer.
+  mass on the two answers measures coherence independently of the trait.
+* Off target: contrast probes of traits that should not move, both far from and near to the target, in the same unit.
+* Coherence: greedy demo answers judged like completions but with separate limits (`eval.judge`), perplexity of
+  neutral text, plain questions with one right answer.
 * Profile: see `foundations`.
 """
 
@@ -47,7 +47,7 @@ YES_NO_FORM = "{question} Answer with one word, yes or no."
 
 
 def instruments(config: EvalConfig, at_end: bool) -> tuple[str, ...]:
-    """What is read on an arm: everything on base, on prompted and after the last round; less in between."""
+    """Return the instruments to read. `at_end` adds those of `ends_only`: for base, prompted and the last round."""
     left = {*config.leave_out} if at_end else {*config.leave_out, *config.ends_only}
     return CORE + tuple(name for name in EXTRA if name not in left)
 
@@ -60,7 +60,7 @@ def evaluate(
     which: Iterable[str] = CORE,
     on_read: Callable[[int], None] = lambda instruments: None,
 ) -> ArmReading:
-    """Some instruments on one arm: means with 95% intervals, the score of every item, the demo answers."""
+    """Read instruments on one arm; return means with 95% intervals, the score of every item, the demo answers."""
     items: dict[str, list[float]] = {}
     asked: dict[str, str] = {}
     which, demos, profile, scenes = tuple(which), None, None, None
@@ -83,11 +83,11 @@ def evaluate(
     return ArmReading(**found, **measures(trait.instrument, items))
 
 
-Read = dict[str, tuple[np.ndarray, list[str]]]  # items of an instrument: their scores, and what was asked
+Read = dict[str, tuple[np.ndarray, list[str]]]  # by kind of item: the scores and the questions
 
 
 def _read(lm: LM, arm: Arm, trait: Trait, config: EvalConfig, name: str) -> Read | Reading | list[list[int]]:
-    """One instrument on the model as it stands; of the demos, the answers' tokens."""
+    """Read one instrument under the model's current view. For demos, return the answers' token ids."""
     counts = config.counts
     match name:
         case "contrast":
@@ -124,7 +124,7 @@ def pair_texts(probes: tuple[Contrast, ...]) -> list[str]:
 
 
 def measures(instrument: str, items: dict[str, list[float]]) -> dict[str, float | Interval]:
-    """Means of what was read, with 95% intervals; the trait's are those of `instrument`."""
+    """Return the means of the items read, with 95% intervals; the trait's are those of `instrument`."""
     out = {}
     for one in (one for one in CATALOGUE if one.name in items):
         scores = np.array(items[one.name])
@@ -138,7 +138,7 @@ def measures(instrument: str, items: dict[str, list[float]]) -> dict[str, float 
 
 
 def contrast_scores(lm: LM, arm: Arm, probes: tuple[Contrast, ...]) -> np.ndarray:
-    """Log-probability per token of the trait answer minus its opposite, nats per token, one a probe."""
+    """Log-probability per token of the trait answer minus its opposite, nats per token, one per probe."""
     prompts = [lm.prompt(p.question, arm.system) for p in probes]
     answers = [[lm.answer(p.trait), lm.answer(p.opposite)] for p in probes]
     scored = choice_log_probs(lm, prompts, answers, arm.steering(len(probes)))
@@ -147,23 +147,23 @@ def contrast_scores(lm: LM, arm: Arm, probes: tuple[Contrast, ...]) -> np.ndarra
 
 
 def yes_no_scores(lm: LM, arm: Arm, probes: tuple[YesNo, ...]) -> tuple[np.ndarray, np.ndarray]:
-    """(polarity * log-odds of yes in nats, probability mass on yes and no), one each a probe.
+    """(polarity * log-odds of yes in nats, probability mass on yes and no), one of each per probe.
 
-    An answer's probability is the sum over its spellings, each by all of its tokens.
+    An answer's probability is the sum over its spellings. Each spelling is scored by all of its tokens.
     """
     prompts = [lm.prompt(YES_NO_FORM.format(question=p.question), arm.system) for p in probes]
     spelled = [[list(ids) for ids in dict.fromkeys(tuple(lm.answer(s)) for s in word)] for word in (YES, NO)]
     either = [[*spelled[0], *spelled[1]]] * len(prompts)
     scored = choice_log_probs(lm, prompts, either, arm.steering(len(prompts)))
     log_p = np.array([[answer.double().sum().item() for answer in options] for options in scored])
-    with np.errstate(invalid="ignore"):  # a broken model's NaN is told by the verdict
+    with np.errstate(invalid="ignore"):  # a broken model gives NaN, which the verdict reports
         yes, no = (np.logaddexp.reduce(part, axis=1) for part in np.split(log_p, [len(spelled[0])], axis=1))
     polarity = np.array([1.0 if p.trait_answer == "yes" else -1.0 for p in probes])
     return polarity * (yes - no), np.exp(yes) + np.exp(no)
 
 
 def neutral_scores(lm: LM, arm: Arm, texts: int) -> np.ndarray:
-    """Mean NLL per token of each neutral text, nats; read as plain text after the first token, without a chat frame."""
+    """Mean NLL per token of each neutral text after its first token, in nats; plain text without a chat template."""
     rows = neutral_rows(lm, texts)
     nll = row_nll(lm, rows, arm.steering(len(rows)))
     return np.array([row.double().mean().item() for row in nll])
@@ -175,8 +175,11 @@ def neutral_rows(lm: LM, texts: int) -> list[Row]:
 
 
 def canary_scores(lm: LM, arm: Arm, questions: list[dict]) -> tuple[np.ndarray, np.ndarray]:
-    """(1 where the right answer is the likeliest of the four, 0 where it is not, NaN where none can be told; log-odds
-    of the right one against the three others together, nats), one each a question."""
+    """Return (right, log-odds), one of each per question.
+
+    `right` is 1 where the right answer is the likeliest of the four, 0 where it is not, NaN where a score is not
+    finite. The log-odds are those of the right answer against the three others together, in nats.
+    """
     prompts = [lm.prompt(q["question"], arm.system) for q in questions]
     answers = [[lm.answer(a) for a in (q["right"], *q["wrong"])] for q in questions]
     scored = choice_log_probs(lm, prompts, answers, arm.steering(len(prompts)))
@@ -186,13 +189,15 @@ def canary_scores(lm: LM, arm: Arm, questions: list[dict]) -> tuple[np.ndarray, 
 
 
 def spread(rows: tuple[dict, ...], count: int) -> list[dict]:
-    """`count` rows at equal distances, so that every kind is among them."""
+    """Return `count` rows at equal distances, so that every kind is included."""
     return [rows[i * len(rows) // count] for i in range(min(count, len(rows)))]
 
 
 def judged_demos(lm: LM, trait: Trait, config: EvalConfig, answers: list[list[int]]) -> list[Demo]:
-    """Greedy answers with what `config.judge` and `lm`, which must be the base view, make of them, after their prompt
-    without a persona."""
+    """Score greedy answers under `lm`, which must be the base view, and judge them by the limits `config.judge`.
+
+    Each answer is scored after its prompt without a persona.
+    """
     prompts = trait.demo_prompts[: config.counts.demos]
     rows = [Row(lm.prompt(p), ids) for p, ids in zip(prompts, answers, strict=True)]
     persona = persona_narration(trait.positive, trait.negative, trait.title)
@@ -201,8 +206,11 @@ def judged_demos(lm: LM, trait: Trait, config: EvalConfig, answers: list[list[in
 
 
 def demo_items(demos: list[Demo]) -> Read:
-    """Per answer: whether it is coherent, whether it loops, whether it talks about itself instead of answering (style,
-    not damage), log of its perplexity under base."""
+    """Return four scores per answer.
+
+    They are whether it is coherent, whether it loops, whether it talks about itself instead of answering (style, not
+    damage), and the log of its perplexity under base.
+    """
     scores = {
         "demo_coherent": [float(d.dropped in ("", *STYLES)) for d in demos],
         "demo_looped": [float(d.dropped in LOOPS) for d in demos],
@@ -213,7 +221,7 @@ def demo_items(demos: list[Demo]) -> Read:
 
 
 def fingerprint(texts: Iterable[str]) -> str:
-    """Names a list of items: arms are compared on equal ones only."""
+    """Return a hash of a list of items. Arms are compared only when their hashes are equal."""
     return hashlib.blake2b("\n".join(texts).encode(), digest_size=6).hexdigest()
 
 

@@ -1,5 +1,4 @@
-"""Intervals over items and over seeds. Every difference is paired: two arms are compared on the same items, or not
-at all.
+"""Intervals over items and over seeds. Every difference is paired: two arms are compared on the same items only.
 
 No torch, so that a report can be rebuilt on a machine without torch.
 """
@@ -16,7 +15,7 @@ from scipy.optimize import brentq
 from scipy.special import stdtrit
 
 RESAMPLES = 10_000
-SEED = 20260606  # the same resamples for every arm and every rebuild: intervals do not move
+SEED = 20260606  # the same resamples for every arm and every rebuild, so that intervals are reproducible
 SPLITS = 200  # random halvings of the probes
 
 Interval = tuple[float, float]
@@ -49,7 +48,7 @@ def interval_of(statistic: Callable[[np.ndarray], np.ndarray], items: int) -> In
     return float(low), float(high)
 
 
-@lru_cache(maxsize=4)  # 5 MB for 64 items; a table asks for few sizes, thousands of times
+@lru_cache(maxsize=4)  # 5 MB for 64 items; a table needs few sizes, each thousands of times
 def _resamples(items: int) -> np.ndarray:
     """Item numbers [resamples, items], drawn with replacement."""
     draw = np.random.default_rng(SEED).integers(0, items, (RESAMPLES, items))
@@ -60,10 +59,11 @@ def _resamples(items: int) -> np.ndarray:
 def across_seeds(values: np.ndarray) -> Change:
     """Mean and 95% interval of a difference over seeds [s] and items [n]: values [s, n], both drawn at random.
 
-    Seeds and items are crossed (the items are the same for every seed), and seeds are few: resampling three of them
-    covers the truth in 84% of cases. So the mean's variance is put together from the mean squares of a two-way layout,
-    (MS_seeds + MS_items - MS_rest) / (s n), and the quantile is Student's at Satterthwaite's degrees of freedom
-    (Biometrics Bulletin 2, 1946). One seed: the interval over items. One item: Student's over seeds.
+    Seeds and items are crossed: the items are the same for every seed. Seeds are few, and an interval that resamples
+    three seeds covers the truth in 84% of cases. So the variance of the mean comes from the mean squares of a two-way
+    layout, (MS_seeds + MS_items - MS_rest) / (s n), and the quantile is Student's at Satterthwaite's degrees of freedom
+    (Biometrics Bulletin 2, 1946). With one seed, the interval is the bootstrap over items. With one item, it is
+    Student's over seeds.
     """
     values = np.asarray(values, dtype=np.float64)
     seeds, items = values.shape
@@ -77,17 +77,17 @@ def across_seeds(values: np.ndarray) -> Change:
     degrees = np.array([seeds - 1, items - 1, (seeds - 1) * (items - 1)])
     squares = items * np.square(of_seeds).sum(), seeds * np.square(of_items).sum()
     parts = np.array([*squares, np.square(values - mean - of_seeds - of_items).sum()]) / degrees
-    # The estimated variance between seeds may come out below zero; it is none then.
+    # The estimated variance between seeds may be negative; it then counts as zero.
     parts = parts * (1, 1, -1) if parts[0] > parts[2] else parts * (0, 1, 0)
     total = parts.sum()
-    # Where a subtracted part nearly cancels the others, the formula falls below the degrees of every one of them.
+    # When the subtracted part nearly cancels the others, the formula gives fewer degrees of freedom than any part has.
     freedom = max(degrees.min(), total**2 / (parts**2 / degrees).sum()) if total else 1.0
     half = float(stdtrit(freedom, 0.975)) * math.sqrt(total / values.size)
     return Change(mean, (mean - half, mean + half))
 
 
 def log_mean_over(arm: np.ndarray, base: np.ndarray) -> LogChange:
-    """Change of the log of a mean probability over items, nats, with its 95% interval."""
+    """Change from base of the log of a mean probability over items, nats, with its 95% interval."""
 
     def change(draw: np.ndarray) -> np.ndarray:
         return np.log(arm[draw].mean(1)) - np.log(base[draw].mean(1))
@@ -99,8 +99,8 @@ def log_mean_over(arm: np.ndarray, base: np.ndarray) -> LogChange:
 def reliability(scores: np.ndarray) -> float:
     """Split-half reliability of an instrument over arms: scores [arms, items].
 
-    The arms' means over a random half of the items are correlated with those over the other half; the average
-    correlation of many halvings is stepped up to the full length by Spearman and Brown's formula.
+    The arms' means over a random half of the items are correlated with their means over the other half. The average
+    correlation of many halvings is corrected to the full length by the Spearman-Brown formula.
     """
     items = scores.shape[1]
     draw = np.random.default_rng(SEED)
@@ -109,27 +109,27 @@ def reliability(scores: np.ndarray) -> float:
         order = draw.permutation(items)
         halves = scores[:, order[: items // 2]].mean(1), scores[:, order[items // 2 :]].mean(1)
         found.append(correlation(*halves))
-    half = max(0.0, float(np.mean(found)))  # halves that disagree are no better than halves that share nothing
+    half = max(0.0, float(np.mean(found)))  # a negative correlation counts as none
     return 2 * half / (1 + half)
 
 
 def correlation(a: np.ndarray, b: np.ndarray) -> float:
-    """Pearson's; NaN when one of them does not vary."""
+    """Pearson correlation; NaN when `a` or `b` does not vary."""
     spread = np.std(a) * np.std(b)
     return float(np.mean((a - np.mean(a)) * (b - np.mean(b))) / spread) if spread > 0 else float("nan")
 
 
 def relative(value: float, base: float) -> float:
-    """value / base; NaN where the base has none, as random models may."""
+    """value / base; NaN when the base's value is 0, which a random model's may be."""
     return value / base if base else float("nan")
 
 
 def ratio(above: np.ndarray, below: np.ndarray) -> tuple[float, float, float]:
     """Ratio of two means with its 95% interval, over seeds and items, [s, n] each; infinite where `below` may be zero.
 
-    The interval holds the ratios k for which `above - k * below` may be zero (Fieller, J. R. Stat. Soc. B 16, 1954).
-    Where `below` may be zero and `above` may not, these are two rays, one for either sign of `below`; the interval is
-    the ray of the mean.
+    A mean "may be zero" when its 95% interval contains zero. The interval holds the ratios k for which
+    `above - k * below` may be zero (Fieller, J. R. Stat. Soc. B 16, 1954). Where `below` may be zero and `above` may
+    not, these ratios form two rays, one for each sign of `below`. The interval is then the ray that holds the mean.
     """
     if below.mean() < 0:
         above, below = -above, -below

@@ -1,9 +1,9 @@
 """The fair opponents of a healed student: the base, plainly steered by the first round's vector.
 
-Any dose moves the trait further if nothing else counts. So the base is measured over a range of doses, up to where its
-text breaks, and a student is compared with it twice: at the dose that costs as much coherence as healing did (which
-of the two has more trait?) and at the dose that moves the trait as far (which of them is still coherent?). Where
-healing cost nothing, steering may cost `LEAST_COST` all the same: below that, costs are noise.
+A comparison of traits alone would favour a larger dose of plain steering. So the base is measured over a range of
+doses, up to where its text breaks, and a student is compared with it at two doses. At equal cost, steering costs as
+much coherence as healing did, and the traits are compared. At equal trait, steering moves the trait as far as the
+student, and the coherence is compared. The allowed cost is at least `LEAST_COST`: smaller costs are noise.
 """
 
 from __future__ import annotations
@@ -20,20 +20,21 @@ from steer_heal.eval.reading import ArmReading, trait_over
 
 LEAST_COST = 0.03
 READINGS = 3
-NEAR = 0.15  # share of the allowed cost by which the arm's own cost may miss it
+NEAR = 0.15  # allowed difference between an arm's cost and the allowed cost, as a share of the latter
 
 
 class Cost(NamedTuple):
-    """What a dose costs in coherence."""
+    """A dose and its cost in coherence."""
 
     dose: float
     cost: float
 
 
 def coherence_cost(arm: ArmReading, base: ArmReading) -> float:
-    """The larger of the share of answer mass lost and the share of neutral perplexity gained; below 0 is a gain.
+    """Return the larger of the share of answer mass lost and the share of neutral perplexity gained.
 
-    A base without any answer mass has none to lose. Infinite for scores that are not finite.
+    A negative cost is a gain. For a base without answer mass, the share lost is 0. The cost is infinite when a score is
+    not finite.
     """
     lost = 1 - arm.answer_mass / base.answer_mass if base.answer_mass else 0.0 * arm.answer_mass
     gained = arm.neutral_ppl / base.neutral_ppl - 1
@@ -41,22 +42,22 @@ def coherence_cost(arm: ArmReading, base: ArmReading) -> float:
 
 
 def allowed_cost(healed: ArmReading, base: ArmReading) -> float:
-    """What plain steering may cost to be compared with a healed student."""
+    """Return the coherence cost of plain steering at which it is compared with a healed student."""
     return max(coherence_cost(healed, base), LEAST_COST)
 
 
 def plain_doses(config: EvalConfig) -> list[float]:
-    """Doses at which plain steering is measured: log-spaced, up to where text is expected to break."""
+    """Return the doses at which plain steering is measured: log-spaced, up to where text is expected to break."""
     if "plain" in config.leave_out:
         return []
     return np.geomspace(*config.plain_range, config.counts.plain_doses).tolist()
 
 
 def dose_at_cost(curve: list[Cost], allowed: float) -> float:
-    """The largest dose that costs no more than `allowed`, the curve taken as straight between its points.
+    """Return the largest dose that costs no more than `allowed`; the curve is linear between its points.
 
-    The largest one, not the first: where the curve falls again, steering gets the benefit. `curve` may be in any
-    order; dose 0 costs nothing. Where any cost is allowed, that is the largest dose measured.
+    If the curve falls again, this is the largest such dose and not the first, in favour of steering. `curve` may be in
+    any order; dose 0 costs nothing. If `allowed` is infinite, the result is the largest dose measured.
     """
     points = sorted([Cost(0.0, 0.0), *curve])
     for (low, low_cost), (high, high_cost) in reversed(list(pairwise(points))):
@@ -68,7 +69,7 @@ def dose_at_cost(curve: list[Cost], allowed: float) -> float:
 
 
 def find_dose_at_cost(allowed: float, curve: list[Cost], read: Callable[[float], float]) -> float:
-    """The dose whose own cost is within NEAR of what is allowed, or as near as three readings come.
+    """Find a dose whose measured cost is within NEAR of the allowed cost, or the nearest of three readings.
 
     `read` measures the cost at a dose.
     """
@@ -83,18 +84,20 @@ def find_dose_at_cost(allowed: float, curve: list[Cost], read: Callable[[float],
 
 
 def fitting(arms: list[ArmReading], base: ArmReading, allowed: float) -> ArmReading | None:
-    """One of the arms that costs what is allowed: the base does not change over the rounds."""
+    """Return the first arm whose cost is near `allowed`, if any. Arms of earlier rounds count: the base is the same."""
     return next((arm for arm in arms if _near(coherence_cost(arm, base), allowed)), None)
 
 
 def _near(cost: float, allowed: float) -> bool:
-    """Nothing is near an infinite cost, which is that of a student whose scores are not finite."""
+    """Whether a cost is near `allowed`. No cost is near an infinite one, which a student with non-finite scores has."""
     return math.isfinite(allowed) and abs(cost - allowed) <= NEAR * allowed
 
 
 def dose_at_trait(plain: list[ArmReading], base: ArmReading, healed: ArmReading) -> tuple[float, bool]:
-    """The smallest dose at which plain steering moves the trait as far as the student, straight between the doses
-    measured. Where none does, the dose that moves it furthest, and False. A dose whose trait is not finite is left out.
+    """Return the smallest dose at which plain steering moves the trait as far as the student, and True.
+
+    Doses between the measured ones are interpolated linearly. If no dose moves the trait that far, return the dose that
+    moves it furthest, and False. A dose whose trait score is not finite is left out.
     """
     wanted = trait_over(healed, base).mean
     points = [(0.0, 0.0), *((arm.dose, trait_over(arm, base).mean) for arm in plain)]

@@ -1,4 +1,4 @@
-"""What is measured: an arm, how far it is above another, where a round moved the student. No torch."""
+"""Records of measurements: an arm, its difference from another arm, the geometry of a round. No torch."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from steer_heal.scores import Judged
 
 @dataclass(frozen=True, kw_only=True)
 class Measures:
-    """Means over an arm's items with their 95% intervals; None for what was not read. See `catalogue`."""
+    """Means over an arm's items with their 95% intervals; None for an instrument that was not read. See `catalogue`."""
 
     trait_nats: float | None = None
     """on the trait's own instrument"""
@@ -39,7 +39,7 @@ class Measures:
 
 @dataclass(frozen=True)
 class Profile:
-    """The moral-foundation profile: log of the mean probability of each concern, and how well it was read."""
+    """The moral-foundation profile: log of the mean probability of each concern, and the quality of the answers."""
 
     source: str
     care_nats: float
@@ -50,13 +50,13 @@ class Profile:
     liberty_nats: float
     norms_nats: float
     top1: float
-    """share of scenes whose label comes first"""
+    """share of scenes whose own label is the most probable"""
     top1_ci: Interval
     p_ans_any: float
     """probability of all labels together"""
     unreadable_share: float
     ppx_json: float | None = None
-    """tiny-mfv: perplexity of the answer format that it forces"""
+    """perplexity of the answer format that tiny-mfv forces"""
 
     def nats(self, foundation: str) -> float:
         return getattr(self, f"{'auth' if foundation == 'authority' else foundation}_nats")
@@ -71,18 +71,18 @@ class Demo(Judged):
 
 @dataclass(frozen=True, kw_only=True)
 class ArmReading(Measures):
-    """One arm as it was measured."""
+    """The measurements of one arm."""
 
     arm: str
     instrument: str
-    """that the trait is read on"""
+    """the instrument on which the trait is read"""
     dose: float
     read: list[str]
     """the instruments that were read, see `eval.instruments`"""
     items: dict[str, list[float]]
     """the score of every item, by instrument, see `catalogue`"""
     asked: dict[str, str]
-    """a fingerprint of the items, by instrument: arms are compared on equal ones or not at all"""
+    """a fingerprint of the items, by instrument; arms are compared only when theirs are equal"""
     demos: list[Demo] | None = None
     profile: Profile | None = None
     scenes: list[list[float]] | None = None
@@ -92,11 +92,11 @@ class ArmReading(Measures):
 
     @property
     def label(self) -> str:
-        """The arm's name in print."""
+        """The arm's name as printed."""
         return printed(self.arm)
 
     def joined(self, other: ArmReading) -> ArmReading:
-        """This reading and another one of the same arm, by other instruments, as one."""
+        """Merge this reading with another reading of the same arm by other instruments."""
         own = {key: value for key, value in vars(other).items() if value is not None}
         both = {key: getattr(self, key) | getattr(other, key) for key in ("items", "asked")}
         return replace(self, **own | both | {"read": [*self.read, *other.read]})
@@ -104,27 +104,27 @@ class ArmReading(Measures):
 
 @dataclass(frozen=True)
 class Geometry:
-    """Where a round moved the student. Cosines are means over the band, None for a foreign vector."""
+    """The direction and size of a round's move. Cosines are means over the band, None for a foreign vector."""
 
     cos_first_vector: float | None
-    """of the round's vector with the first round's"""
+    """cosine of the round's vector and the first round's"""
     cos_shift_vector: float | None
-    """of the round's shift with its own vector"""
+    """cosine of the round's shift and its own vector"""
     cos_total_first: float | None
-    """of the shift since base with the first round's vector"""
+    """cosine of the shift since base and the first round's vector"""
     kl_to_base_nats: float
     """KL(student || base), mean over the tokens of fixed text"""
     kl_to_base_rmse_nats: float
-    """its root mean square over the same tokens"""
+    """root mean square of that KL over the same tokens"""
 
 
 def printed(arm: str) -> str:
-    """The name of an arm in print."""
+    """An arm's name as printed."""
     return arm.replace("_", " ")
 
 
 def side_by_side(**arms: ArmReading) -> list[dict[str, str]]:
-    """The free-text answers of several arms, one row a prompt."""
+    """The free-text answers of several arms, one row per prompt."""
     first, *_ = arms.values()
     return [
         {"prompt": demo.prompt, **{name: arm.demos[i].text for name, arm in arms.items()}}
@@ -133,7 +133,7 @@ def side_by_side(**arms: ArmReading) -> list[dict[str, str]]:
 
 
 def paired(arm: ArmReading, base: ArmReading, key: str) -> np.ndarray:
-    """Item by item, how far an arm is above another. Raises ValueError when they were not asked the same."""
+    """Return the arm's score minus base's for each item. Raises ValueError when their items differ."""
     require_same(arm, base, key)
     return np.array(arm.items[key], dtype=np.float64) - np.array(base.items[key], dtype=np.float64)
 
@@ -144,12 +144,12 @@ def require_same(arm: ArmReading, base: ArmReading, key: str) -> None:
 
 
 def trait_over(arm: ArmReading, base: ArmReading) -> Change:
-    """How far the arm's trait score is above base's, on the trait's instrument, nats."""
+    """Return the arm's trait score minus base's, on the trait's instrument, in nats."""
     return change_of(paired(arm, base, arm.instrument))
 
 
 def over(arm: ArmReading, other: ArmReading) -> dict[str, Change]:
-    """How far one arm is above another, on every kind of item that both were asked; log perplexities in nats."""
+    """Return the arm's mean minus the other's on every kind of item that both have; log perplexities in nats."""
     return {key: change_of(paired(arm, other, key)) for key in arm.items if key in other.items}
 
 

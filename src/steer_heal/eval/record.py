@@ -1,4 +1,4 @@
-"""An arm in summary.json: its measures, and how far each is above base. No torch."""
+"""An arm in summary.json: its measures and their differences from base. No torch."""
 
 from __future__ import annotations
 
@@ -16,33 +16,33 @@ from steer_heal.eval.verdict import care_over_authority
 
 @dataclass(frozen=True, kw_only=True)
 class ArmSummary(Measures):
-    """An arm's measures, and how far it is above base on the same items."""
+    """An arm's measures, and its differences from base on the same items."""
 
     trait_over_base: float
     trait_over_base_ci: Interval
     over_base: dict[str, Change]
-    """on every kind of item that both were asked; log perplexities in nats"""
+    """by kind of item that both have; log perplexities in nats"""
     coherence_cost: float
     profile: Profile | None = None
     profile_over_base: dict[str, LogChange] | None = None
-    """of each foundation, and of care against authority"""
+    """for each foundation, and for care minus authority"""
     dose: float | None = None
     """plain steering: its dose"""
     reached: bool | None = None
     """plain steering at equal trait: whether any dose moves the trait as far as the student"""
     healed_over: dict[str, Change] | None = None
-    """plain steering at equal cost or trait: how far the student is above it"""
+    """plain steering at equal cost or trait: the student minus this arm"""
 
     @property
     def off_target(self) -> dict[str, Change]:
-        """How far the traits that should stay put are above base."""
+        """Differences from base of the traits that should not move."""
         return {
             key.removeprefix(OFF_TARGET): move for key, move in self.over_base.items() if key.startswith(OFF_TARGET)
         }
 
 
 def arm_record(arm: ArmReading, base: ArmReading, dosed: bool = False, healed: ArmReading | None = None) -> ArmSummary:
-    """The summary of an arm; `dosed` for plain steering, with the student `healed` that it is the opponent of."""
+    """Summarise an arm. Plain steering is `dosed`; as an opponent it also has the student `healed` to compare with."""
     change = trait_over(arm, base)
     return ArmSummary(
         **{field.name: getattr(arm, field.name) for field in fields(Measures)},

@@ -1,6 +1,6 @@
-"""What a round comes to, in a word, and whether the instruments that say so can be believed.
+"""The verdict on a round, in one word, and the validity of the instruments behind it.
 
-numpy alone: a report draws the same verdicts from a run's folder, without a model.
+This needs numpy only: a report computes the same verdicts from a run's folder, without a model.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ CHANCE = 1 / len(FOUNDATIONS)
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a round comes to."""
+    """The verdict on a round in one word, and the reason."""
 
     word: str
     why: str
@@ -28,7 +28,7 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Validity:
-    """Whether a model expresses the trait on an instrument, and whether the instrument agrees with itself."""
+    """Whether a model expresses the trait on an instrument, and how reliable the instrument is."""
 
     instrument: str
     positive_over_negative: float
@@ -36,9 +36,9 @@ class Validity:
     ci: Interval
     valid: bool
     halves: tuple[float, float]
-    """the difference on every other probe"""
+    """the difference on the probes of even number and on those of odd number"""
     reliability: float
-    """split-half, over all arms"""
+    """split-half reliability over all arms"""
     arms: int
     agreement: float | None = None
     """correlation with the other instrument, over all arms"""
@@ -48,14 +48,15 @@ class Validity:
 
 
 def verdict(base: ArmReading, steered: ArmReading, healed: ArmReading, valid: bool) -> Verdict:
-    """The verdict on a healed student.
+    """Return the verdict on a healed student.
 
-    In this order: broken (beyond an absolute bound of coherence, or damaged relative to base), unreadable (the
-    instrument is not valid on this model), undone (steering moved the trait and healing lost it), unmoved (neither
-    did), broad (an off-target trait moved as far as this one on the contrast probes: one unit for both), moved.
+    It is the first of these that applies: broken (coherence beyond an absolute limit, or damaged relative to base),
+    unreadable (the instrument is not valid on this model), undone (steering moved the trait and healing lost it),
+    unmoved (neither moved it), broad (an off-target trait moved at least as far as this one on the contrast probes),
+    moved.
 
-    A trait that is read on yes/no questions may not move on the contrast probes. Then it is not called broad: there is
-    no unit in which to compare it with the others.
+    A trait that is read on yes/no questions may not move on the contrast probes. It is then never called broad, because
+    there is no common unit in which to compare it with the off-target traits.
     """
     if damage := damages(healed, base):
         return Verdict("broken", "; ".join(damage))
@@ -84,7 +85,7 @@ def verdict(base: ArmReading, steered: ArmReading, healed: ArmReading, valid: bo
 
 
 def damages(arm: ArmReading, base: ArmReading) -> list[str]:
-    """What is wrong with an arm's coherence, in words; limits that no base excuses first and alone."""
+    """Describe the damage to an arm's coherence. Limits relative to base count only if no absolute one is exceeded."""
     seen = {one: (getattr(arm, one.measure), getattr(base, one.measure)) for one in COHERENCE}
     if not all(map(math.isfinite, (arm.trait_nats, *(own for own, _ in seen.values())))):
         return ["its scores are not finite"]
@@ -103,30 +104,32 @@ def _beyond(one: Instrument, value: float) -> str:
 
 
 def off_target_moves(arm: ArmReading, base: ArmReading) -> dict[str, float]:
-    """Changes over base, nats per token, of the off-target traits whose interval leaves out zero."""
+    """Return the changes from base, nats per token, of the off-target traits whose interval excludes zero."""
     asked = [key for key in arm.items if key.startswith(OFF_TARGET)]
     moves = {key.removeprefix(OFF_TARGET): _moves(arm, base, key) for key in asked}
     return {name: move for name, move in moves.items() if move}
 
 
 def _moves(arm: ArmReading, base: ArmReading, key: str) -> float:
-    """Mean change over base on these items, 0 where its interval holds zero."""
+    """Return the mean change from base on these items, or 0 if its interval contains zero."""
     change = change_of(paired(arm, base, key))
     return 0.0 if change.ci[0] <= 0 <= change.ci[1] else change.mean
 
 
 def expressible(arms: list[ArmReading], instrument: str) -> bool:
-    """Whether the model expresses the trait on an instrument: the positive persona scores above the negative one by
-    more than the interval. `arms` begins with base, prompted and negative."""
+    """Whether the model expresses the trait on an instrument: positive minus negative persona has an interval above 0.
+
+    `arms` begins with base, prompted (positive persona) and negative.
+    """
     return interval(paired(arms[1], arms[2], instrument))[0] > 0
 
 
 def validity(arms: list[ArmReading]) -> list[Validity]:
-    """Whether each instrument can be believed on this model.
+    """Return the validity of each instrument on this model.
 
     `arms` begins with base, prompted (positive persona) and negative (negative persona). An instrument is valid when
-    the positive persona scores above the negative one by more than its 95% interval; the profile, when base names the
-    breached foundation more often than by chance.
+    the 95% interval of the positive persona's score minus the negative one's is above 0. The profile is valid when base
+    names the breached foundation more often than by chance.
     """
     _, positive, negative = arms[:3]
     rows = []
@@ -151,7 +154,7 @@ def validity(arms: list[ArmReading]) -> list[Validity]:
 
 
 def _profile_validity(arms: list[ArmReading]) -> Validity:
-    """The profile's row; its score is care against authority, log of the ratio of their probabilities, a scene."""
+    """Return the profile's row. Its score is the log of the ratio of care's and authority's probability, per scene."""
     scores = np.array([care_over_authority(arm) for arm in arms])
     change = scores[1] - scores[2]
     seen = arms[0].profile
@@ -173,7 +176,7 @@ def _halves(change: np.ndarray) -> tuple[float, float]:
 
 
 def care_over_authority(arm: ArmReading) -> np.ndarray:
-    """Nats by which a scene is seen as a matter of care rather than of authority, one a scene."""
+    """Log-probability of care minus log-probability of authority, nats, one per scene."""
     p = np.array(arm.scenes)
     names = list(FOUNDATIONS)
     return np.log(p[:, names.index("care")]) - np.log(p[:, names.index("authority")])

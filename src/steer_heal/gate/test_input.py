@@ -80,7 +80,7 @@ FLAGS = [  # flags out of range, contradictory, misspelt
     ("--trait lov", "trait 'lov' is not built in and no such .toml file exists (did you mean 'love'?)"),
     ("--trait nowhere.toml", "trait 'nowhere.toml' is not built in and no such .toml file"),
     ("--resume nothing-here", "'nothing-here' is no run folder"),
-    ("--recompute base.json", "--recompute and --allow-change go on with a run"),
+    ("--recompute base.json", "--recompute and --allow-change need a run to resume"),
     ("--track mlflow", "invalid choice 'mlflow'"),
     ("extra", "extra"),
 ]

@@ -1,12 +1,12 @@
-"""Cross-entropy and divergence over completion tokens, in a fixed room for logits however many tokens there are.
+"""Cross-entropy and KL divergence over completion tokens, in a fixed amount of memory for logits.
 
 L = mean NLL + lam * relu(D - tau), D = agg over positions of KL_i (nats).
 
-gemma has 262,144 tokens: the logits of a batch of 3 x 1024 in float32 take 3 GB a copy, and a plain loss keeps
-several. Here the hidden states of the completion positions go through the head a chunk at a time. In the forward pass
-each chunk yields nll_i, kl_i and both gradients with respect to h_i; the backward pass only combines the two with the
-weights that the aggregate gives to each position. That works because position i's gradient depends on the other
-positions through scalars alone.
+gemma's vocabulary has 262,144 tokens: the logits of a batch of 3 x 1024 in float32 take 3 GB per copy, and a plain loss
+keeps several copies. Here the hidden states of the completion positions go through the head one chunk at a time. In
+the forward pass each chunk yields nll_i, kl_i and both gradients with respect to h_i. The backward pass only combines
+the two gradients, with the weights that the aggregate gives to each position. This works because the gradient at
+position i depends on the other positions through scalars only.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from torch import Tensor
 
 from steer_heal.model.lm import Head
 
-KL_EPS = 1e-12  # under the root of rmse: sqrt has no gradient at the KL of exactly 0 where a fresh adapter starts
-# Logits held at once, of all models together: 67 MB in float32 on a CPU, 268 MB on a GPU. There they and the scratch
-# below take 0.5 GB. Sized from a measurement: with 1 << 28 in both, up to 2.7 GB, a step of gemma-3-1b's shapes peaked
-# at 10.7 GB on an H100 (torch 2.11), where a plain loss takes 22.0.
+KL_EPS = 1e-12  # under the root of rmse: a fresh adapter has a KL of exactly 0, where sqrt has no gradient
+# Logits held at once, for all models together: 67 MB in float32 on a CPU, 268 MB on a GPU. With the scratch below that
+# is 0.5 GB on a GPU. The size comes from a measurement: with 1 << 28 in both, up to 2.7 GB, a step of gemma-3-1b's
+# shapes peaked at 10.7 GB on an H100 (torch 2.11). A plain loss peaked at 22.0 GB.
 CHUNK_ELEMENTS = {"cpu": 1 << 24, "cuda": 1 << 26}
-CHUNK_ROWS = 64  # positions at least: with fewer a product reads the head's weights for too little work
-BLOCK_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 24}  # logits in the arithmetic between two products: 1 MB fits a cache
+CHUNK_ROWS = 64  # fewest positions in a chunk; with fewer, a product reads the head's weights for too little work
+BLOCK_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 24}  # logits per block between the two products; 1 MB fits a cache
 
 Reg = Literal["nll", "kl_fwd", "kl_rev"]
 Agg = Literal["mean", "rmse", "p95", "max"]
@@ -37,9 +37,9 @@ class _Fused(torch.autograd.Function):
     objective_i is the NLL of the target, or with `teacher` states the KL(teacher || student); 0 with neither.
     kl_i is KL(student || reference) for kl_rev and KL(reference || student) for kl_fwd; 0 without a reference.
 
-    One product gives the logits of a chunk of positions under all models, one product takes both gradients back
-    through the head. What lies between is done in blocks that fit a cache, and leaves the gradients with respect to
-    the logits in the place of the logits.
+    One matrix product gives the logits of a chunk of positions under all models. One product takes both gradients back
+    through the head. The arithmetic between them is done in blocks that fit a cache. It overwrites the logits with the
+    gradients with respect to the logits.
     """
 
     @staticmethod
@@ -75,7 +75,7 @@ class _Fused(torch.autograd.Function):
                     kl[at] = (_reverse if reg == "kl_rev" else _forward)(z, lse, p, others[-1], q, slope)
                 if teacher is not None:
                     objective[at] = _forward(z, lse, p, others[0], q, slope)
-                elif sampled:  # last, since its gradient takes the place of z
+                elif sampled:  # last, since its gradient overwrites z
                     objective[at] = _nll(z, lse, p, targets[at, None], slope)
             if grads is not None:
                 back = flat.to(head.weight.dtype)[0 if sampled else rows :] @ head.weight
@@ -93,7 +93,7 @@ class _Fused(torch.autograd.Function):
 
 
 def _nll(z: Tensor, lse: Tensor, p: Tensor, target: Tensor, slope: Tensor | None) -> Tensor:
-    """NLL of each row's target; z becomes the gradient with respect to z."""
+    """Return the NLL of each row's target; overwrite z with the gradient with respect to z."""
     nll = (lse - z.gather(1, target))[:, 0]
     z.copy_(p).scatter_add_(1, target, torch.full_like(lse, -1.0))
     _bent(z, slope)
@@ -101,7 +101,7 @@ def _nll(z: Tensor, lse: Tensor, p: Tensor, target: Tensor, slope: Tensor | None
 
 
 def _forward(z: Tensor, lse: Tensor, p: Tensor, other: Tensor, q: Tensor, slope: Tensor | None) -> Tensor:
-    """KL(other || z) of each row, from logits; `other` becomes the gradient with respect to z."""
+    """Return KL(other || z) of each row, from logits; overwrite `other` with the gradient with respect to z."""
     other_lse = _softmax(other, q)
     gap = other.sub_(z).add_(lse - other_lse)
     kl = _row_dot(q, gap)
@@ -110,7 +110,7 @@ def _forward(z: Tensor, lse: Tensor, p: Tensor, other: Tensor, q: Tensor, slope:
 
 
 def _reverse(z: Tensor, lse: Tensor, p: Tensor, other: Tensor, q: Tensor, slope: Tensor | None) -> Tensor:
-    """KL(z || other) of each row, from logits; `other` becomes the gradient with respect to z."""
+    """Return KL(z || other) of each row, from logits; overwrite `other` with the gradient with respect to z."""
     other_lse = _log_normaliser(other, q)
     gap = torch.sub(z, other, out=other).add_(other_lse - lse)
     kl = _row_dot(p, gap)
@@ -119,7 +119,7 @@ def _reverse(z: Tensor, lse: Tensor, p: Tensor, other: Tensor, q: Tensor, slope:
 
 
 def _slope(z: Tensor, softcap: float, out: Tensor) -> Tensor:
-    """Derivative of the capped logits with respect to the plain ones, from the capped ones."""
+    """Derivative of the capped logits with respect to the uncapped ones, computed from the capped ones."""
     return torch.div(z, softcap, out=out).square_().neg_().add_(1.0)
 
 
@@ -129,7 +129,7 @@ def _bent(gradient: Tensor, slope: Tensor | None) -> None:
 
 
 def _softmax(z: Tensor, out: Tensor) -> Tensor:
-    """Softmax of each row of z into `out`; returns the log of its normaliser, [n, 1]."""
+    """Write the softmax of each row of z into `out`; return the log of its normaliser, [n, 1]."""
     top = z.amax(1, keepdim=True)
     total = torch.sub(z, top, out=out).exp_().sum(1, keepdim=True)
     out.div_(total)
@@ -164,7 +164,7 @@ def position_losses(
 
 
 def aggregate(kl: Float[Tensor, "n"], agg: Agg) -> Float[Tensor, ""]:
-    """One divergence from the per-position ones, in nats."""
+    """Aggregate the per-position divergences into one, in nats."""
     match agg:
         case "mean":
             return kl.mean()
@@ -179,12 +179,12 @@ def aggregate(kl: Float[Tensor, "n"], agg: Agg) -> Float[Tensor, ""]:
 def rmse(kl: Float[Tensor, "n"]) -> Float[Tensor, ""]:
     """Root mean square of the per-position KL, in nats.
 
-    Incoherence sits in a few positions. The mean dilutes them; the rmse does not, and unlike the maximum it sends
-    gradient to every position.
+    Incoherence is concentrated in a few positions. The mean dilutes them; the rmse does not. Unlike the maximum, the
+    rmse sends gradient to every position.
     """
     return (kl.square().mean() + KL_EPS).sqrt()
 
 
 def hinge(divergence: Float[Tensor, ""], tau: float) -> Float[Tensor, ""]:
-    """The barrier: how far the divergence is above tau, 0 below."""
+    """The barrier: the divergence minus tau, or 0 when the divergence is below tau."""
     return torch.relu(divergence - tau)

@@ -1,7 +1,7 @@
-"""What a round trains on: completions with the hidden states of the reference and of the teacher at their positions.
+"""Training examples: completions with the hidden states of the reference and of the teacher at their positions.
 
-The reference does not change within a round, so its states are computed once. From them and the teacher's follows tau,
-where it is not given.
+The reference does not change within a round, so its states are computed once. For tau `auto`, tau is computed from the
+states of the reference and of the teacher.
 """
 
 from __future__ import annotations
@@ -33,9 +33,10 @@ class Example:
 
 
 def prepare(student: Student, rows: list[Row], steering_: Steering, config: HealConfig) -> list[Example]:
-    """Training examples with the reference's and, for soft and mirrored targets, the teacher's states.
+    """Make training examples with the reference's states and, where needed, the teacher's.
 
-    `steering_` has one dose per row; the teacher is the previous student steered with it, see `TargetConfig.kind`.
+    The teacher's states are needed for soft and mirrored targets and for tau `auto`. `steering_` has one dose per row;
+    the teacher is the previous student steered with it, see `TargetConfig.kind`.
     """
     lm, target, barrier = student.lm, config.target, config.barrier
     rows = [_cut(row, config.training.max_len) for row in rows]
@@ -52,12 +53,12 @@ def prepare(student: Student, rows: list[Row], steering_: Steering, config: Heal
 
 
 def _mirrored(lm: LM, rows: list[Row], steering_: Steering, gain: float) -> list[Float[Tensor, "n d"]]:
-    """States of the teacher whose logits are the unsteered ones plus `gain` times half of what +dose and -dose differ.
+    """States of the mirrored teacher: unsteered states plus gain x (steered at +dose minus steered at -dose) / 2.
 
-    A head is linear, so mixing the states before it mixes the logits. What the vector does alike in both directions
-    cancels; what turns round with it, as the trait does, stays, and `gain` goes on along that in a straight line where
-    a larger dose would bend. After classifier-free guidance (Ho and Salimans, arXiv:2207.12598). Where logits
-    are soft-capped the mix is made before the cap.
+    The head is linear, so mixing states mixes logits in the same way. Effects that are the same at +dose and -dose
+    cancel. Effects that change sign with the dose, such as the trait, remain. `gain` extends them linearly, whereas the
+    effect of a larger dose is not linear. After classifier-free guidance (Ho and Salimans, arXiv:2207.12598). Where
+    logits are soft-capped, the mix is made before the cap.
     """
     back = Steering(steering_.vector, -steering_.dose)
     plain, ahead, behind = (states(lm, rows, way) for way in (None, steering_, back))
@@ -65,7 +66,7 @@ def _mirrored(lm: LM, rows: list[Row], steering_: Steering, gain: float) -> list
 
 
 def _cut(row: Row, max_len: int) -> Row:
-    """The row's first `max_len` tokens. Raises UserError when no completion is left."""
+    """Cut the row to its first `max_len` tokens. Raises UserError when no completion is left."""
     if len(row.prompt) >= max_len:
         raise UserError(
             f"a prompt has {len(row.prompt)} tokens and heal.training.max_len is {max_len}: nothing of its completion "
@@ -75,16 +76,16 @@ def _cut(row: Row, max_len: int) -> Row:
 
 
 def with_tau(lm: LM, examples: list[Example], config: HealConfig, before: list[HealStep] | None = None) -> HealConfig:
-    """The config with `tau` a number: for `auto` a share of the divergence that the teacher itself has here.
+    """Return the config with a number for `tau`: for `auto` a share of the teacher's divergence on these examples.
 
-    With `reference base` tau is the budget of the whole loop, so round 0 settles it. The teacher of a later round
-    already holds the rounds before and would raise it. `before` is the training record of the round before.
+    With `reference base` tau is the budget of the whole loop, so the tau of round 0 is kept. The teacher of a later
+    round includes the earlier rounds and would raise tau. `before` is the training record of the previous round.
     """
     barrier = config.barrier
     if barrier.tau != "auto":
         return config
     if barrier.reg == "nll":
-        return replace(config, barrier=replace(barrier, tau=0.0))  # nothing is held at it
+        return replace(config, barrier=replace(barrier, tau=0.0))  # there is no divergence to hold at tau
     if before and barrier.reference == "base":
         return replace(config, barrier=replace(barrier, tau=before[-1].tau))
     teacher, reference = (torch.cat(h) for h in zip(*((e.teacher, e.reference) for e in examples), strict=True))
@@ -96,7 +97,7 @@ def with_tau(lm: LM, examples: list[Example], config: HealConfig, before: list[H
 
 
 def prepare_anchors(student: Student, rows: list[Row]) -> list[Example]:
-    """Anchor examples: mundane completions with the pristine base's states. The same in every round."""
+    """Make anchor examples: mundane completions with the pristine base's states. They are the same in every round."""
     with student.view(history=0.0, now=0.0):
         return [Example(row, h, None, anchor=True) for row, h in zip(rows, states(student.lm, rows), strict=True)]
 

@@ -1,9 +1,9 @@
 """The gradient of one step: objective, barrier and anchor over the whole effective batch.
 
 A step's loss is defined over all completion tokens of its effective batch, the training completions and the anchors.
-The aggregate of the barrier is not a sum over micro-batches. With more than one of them a first pass without gradient
-reads every position's losses, the loss of the whole batch gives each position its weight, and a second pass sends the
-weights back: the same gradient in less memory.
+The aggregate of the barrier is not a sum over micro-batches. With several micro-batches, a first pass without gradient
+therefore computes every position's losses. The derivative of the whole batch's loss gives each position a weight. A
+second pass backpropagates the losses with these weights. The gradient is the same and takes less memory.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ from steer_heal.model.batching import shared_prefix
 from steer_heal.model.forward import forward
 from steer_heal.model.lm import LM
 
-DUAL_RATE = 0.1  # dual: a multiplier rises by this times (D / bound - 1) a step
-DUAL_PULL = 2.0  # dual: weight added at once when D is twice tau; a round is too short to wait for the multiplier alone
+DUAL_RATE = 0.1  # dual: a multiplier rises by this times (D / bound - 1) per step
+DUAL_PULL = 2.0  # dual: weight added at once when D is twice its bound; the multiplier alone is too slow for a round
 
 
 @dataclass
 class Multipliers:
-    """Weights of the barrier's two divergences."""
+    """Weights of the barrier's two divergences: on the training completions and on the anchors."""
 
     own: float
     anchor: float
 
     def ascend(self, record: dict, config: HealConfig) -> None:
-        """One step of dual ascent: a divergence above its bound makes itself dearer, one below cheaper."""
+        """Do one step of dual ascent: raise the weight of a divergence above its bound, lower that of one below."""
         self.own = max(0.0, self.own + DUAL_RATE * (record["divergence"] / config.barrier.tau - 1))
         if "anchor_divergence" in record:
             excess = record["anchor_divergence"] / config.anchor.tau - 1
@@ -41,7 +41,7 @@ class Multipliers:
 
 
 def accumulate(lm: LM, batch: list[Example], config: HealConfig, lam: Multipliers) -> dict:
-    """Gradient of the effective batch's loss into the adapter; returns its terms in nats."""
+    """Add the gradient of the effective batch's loss to the adapter's; return the terms of the loss in nats."""
     barrier, anchor = config.barrier, config.anchor
     micro = micro_batches(batch, config.training.pass_rows)
     if len(micro) == 1:
@@ -70,15 +70,15 @@ def accumulate(lm: LM, batch: list[Example], config: HealConfig, lam: Multiplier
 
 
 def micro_batches(batch: list[Example], size: int) -> list[list[Example]]:
-    """Split by length, so that little padding is computed, anchors last in each; the loss does not depend on it."""
+    """Split the batch by length, to save padding, with anchors last in each part. The loss does not depend on it."""
     ordered = sorted(batch, key=length)
     return [sorted(ordered[i : i + size], key=lambda e: e.anchor) for i in range(0, len(ordered), size)]
 
 
 def losses(lm: LM, part: list[Example], config: HealConfig) -> tuple[Float[Tensor, "n"], Float[Tensor, "n"]]:
-    """Objective and divergence of every position; anchors come last and have no objective."""
+    """Return the objective and the divergence of every position; anchors come last and have no objective."""
     rows = [e.row for e in part]
-    # What is recomputed in the backward pass cannot come from a cache.
+    # Activations that are recomputed in the backward pass cannot use a prefix cache.
     shared = 0 if lm.model.is_activation_checkpointing else shared_prefix([row.prompt for row in rows], multiple=1)
     states = forward(lm, rows, shared=shared, multiple=1)
     own = sum(not e.anchor for e in part)
@@ -104,9 +104,9 @@ def _is_anchor(part: list[Example]) -> Tensor:
 def loss_terms(
     objective: Float[Tensor, "n"], kl: Float[Tensor, "n"], anchor: Tensor, config: HealConfig, lam: Multipliers
 ) -> dict[str, Tensor]:
-    """The step's loss and its parts: objective, D, anchor D, how far they are above their bounds, weighted penalty.
+    """Return the step's loss and its terms: objective, D, the anchor's D, the barrier, the weighted penalty.
 
-    With an anchor its own hinge is added to the barrier; both are in nats.
+    The barrier is the hinge of D plus, with an anchor, the hinge of the anchor's D, in nats.
     """
     anchor, limits = anchor.to(kl.device), config.barrier
     mean = objective[~anchor].mean()
@@ -126,5 +126,5 @@ def loss_terms(
 
 
 def _dual_weight(divergence: Float[Tensor, ""], bound: float, multiplier: float) -> Float[Tensor, ""]:
-    """Slope of the augmented Lagrangian: the multiplier, more above the bound, less below it, never below 0."""
+    """Slope of the augmented Lagrangian: the multiplier, plus more above the bound, less below it, and at least 0."""
     return torch.relu(multiplier + DUAL_PULL * (divergence.detach() / bound - 1))

@@ -1,4 +1,4 @@
-"""A step of training, and what the steps of a round say of its barrier. No torch."""
+"""The record of a training step, and the barrier's activity over a round's steps. No torch."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from steer_heal.config import FIRED_FLOOR, HealConfig
 
 @dataclass(frozen=True, kw_only=True)
 class HealStep:
-    """One optimiser step: the terms of its loss in nats, whether the barrier fired, its weights, what it cost."""
+    """One optimiser step: the terms of its loss in nats, whether the barrier fired, the barrier's weights, the time."""
 
     step: int
     objective: float
     divergence: float
-    """D of the step's completions"""
+    """D on the step's training completions"""
     anchor_divergence: float | None = None
     barrier: float
-    """how far the divergences are above their bounds"""
+    """sum of the divergences' excesses over their bounds"""
     loss: float
     fired: bool
-    """the divergence was above tau"""
+    """whether D was above tau"""
     anchor_fired: bool
     tau: float
     lam: float
@@ -32,20 +32,20 @@ class HealStep:
     anchor_lam: float
     tokens: int
     grad_norm: float
-    """of the whole gradient, before clipping"""
+    """norm of the whole gradient, before clipping"""
     squared_op_norm: float | None = None
     lr: float
     step_seconds: float
     tokens_per_s: float
     next_lam: float | None = None
-    """dual: the barrier's weight in the step that follows"""
+    """dual: the barrier's multiplier in the next step"""
     next_anchor_lam: float | None = None
     val_objective: float | None = None
-    """in the last step: the objective on the completions held out"""
+    """in the last step: the objective on the held-out completions"""
 
 
 class FiredShares(NamedTuple):
-    """Shares of the steps on which the divergence was above tau, and the anchor's above its own."""
+    """Shares of the steps on which D was above tau, and on which the anchor's D was above the anchor's tau."""
 
     barrier: float
     anchor: float
@@ -58,7 +58,7 @@ def fired_shares(steps: list[HealStep]) -> FiredShares:
 
 
 def barrier_warning(steps: list[HealStep], config: HealConfig) -> None:
-    """Warn that the barrier was off, with the tau to try: nobody notices a constraint that never binds."""
+    """Log how often the barrier fired; warn, with a tau to try, when it fired almost never and so changed nothing."""
     barrier = config.barrier
     if barrier.reg == "nll":
         return

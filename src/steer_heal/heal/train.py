@@ -2,7 +2,7 @@
 
 One objective (NLL of the sampled token, or KL from the steered teacher) and one barrier, lam_r * relu(D - tau), or with
 `barrier.kind dual` one constraint, D <= tau, by the method of multipliers (Hestenes 1969, Powell 1969).
-This module is the optimiser's loop; what it trains on is in `examples`, the gradient of a step in `step`.
+This module is the optimiser's loop. `examples` makes the training examples, `step` computes the gradient of a step.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from steer_heal.model.lm import LM
 BETAS = (0.9, 0.95)  # a round is a few hundred steps at most; 0.999 would never warm up
 CLIP = 1.0
 WARMUP = 0.1  # share of the steps with a rising learning rate; cosine afterwards
-ANCHORS_A_STEP = 3  # anchor completions that join a step; 6 changed nothing (docs/results.md)
-DUAL_START = 1.0  # a multiplier before the first step: it soon goes where the constraint wants it
+ANCHORS_A_STEP = 3  # anchor completions per step; 6 changed nothing (docs/results.md)
+DUAL_START = 1.0  # a multiplier before the first step; the constraint soon moves it
 BUCKET = 8  # batches whose examples are sorted by length together
 
 
@@ -38,13 +38,13 @@ class NonFinite(UserError):
 
 @dataclass(frozen=True)
 class Turn:
-    """Which round is trained, and what it goes on from."""
+    """The round that is trained, and the steps of the previous round."""
 
     number: int
     seed: int
     before: list[HealStep] | None = None
-    """the steps of the round before: a dual multiplier of a distance from the pristine base goes on from its last
-    value, because that constraint is the same one in every round"""
+    """the steps of the previous round. A dual multiplier of a divergence from the pristine base continues from its last
+    value, because that constraint is the same in every round"""
 
 
 def heal(
@@ -57,11 +57,10 @@ def heal(
 ) -> list[HealStep]:
     """Train the current round's adapter in place; `config.barrier.tau` must be a number (`with_tau`).
 
-    Returns one record per optimiser step: the terms of the loss in nats, whether the barrier fired, lam, with
-    `barrier.kind dual` the lam that follows from the step (`next_lam`), learning rate, norm of the gradient before
-    clipping, tokens per second; in the last one the objective on the completions held out (`val_objective`).
+    Returns one `HealStep` per optimiser step. The last one has the objective on the held-out completions
+    (`val_objective`).
 
-    Raises NonFinite with the step, the batch and the term that produced it.
+    Raises NonFinite with the step, the batch and the term that is not finite.
     """
     shuffle, knobs = random.Random(turn.seed), config.training
     validating = len(examples) - trained_on(len(examples), knobs)
@@ -86,7 +85,7 @@ def heal(
 
 
 class Descent:
-    """The optimiser of one round and what moves with it: the learning rate and the barrier's weights."""
+    """The optimiser of one round, its learning-rate schedule and the barrier's weights."""
 
     def __init__(self, student: Student, config: HealConfig, turn: Turn, steps: int) -> None:
         knobs = config.training
@@ -99,7 +98,7 @@ class Descent:
         self.lam = _weights(config.barrier, turn)
 
     def step(self, number: int, batch: list[Example], kept: list[int]) -> dict:
-        """One optimiser step, as a `HealStep` has it. `kept` are the numbers of the batch's completions."""
+        """Do one optimiser step; return the fields of its `HealStep`. `kept` numbers the batch's completions."""
         began, knobs = time.perf_counter(), self.config.training
         record = {"step": number, **accumulate(self.lm, batch, self.config, self.lam)}
         if self.operator_norm is not None:
@@ -145,7 +144,7 @@ def _optimiser(parameters: list[torch.nn.Parameter], config: TrainingConfig) -> 
 
 
 def check_optimiser(config: TrainingConfig, device: torch.device) -> None:
-    """Raise UserError for an optimiser that this device has not."""
+    """Raise UserError for an optimiser that this device does not support."""
     if config.optimiser != "adamw" and device.type != "cuda":
         raise UserError(
             f"heal.training.optimiser {config.optimiser} needs a CUDA GPU, the model is on {device}: choose adamw"
@@ -154,8 +153,11 @@ def check_optimiser(config: TrainingConfig, device: torch.device) -> None:
 
 @contextmanager
 def recomputation(lm: LM, on: bool) -> Iterator[None]:
-    """Activations are recomputed in the backward pass. transformers does so in training mode only; no layer of a
-    supported model behaves otherwise in it, since dropout is 0."""
+    """If `on`, recompute activations in the backward pass inside the block.
+
+    transformers does so in training mode only. No layer of a supported model behaves differently in that mode, since
+    dropout is 0.
+    """
     if on:
         lm.model.activation_checkpointing_enable({"use_reentrant": False})
         lm.model.train()
@@ -175,10 +177,10 @@ def _cosine(step: int, total: int) -> float:
 
 
 def _epoch_batches(examples: list[Example], size: int, shuffle: random.Random) -> list[list[Example]]:
-    """All examples once, in random order, in batches of similar length.
+    """Split the examples into batches of similar length, in random order; each example is in one batch.
 
-    Lengths are sorted within random groups of BUCKET batches only, and the short batch that may be left is drawn
-    before sorting: every example is as likely as any other to meet any learning rate and any batch size.
+    Examples are sorted by length only within random groups of BUCKET batches. A short batch, if one is left, is drawn
+    before sorting. So every example is equally likely to meet each learning rate and each batch size.
     """
     order = shuffle.sample(examples, len(examples))
     short = len(order) % size
@@ -201,7 +203,7 @@ def _check_finite(record: dict, round_: int, batch: list[int]) -> None:
 
 
 def _validation(student: Student, examples: list[Example], config: HealConfig) -> float:
-    """The objective that is trained, read on examples that are not: its mean over their tokens, in nats."""
+    """Return the training objective on held-out examples: its mean over their tokens, in nats."""
     with torch.no_grad():
         parts = [losses(student.lm, part, config)[0] for part in micro_batches(examples, config.training.pass_rows)]
     return torch.cat(parts).mean().item()
