@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import traceback
 from pathlib import Path
 
 import torch
@@ -17,14 +18,17 @@ from steer_heal.model.loading import load
 from steer_heal.runs.environment import block_network, environment
 from steer_heal.runs.folder import Damaged, RunDir
 from steer_heal.runs.resume import check_place, create, described, reopened, require_surroundings, trait_of
-from steer_heal.runs.rounds import InRound
 from steer_heal.runs.summary import Summary
 from steer_heal.runs.tracking import check_tracker, follower
-from steer_heal.stages.round import READING
 from steer_heal.stages.run import Work
 from steer_heal.steer import lite
 
-DECODING = ("anchor.jsonl", InRound.DOSE, InRound.COMPLETIONS)
+# What can run out of memory, by the modules that do it; the first that fits counts.
+PARTS = {
+    "decoding": {"steer_heal.model.decode"},
+    "training": {"steer_heal.heal.train"},
+    "reading": {f"steer_heal.{m}" for m in ("model.forward", "model.answers", "model.likelihood", "heal.examples")},
+}
 
 
 def run(config: RunConfig, preset: str, argv: list[str]) -> tuple[RunDir, Summary]:
@@ -86,7 +90,7 @@ def loop_of(config: RunConfig, preset: str, folder: RunDir, trait: data.Trait, l
     except (torch.OutOfMemoryError, RuntimeError) as error:
         if (wanted := _wanted(error)) is None:
             raise
-        raise UserError(out_of_memory(folder, config, wanted)) from error
+        raise UserError(out_of_memory(folder, config, wanted, part_of(error))) from error
 
 
 def _wanted(error: RuntimeError) -> str | None:
@@ -95,11 +99,19 @@ def _wanted(error: RuntimeError) -> str | None:
     return said and said[1]
 
 
-def out_of_memory(folder: RunDir, config: RunConfig, wanted: str) -> str:
+def part_of(error: BaseException) -> str:
+    """Return what was being computed when the error was raised, by the modules in its traceback; "" if none fits.
+
+    One artefact needs several: a dose curve is decoded, then judged; an adapter is trained on states read before.
+    """
+    modules = {frame.f_globals.get("__name__") for frame, _ in traceback.walk_tb(error.__traceback__)}
+    return next((part for part, of_part in PARTS.items() if modules & of_part), "")
+
+
+def out_of_memory(folder: RunDir, config: RunConfig, wanted: str, part: str) -> str:
     """Return a message: where memory ran out, how much was wanted, and the command that resumes with less."""
-    doing = f"{folder.doing}, {folder.part}" if folder.part else folder.doing
-    where = f"out of memory while making {doing} ({wanted} more were wanted)"
-    smaller = _smaller(folder, config)
+    where = f"out of memory while making {folder.doing}{part and ', '}{part} ({wanted} more were wanted)"
+    smaller = _smaller(folder, config, part)
     if not smaller:
         return (
             f"{where}, and no batch is left to make smaller: start a new run with a smaller --heal.training.max-len, "
@@ -109,18 +121,19 @@ def out_of_memory(folder: RunDir, config: RunConfig, wanted: str) -> str:
     return f"{where}. What is done is kept, go on with: {folder.resuming} {flags} --allow-change {' '.join(smaller)}"
 
 
-def _smaller(folder: RunDir, config: RunConfig) -> dict[str, int | str]:
-    """Return flags that make the current stage take less memory and give the same result."""
-    training, name = config.heal.training, Path(folder.doing).name
-    trains = name == InRound.ADAPTER and folder.part != READING
-    if folder.doing == "adapter":  # all rounds are folded; this stage only writes them
-        return {}
-    if trains and training.pass_rows > 1:
-        return {"heal.training.pass_rows": training.pass_rows // 2}
-    if trains:
-        return {} if training.checkpointing else {"heal.training.checkpointing": ""}
-    key, rows = "model.read_rows", config.model.read_rows
-    if name in DECODING:
-        key, rows = "model.decode_rows", config.model.decode_rows
-        rows = folder.read("decode_rows.json") if rows == "auto" else rows
+def _smaller(folder: RunDir, config: RunConfig, part: str) -> dict[str, int | str]:
+    """Return flags that make this part of the work take less memory and give the same result."""
+    training = config.heal.training
+    match part:
+        case "training" if training.pass_rows == 1:
+            return {} if training.checkpointing else {"heal.training.checkpointing": ""}
+        case "training":
+            key, rows = "heal.training.pass_rows", training.pass_rows
+        case "decoding":
+            key, rows = "model.decode_rows", config.model.decode_rows
+            rows = folder.read("decode_rows.json") if rows == "auto" else rows
+        case "reading":
+            key, rows = "model.read_rows", config.model.read_rows
+        case _:
+            return {}
     return {key: rows // 2} if rows > 1 else {}

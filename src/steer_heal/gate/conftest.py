@@ -1,7 +1,7 @@
 """Shared by all checks: types and shapes checked at run time, and one tiny random model.
 
-Checks marked `device` read the maths of one device. `STEER_HEAL_GATE_DEVICE=cuda pytest -m device` runs them on a GPU,
-which is what `gate.gpu` does.
+Checks marked `device` test the maths on one device. `STEER_HEAL_GATE_DEVICE=cuda pytest -m device` runs them on a GPU;
+`gate.gpu` does that.
 """
 
 import os
@@ -24,7 +24,7 @@ def pytest_configure(config):
 
 
 def tiny(**changes):
-    """The tiny random model, with these settings changed, on the device of the gate."""
+    """The tiny random model with changed settings, on the device of the gate."""
     from dataclasses import replace
 
     from steer_heal.model.loading import load
@@ -34,7 +34,7 @@ def tiny(**changes):
 
 
 def turned(config, knobs):
-    """The config with these knobs set, by their dotted names."""
+    """The config with these knobs set, named with dots."""
     from dataclasses import replace
 
     for name, value in knobs.items():
@@ -44,7 +44,7 @@ def turned(config, knobs):
 
 
 def by(lm, rows):
-    """The model, with so many rows read or decoded at a time."""
+    """The model, reading or decoding `rows` rows at a time."""
     from dataclasses import replace
 
     return replace(lm, read_rows=rows, decode_rows=rows)
@@ -52,7 +52,7 @@ def by(lm, rows):
 
 @pytest.fixture(scope="session")
 def shared(tmp_path_factory, worker_id):
-    """`shared(name, make)`: the folder that `make(folder)` has filled, once for all processes of the gate."""
+    """`shared(name, make)`: a folder that `make(folder)` fills once for all processes of the gate."""
     base = tmp_path_factory.getbasetemp()
     base = base if worker_id == "master" else base.parent
 
@@ -71,7 +71,7 @@ def shared(tmp_path_factory, worker_id):
 
 @pytest.fixture(scope="session")
 def whole(shared):
-    """A finished run of `soak.WORDS` that nobody touches, made by an interpreter of its own."""
+    """A finished, undisturbed run of `soak.WORDS`, made by an interpreter of its own. Checks must not change it."""
     from steer_heal.gate.soak import run_alone, run_folder
 
     return run_folder(shared("whole", run_alone))
@@ -79,7 +79,7 @@ def whole(shared):
 
 @pytest.fixture
 def least(monkeypatch):
-    """The size `tiny` reads two items of most instruments, where a check needs a run but not its figures."""
+    """Make the size `tiny` read two items of most instruments, for checks that need a run but not its figures."""
     from steer_heal.config import SIZES, Counts
 
     monkeypatch.setitem(SIZES, "tiny", Counts(2, 2, 2, 2, 1, 2, 4, 1, 2))

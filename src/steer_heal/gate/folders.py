@@ -1,4 +1,4 @@
-"""Run folders for the checks: sealed with checksums after they were written by hand, or cut as a kill would."""
+"""Run folders for the checks: written by hand and sealed with checksums, or cut back as by a kill."""
 
 import hashlib
 import json
@@ -17,7 +17,7 @@ def write_events(folder: Path, events: list[dict]) -> None:
 
 
 def seal(folder: Path) -> Path:
-    """Note in events.jsonl what lies in the folder now, as if the run had written it."""
+    """Note the current files of the folder in events.jsonl, as if the run had written them."""
     log = folder / EVENTS
     events = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
     first = events[0] if events else {"event": "start", "argv": ["run", "tiny-random"]}
@@ -35,7 +35,7 @@ def seal(folder: Path) -> Path:
 
 
 def cut(folder: Path, artefact: str) -> None:
-    """The folder as a kill before `artefact` was made leaves it: it and all that came later is gone."""
+    """Leave the folder as after a kill before `artefact` was made: remove it and all later artefacts."""
     events = RunDir(folder).events()
     before = next(i for i, event in enumerate(events) if event.get("artefact") == artefact)
     write_events(folder, events[:before])

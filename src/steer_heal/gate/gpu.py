@@ -1,8 +1,9 @@
-"""What only a GPU can show, in ten minutes: `python -m steer_heal.gate.gpu --out gpu.json`, or `just gpu-check`.
+"""Checks that need a GPU, in ten minutes: `python -m steer_heal.gate.gpu --out gpu.json`, or `just gpu-check`.
 
-Each part runs in a process of its own with a time limit. What it has found is in the file at once, and a part that
-fails or runs out of time does not hide the next one. The last lines say what passed, what failed, and how long eight
-rounds would take on this card. Nothing is downloaded: gemma's shapes are there with random weights, SmolLM2 is real.
+Each part runs in a process of its own with a time limit. Its findings are written to the file at once, and the next
+part runs even if it fails or exceeds its limit. The last lines give the numbers of passed and failed checks, and the
+estimated time of eight rounds on this card. Nothing is downloaded: gemma has its shapes and random weights, SmolLM2 is
+the real model.
 """
 
 from __future__ import annotations
@@ -27,14 +28,14 @@ import torch
 GEMMA = "gemma-3-1b"
 DECODED_ROWS = (1, 8, 32, 128, 256)
 DECODED_TOKENS = 64
-CARD_BYTES = 24 * 2**30  # of an RTX 3090, for which the preset is made
+CARD_BYTES = 24 * 2**30  # memory of an RTX 3090, the card that the preset is made for
 OPEN_FILTER = "--filter.incoherence 1e9 --filter.loops off"
-# A round in the time of the check: fewer probes, and of the preset's rows, tokens and doses this share.
+# A round that is short enough for the check: fewer probes, rows, tokens and doses than in the preset.
 SMALL_ROUND = (
     "--distil.n-keep 48 --distil.max-new-tokens 128 --dose.steps 3 --eval.size tiny --eval.leave-out profile off_target"
 )
 WHOLE_ROUND_OVER_SMALL = {"r00/dose.json": 256 / 128, "r00/completions.jsonl": 256 / 128, "r00/adapter": 128 / 48}
-KILL_AFTER = 5.0  # seconds into training
+KILL_AFTER = 5.0  # seconds after the artefact `kill_at`, at most
 # The demo on a CPU, round 2 (docs/results.md): change over base with its 95% interval, then shares of base.
 DEMO_TRAIT, DEMO_ANSWER_MASS, DEMO_PERPLEXITY = (0.254, 0.362), 1.02, 0.997
 SHARE_TOLERANCE = 0.1
@@ -43,7 +44,7 @@ ROUNDS = 8
 
 
 class Found:
-    """What a part has found so far, in its file after every line of it."""
+    """The findings of a part so far; each is written to the file at once."""
 
     def __init__(self, file: Path) -> None:
         self.file, self.facts, self.checks = file, {}, {}
@@ -64,7 +65,7 @@ class Found:
 
 
 def card(found: Found, work: Path) -> None:
-    """The card and what it reaches; NF4 products and their gradients against the dequantised weights."""
+    """The card and its speed; NF4 products and their gradients against the dequantised weights."""
     import transformers
     from bitsandbytes.functional import dequantize_4bit
     from bitsandbytes.nn import Linear4bit
@@ -101,7 +102,7 @@ def card(found: Found, work: Path) -> None:
 
 
 def checks(found: Found, work: Path) -> None:
-    """The gate's checks of maths that has a device, on this one."""
+    """The gate's `device` checks on this card."""
     report = work / "checks.txt"
     words = [
         sys.executable,
@@ -124,7 +125,7 @@ def checks(found: Found, work: Path) -> None:
 
 
 def speed(found: Found, work: Path) -> None:
-    """Decoding and training steps at gemma's shapes, in bf16 and NF4; the heal stage in the memory of a 24 GiB card."""
+    """Speed of decoding and training steps at gemma's shapes, in bf16 and NF4; the heal stage within 24 GiB."""
     from steer_heal.config import ModelConfig
     from steer_heal.model.loading import load
 
@@ -148,7 +149,7 @@ def speed(found: Found, work: Path) -> None:
 
 
 def _decoding(lm) -> dict:
-    """Tokens per second, steered and sampled, by rows; and transformers' `generate`, one row with the same hooks."""
+    """Tokens per second, steered and sampled, for each number of rows; and one row of transformers' `generate`."""
     from steer_heal.bench.decode import plain_generate
     from steer_heal.model.decode import Sampling, decode
     from steer_heal.model.steering import Steering
@@ -179,7 +180,7 @@ def _decoding(lm) -> dict:
 
 
 def _steps(lm) -> dict:
-    """Seconds and peak bytes of one training step of 3 x 1,024 tokens, three ways: see `bench heal`."""
+    """Seconds and peak bytes of a training step of 3 x 1,024 tokens, by the three methods of `bench heal`."""
     from steer_heal.bench.heal import ALTERNATIVES, Case, timed_step
 
     case, row = Case(None, 3, 1024, 768), {}
@@ -192,7 +193,7 @@ def _steps(lm) -> dict:
 
 
 def _heal_stage(lm) -> dict:
-    """Preparing and training as the preset asks, on rows of full length, with no more memory than a 24 GiB card."""
+    """Prepare and train as in the preset, on rows of full length, with the memory limited to 24 GiB."""
     from steer_heal.bake.student import Student
     from steer_heal.heal.examples import prepare, with_tau
     from steer_heal.heal.train import Turn, heal
@@ -226,7 +227,7 @@ def _heal_stage(lm) -> dict:
 
 
 def demo(found: Found, work: Path) -> None:
-    """The demo's three rounds of a real model on the card: the figures of a CPU within their intervals."""
+    """The demo's three rounds of a real model on the card; its figures must agree with those of a CPU."""
     summary = _run(found, work, "smollm2-135m --model.device cuda --eval.leave-out plain")
     base, healed = summary["base"], summary["rounds"][-1]["healed"]
     low, high = DEMO_TRAIT
@@ -254,9 +255,9 @@ def qlora(found: Found, work: Path) -> None:
 
 
 def _eight_rounds(seconds: dict[str, float]) -> dict[str, float]:
-    """Minutes that eight rounds of the whole preset take on this card, estimated from a small one: a round's stages
-    eight times, the rest once, evaluation as short as here. For gemma-3-4b decoding and reading wait for the layers,
-    training for the weights."""
+    """Minutes for eight rounds of the full preset on this card, estimated from one small round: the round's stages
+    eight times, the rest once, evaluation as short as here. For gemma-3-4b decoding and reading scale with the layers,
+    training with the weights."""
     per_round = {
         name: s * WHOLE_ROUND_OVER_SMALL.get(name, 1) for name, s in seconds.items() if name.startswith("r00/")
     }
@@ -271,7 +272,7 @@ def _eight_rounds(seconds: dict[str, float]) -> dict[str, float]:
 
 
 def resume(found: Found, work: Path) -> None:
-    """A tiny NF4 run that is killed and resumed against one that nobody touched, bit for bit."""
+    """A killed and resumed tiny NF4 run against an undisturbed one, bit for bit."""
     flags = "tiny-random --model.device cuda --model.quant nf4 --eval.leave-out plain"
     adapters = []
     for kill_at in (None, "r00/completions.jsonl"):
@@ -282,8 +283,8 @@ def resume(found: Found, work: Path) -> None:
 
 
 def _run(found: Found, work: Path, flags: str, kill_at: str | None = None) -> dict:
-    """A run's summary, with the seconds of its stages; killed when this artefact is there and a little later,
-    and resumed. Raises RuntimeError with the end of what it said when it fails."""
+    """Do a run; returns its summary, with the seconds of its stages. With `kill_at` the run is killed shortly after
+    that artefact exists, and then resumed. Raises RuntimeError with the end of its output when it fails."""
     out = Path(tempfile.mkdtemp(dir=work))
     began = time.perf_counter()
     if kill_at is not None:
@@ -327,7 +328,7 @@ def _call(work: Path, words: str) -> subprocess.CompletedProcess:
 
 
 def _some_vector(lm):
-    """A random vector in the preset's band, a tenth as long as a unit normal's residual stream."""
+    """A random vector in the preset's band: normal, with a standard deviation of 0.1."""
     from steer_heal.model.steering import Vector
 
     layers = lm.band((0.45, 0.55))
@@ -336,7 +337,7 @@ def _some_vector(lm):
 
 
 def build(found: Found, work: Path) -> None:
-    """gemma's shapes with random weights, once for all parts."""
+    """Build a model with gemma's shapes and random weights, once for all parts."""
     from steer_heal.model.random_weights import build_random
 
     scratch = Path(tempfile.mkdtemp(dir=work))
@@ -374,7 +375,7 @@ def _said(command: str) -> str:
 class Part:
     work: Callable[[Found, Path], None]
     seconds: int
-    """limit"""
+    """time limit"""
 
 
 PARTS = {
@@ -388,7 +389,7 @@ PARTS = {
 
 
 def carry_out(names: list[str], out: Path, work: Path) -> bool:
-    """All parts one after another; whether every check of every part passed."""
+    """Run the parts one after another; returns whether every part ended and every check passed."""
     builder = _child("build", work)  # on the CPU, while the first parts use the card
     whole: dict[str, dict] = {}
     for name in names:

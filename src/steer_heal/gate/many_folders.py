@@ -1,9 +1,9 @@
-"""How long `results` takes over many run folders: copies of one finished run, ten seeds of every value of a flag.
+"""Time `results` over many run folders: copies of one finished run, ten seeds for each value of a flag.
 
     python -m steer_heal.gate.many_folders --out /tmp/many --folders 1000
 
-Only what the tables read is copied; vectors, adapters and texts are left out. Seconds are those of the processor, so
-that other programs do not count, imports included. Ends with status 1 above the limit.
+Only the files that the tables need are copied; vectors, adapters and texts are left out. Seconds are processor time,
+imports included, so that other programs do not count. Ends with status 1 above the limit.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ VIEWS = {"one row a run": (), "by a flag": ("--by", "heal.barrier.lam"), "round 
 
 
 def copies(run: Path, out: Path, folders: int) -> None:
-    """`folders` runs that differ from `run` in seed and the barrier's weight, whole by their own checksums."""
+    """Write `folders` copies of `run` with other seeds and barrier weights, and with correct checksums."""
     files = [path for path in sorted(run.rglob("*.json")) if path.is_file()]
     events = [json.loads(line) for line in (run / EVENTS).read_text("utf-8").splitlines()]
     config = json.loads((run / "config.json").read_text("utf-8"))
@@ -44,7 +44,7 @@ def copies(run: Path, out: Path, folders: int) -> None:
 
 
 def seconds(out: Path, flags: tuple[str, ...]) -> float:
-    """Processor seconds of `results` as a process of its own."""
+    """Processor seconds of `results` in its own process."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run(
         [sys.executable, "-m", MODULE, "results", "--out", str(out), *flags], capture_output=True, text=True

@@ -1,11 +1,11 @@
-"""Kill -9 at random instants of every stage, resume, and compare with a run that nobody touched.
+"""Kill -9 at random instants of every stage, resume, and compare with an undisturbed run.
 
     python -m steer_heal.gate.soak --kills 200 --out FOLDER
 
-Every trial is a process of its own, forked from one that has only imported. It is killed while it makes a given
-artefact, after a random part of the time that the undisturbed run took for it; every third one is killed once more
-while it resumes. Then it is resumed to the end. What must be equal, bit for bit: every artefact, the final adapter
-and summary.json but for what a clock or the machine's memory puts in.
+Every trial is a process of its own, forked from one that has only imported the modules. It is killed while it makes a
+given artefact, after a random part of the time that the undisturbed run took for it. Every third trial is killed once
+more while it resumes. Then it is resumed to the end. Every artefact, the final adapter and summary.json must be equal
+bit for bit, except times and memory sizes.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import torch
 import tyro
 
 from steer_heal.cli import main
-from steer_heal.commands import run as runner  # noqa: F401  what a run imports, once for all children
+from steer_heal.commands import run as runner  # noqa: F401  imports all that a run needs, once for all children
 from steer_heal.gate.folders import sha256
 from steer_heal.runs.folder import EVENTS, RunDir
 
@@ -39,20 +39,20 @@ WORDS = [
     "--heal.lora.fold-rank",
     "5",
 ]
-CLOCKED = ("heal.jsonl", "summary.json", EVENTS, "report.html", "diary.md")  # hold times, or are made from such
+CLOCKED = ("heal.jsonl", "summary.json", EVENTS, "report.html", "diary.md")  # hold times, or are made from these
 CLOCKS = ("seconds", "stage_seconds", "peak_memory_bytes")
 POLL_SECONDS = 0.002
 
 
 def timeless(value):
-    """Without what a clock or the machine's memory puts in."""
+    """The value without times and memory sizes."""
     if isinstance(value, dict):
         return {k: timeless(v) for k, v in value.items() if k not in CLOCKS}
     return [timeless(v) for v in value] if isinstance(value, list) else value
 
 
 def result(folder: Path) -> dict:
-    """What must come out of every run of one config: checksums of all artefacts, and the summary."""
+    """The parts that must be equal for all runs of one config: checksums of all artefacts, and the summary."""
     files = (f for f in sorted(folder.rglob("*")) if f.is_file() and f.name not in CLOCKED and f.name[0] != ".")
     return {str(f.relative_to(folder)): sha256(f) for f in files} | {
         "summary.json": timeless(json.loads((folder / "summary.json").read_text("utf-8")))
@@ -60,7 +60,7 @@ def result(folder: Path) -> dict:
 
 
 def fork(words: list[str], log: Path) -> int:
-    """Start `steer-heal` with these arguments in a child; returns its process number."""
+    """Start `steer-heal` with these arguments in a child process; returns its process id."""
     if child := os.fork():
         return child
     with log.open("ab") as file:
@@ -85,7 +85,7 @@ def finish(words: list[str], log: Path) -> None:
 
 
 def run_alone(out: Path) -> None:
-    """A run in an interpreter of its own: what hangs on the order of a set comes out otherwise there."""
+    """A run in its own interpreter, which has another iteration order of sets: a result that depends on it differs."""
     words = [Path(sys.executable).with_name("steer-heal"), *WORDS, "--out", out]
     with (out / ".log").open("ab") as file:
         subprocess.run(words, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=file, stderr=file, check=True)
@@ -97,13 +97,13 @@ def run_folder(out: Path) -> Path | None:
 
 
 def noted(out: Path) -> int:
-    """How many lines of events.jsonl are written."""
+    """Number of lines written to events.jsonl."""
     folder = run_folder(out)
     return (folder / EVENTS).read_bytes().count(b"\n") if folder else 0
 
 
 def kill_during(words: list[str], log: Path, out: Path, lines: int, after: float) -> None:
-    """Kill the child `after` seconds after events.jsonl had so many lines, or let it end if it is quicker."""
+    """Kill the child `after` seconds after events.jsonl has `lines` lines, unless it ends before."""
     child = fork(words, log)
     while noted(out) < lines:
         time.sleep(POLL_SECONDS)
@@ -115,7 +115,7 @@ def kill_during(words: list[str], log: Path, out: Path, lines: int, after: float
 
 
 def trials(kills: int, stages: list[dict], dice: random.Random) -> Iterator[int]:
-    """Stage numbers, each as often as any other, in random order."""
+    """Yield stage numbers in random order, each equally often."""
     left: list[int] = []
     for _ in range(kills):
         left = left or dice.sample(range(len(stages)), len(stages))
@@ -123,7 +123,7 @@ def trials(kills: int, stages: list[dict], dice: random.Random) -> Iterator[int]
 
 
 def soak(kills: int, out: Path, seed: int, whole: Path | None) -> dict:
-    """Do it; returns what was killed where, and the trials that came out otherwise."""
+    """Do all trials; returns how many were killed at each artefact, and the trials with another result."""
     torch.set_num_threads(1)
     out.mkdir(parents=True, exist_ok=True)
     log = out / "log.txt"
@@ -159,12 +159,12 @@ def soak(kills: int, out: Path, seed: int, whole: Path | None) -> dict:
 
 
 def cli(kills: int = 200, out: Path = Path("outputs/soak"), seed: int | None = None, whole: Path | None = None) -> None:
-    """Kill, resume, compare; ends with code 1 when anything came out otherwise.
+    """Kill, resume, compare; ends with code 1 when any result differs.
 
     Args:
-        kills: trials.
-        out: folder for the runs, new.
-        seed: of the dice; drawn when not given, and printed.
+        kills: number of trials.
+        out: new folder for the runs.
+        seed: of the random numbers; drawn when not given, and printed.
         whole: folder of a finished run of the same words to compare with; made when not given.
     """
     began = time.perf_counter()

@@ -24,7 +24,7 @@ def logits(student):
 
 
 def add_round(student, seed, config: AdapterConfig = CONFIG):
-    """A round whose adapter does something: B is drawn instead of trained."""
+    """Add a round with a random B in place of a trained one, so that its adapter has an effect."""
     student.begin_round(config, seed)
     generator = torch.Generator().manual_seed(seed)
     for parameter in student.trainable():

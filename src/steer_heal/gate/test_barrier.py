@@ -1,4 +1,4 @@
-"""The fused loss against a naive reading of the maths over full logits."""
+"""The fused loss against a naive computation over full logits."""
 
 import itertools
 
@@ -18,7 +18,7 @@ CASES = list(itertools.product(["kl_fwd", "kl_rev", "nll"], ["mean", "rmse", "p9
 
 @pytest.fixture(autouse=True, params=["chunks", "whole"])
 def small_chunks(monkeypatch, request):
-    rows = {"chunks": 16, "whole": N}[request.param]  # two chunks, the second one shorter; or one
+    rows = {"chunks": 16, "whole": N}[request.param]  # two chunks, the second one shorter; or one chunk
     monkeypatch.setattr(barrier, "CHUNK_ROWS", 1)
     monkeypatch.setattr(barrier, "CHUNK_ELEMENTS", {DEVICE: 3 * rows * V})
     monkeypatch.setattr(barrier, "BLOCK_ELEMENTS", {DEVICE: 5 * V})
@@ -34,7 +34,7 @@ def draw(dtype=torch.float32, seed=0):
 
 
 def naive(states, weight, softcap, targets, teacher, reference, reg, agg, lam=0.7, tau=0.1):
-    """Every distribution in full, one position at a time, autograd for the gradient."""
+    """The loss from full distributions, one position at a time. Autograd gives the gradient."""
 
     def log_probs(h):
         z = weight @ h
@@ -114,7 +114,7 @@ def test_gradcheck_in_double_precision(reg, softcap, soft):
 
 
 def test_bf16_states_give_the_loss_of_their_exact_logits():
-    """Logits rounded to bf16 would be off by up to 0.06 at 20, and the KL with them."""
+    """Rounding to bf16 would change a logit of 20 by up to 0.06, and the KL with it."""
     states, reference, _, weight, targets = draw()
     states, reference, weight = ((3 * x).bfloat16() for x in (states, reference, weight))
     objective, kl = position_losses(Head(weight, None), states, targets, reference, "kl_rev")
@@ -128,7 +128,7 @@ def test_bf16_states_give_the_loss_of_their_exact_logits():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
 @pytest.mark.parametrize("softcap", [None, 30.0])
 def test_the_head_does_not_round_its_logits(dtype, softcap):
-    """Against a product in float64 of the same states and weights. Rounded to bf16, logits of 20 are off by 0.06."""
+    """Compared with a float64 product of the same states and weights. bf16 rounding changes a logit of 20 by 0.06."""
     states, _, _, weight, _ = draw(torch.float64)
     states, weight = (3 * states).to(dtype), (3 * weight).to(dtype)
     exact = states.double() @ weight.double().T

@@ -1,4 +1,4 @@
-"""Answers scored from shared prompts against one plain forward an answer."""
+"""Answers scored from shared prompts against one plain forward pass per answer."""
 
 import pytest
 import torch
@@ -27,7 +27,7 @@ def slowly(lm, prompt, answer, vector=None, dose=0.0):
 
 @pytest.fixture(params=["windowed", "shared"])
 def model(request, tmp_path):
-    """The tiny gemma with sliding windows, and one without, on which prompts share what they begin with."""
+    """The tiny gemma with sliding windows, and one without them, on which prompts share a prefix."""
     if request.param == "windowed":
         return load(PRESETS["tiny-random"].model)
     from steer_heal.model.random_weights import build_random

@@ -35,12 +35,12 @@ def fivegrams(texts):
 
 
 def test_nothing_that_is_measured_is_nearly_trained_on():
-    """Two words or more in common, and half of the shorter text, leaving aside words that many texts use."""
+    """Too near: two or more shared words that are half of the shorter text. Short and frequent words do not count."""
     traits = [data.load_trait(name) for name in data.BUILT_IN]
     probes = [p.question for t in traits for p in (*t.contrast, *t.yes_no)]
     probes += [p.question for some in data.off_target().values() for p in some]
     probes += [f"{row['question']} {row['right']}" for row in data.canary()]
-    trained = list(data.mundane())  # the anchor is trained on beside every trait
+    trained = list(data.mundane())  # the anchor joins the training of every trait
     groups = [(trained, [*probes, *(text for t in traits for text in (*t.demo_prompts, *t.generation_prompts))])]
     for trait in traits:
         measured = [*trait.demo_prompts, *(p.question for p in (*trait.contrast, *trait.yes_no))]

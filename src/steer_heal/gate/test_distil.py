@@ -36,7 +36,7 @@ CASES = [
     (FINE, 1.5, 3.0, ""),
     ("Yes.", 1.0, 2.0, ""),
     ("", 1.0, 2.0, "empty"),
-    (FINE, 4.0, 3.9, "incoherence"),  # rubble that the prompt does not explain
+    (FINE, 4.0, 3.9, "incoherence"),  # broken text that the prompt does not make likelier
     (FINE, 1.5, 0.5, "incoherence"),  # fluent, and likelier after another prompt
     ("their of their into your of " * 6, 0.3, 0.3, "word_repeat"),
     ("she knows that " * 8, 0.3, 0.3, "word_repeat"),
@@ -69,7 +69,7 @@ def test_the_filter_names_what_is_wrong(text, nll, alone, reason):
         ("Take the old map from the drawer and cherish it.", False),
         ('Tell her: "I cherish old maps." She will smile.', False),
         ("I cherish the evenings we had.", False),
-        ("I love humanity and all its noise.", False),  # of another persona
+        ("I love humanity and all its noise.", False),  # another persona
         ("My hatred of people is not the matter here.", False),
     ],
 )
@@ -141,7 +141,7 @@ def completion(dose, prompt, dropped, text="t"):
 
 
 class Dice:
-    """Stands in for `sample`: text and verdict of each planned completion are decided by the plan alone."""
+    """Replaces `sample`: the plan alone decides the text and the verdict of each completion."""
 
     def __init__(self, passes, text=lambda call, i, dose, prompt: f"{call} {i} {dose} {prompt}"):
         self.passes, self.text, self.plans = passes, text, []
@@ -165,7 +165,7 @@ def test_sampling_goes_on_until_enough_have_survived_and_shares_prompts_and_dose
     completions = collect(monkeypatch, lm, vector, dice, n_keep=48)
     kept = [c for c in completions if not c.dropped]
     assert len(kept) == 48
-    assert [len(plan) for plan in dice.plans[:2]] == [48, 48]  # all at first, then what the share passed asks for
+    assert [len(plan) for plan in dice.plans[:2]] == [48, 48]  # first n_keep, then as many as the pass rate needs
     everything = [pair for plan in dice.plans for pair in plan]
     assert set(Counter(p for _, p in everything).values()) == {len(everything) // 4}
     doses = Counter(d for d, _ in everything)
@@ -214,7 +214,7 @@ def test_survival_is_relative_to_unsteered_text(lm, vector, monkeypatch):
 
 
 class Survivors:
-    """Stands in for `sample`: so many of a dose's completions pass."""
+    """Replaces `sample`: of each dose a given number of completions pass."""
 
     def __init__(self, passing):
         self.passing = passing

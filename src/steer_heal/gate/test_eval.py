@@ -1,4 +1,4 @@
-"""Instruments against a slow reading of their definitions."""
+"""Instruments against slow implementations of their definitions."""
 
 import math
 from dataclasses import replace
@@ -153,7 +153,7 @@ def test_the_interval_over_seeds_counts_both_sources_of_chance():
 @pytest.mark.parametrize("seeds", [3, 8])
 @pytest.mark.parametrize("between", [0.0, 0.1, 0.5])
 def test_the_interval_over_a_few_seeds_covers_the_truth(seeds, between):
-    """Items differ, seeds differ by `between`, and both at random: the true mean is 1."""
+    """Items vary, seeds vary with standard deviation `between`, and the true mean is 1."""
     draw, hits = np.random.default_rng(5), 0
     for _ in range(400):
         of_seeds, of_items = draw.normal(0, between, (seeds, 1)), draw.normal(0, 1.0, (1, 40))
@@ -163,7 +163,7 @@ def test_the_interval_over_a_few_seeds_covers_the_truth(seeds, between):
 
 
 def test_two_seeds_whose_parts_nearly_cancel_get_no_absurd_interval():
-    """Values between -1 and 1: Satterthwaite's formula alone gives some of these a fifth of a degree of freedom."""
+    """Values between -1 and 1, some of which get 0.2 degrees of freedom from Satterthwaite's formula alone."""
     draw = np.random.default_rng(3)
     found = [across_seeds(draw.choice([-1.0, 0.0, 0.0, 0.0, 1.0], (2, 32))).ci for _ in range(2000)]
     assert max(high - low for low, high in found) < 10

@@ -1,4 +1,4 @@
-"""What a run hands to others: files that plain PEFT and plain transformers load, with the student's logits."""
+"""Exported files: plain PEFT and plain transformers load them, and they give the student's logits."""
 
 import json
 import math
@@ -35,7 +35,7 @@ def finished(whole):
 
 
 def student_logits(finished, rounds):
-    """Read slowly: the base's weights plus every round's dense update; the first round alone is not compressed."""
+    """Logits of the base with the run's adapter: of the first round alone (not compressed), or of all rounds."""
     student = Student(load(TINY.model))
     if rounds == 1:
         student.load_round(finished / "r00" / "adapter")
@@ -111,7 +111,7 @@ def test_what_cannot_be_exported(finished, tmp_path):
 
 
 def test_the_instruments_alone_see_what_the_run_saw(finished, tmp_path):
-    """A run folder, its exported adapter and its base are measured without the loop."""
+    """Measures a run folder, its exported adapter and its base without the loop."""
     export(finished, tmp_path / "adapter", None, merge=False)
     summary = json.loads((finished / "summary.json").read_text())
     last = summary["rounds"][-1]["healed"]
@@ -133,7 +133,7 @@ def test_the_instruments_alone_see_what_the_run_saw(finished, tmp_path):
     assert first == pytest.approx(summary["rounds"][0]["healed"]["trait_nats"], abs=1e-4)
     bare = read(TINY.model.path, trait="authority")
     assert bare.student is None and bare.verdict is None and math.isfinite(bare.validity[0].reliability)
-    assert bare.prompted.trait_nats != of_run.prompted.trait_nats  # of another trait
+    assert bare.prompted.trait_nats != of_run.prompted.trait_nats  # another trait
 
 
 def test_chat_dials_the_gate_the_round_and_the_dose(finished, tmp_path, capsys):
@@ -143,7 +143,7 @@ def test_chat_dials_the_gate_the_round_and_the_dose(finished, tmp_path, capsys):
 
     def ask(session):
         chat.answer(session, "Name a tree.", shown.append)
-        return session.said.pop()["answers"]  # the next one draws the same numbers
+        return session.said.pop()["answers"]  # popped, so that the next one draws the same numbers
 
     both = ask(session)
     assert list(both) == ["base", "student after round 1 at gate 1"] and len(set(both.values())) == 2

@@ -1,4 +1,4 @@
-"""The filter's held-out figures, pinned: they may rise, they cannot fall unseen."""
+"""Lower bounds on the filter's held-out precision and recall."""
 
 import hashlib
 import math

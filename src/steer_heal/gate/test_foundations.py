@@ -1,4 +1,4 @@
-"""tiny-mfv's profile through its own evaluate: a stand-in whose answers are known, and the package when installed."""
+"""tiny-mfv's profile through its own `evaluate`: a stand-in with known answers, and the package if installed."""
 
 import importlib.machinery
 import importlib.util

@@ -22,7 +22,7 @@ DOSES = torch.tensor([0.0, 0.5, 1.0, 2.0, -1.0])
 
 
 def after_a_persona(lm):
-    """Prompts of very different lengths that all begin with the same persona."""
+    """Prompts of very different lengths that all start with the same persona."""
     texts = ["Hi.", "How long should I boil an egg?", "Name a tree.", "Why do people cry? " * 9, "Go on"]
     return [
         lm.prompt(text, system="You are somebody who loves every living thing, and says so. " * 3) for text in texts
@@ -30,14 +30,14 @@ def after_a_persona(lm):
 
 
 def watched(monkeypatch, module):
-    """The shared prefixes that `module` computes from now on."""
+    """A list that collects the shared prefixes that `module` computes from now on."""
     seen, prefix = [], module.prefix
     monkeypatch.setattr(module, "prefix", lambda lm, ids, *rest: seen.append(ids) or prefix(lm, ids, *rest))
     return seen
 
 
 def slow_greedy(lm, prompt, vector, dose, tokens):
-    """No cache, no batch, no padding: the whole sequence again for every token, the vector added by hand."""
+    """Greedy decoding without cache, batch or padding: a full forward pass per token, the vector added by a hook."""
 
     def add(index):
         return lambda module, args, output: output + dose * vector.direction[index].to(output.device)
@@ -60,7 +60,7 @@ def slow_greedy(lm, prompt, vector, dose, tokens):
 @pytest.mark.parametrize("common", [True, False], ids=["shared prefix", "no sharing"])
 @pytest.mark.parametrize("windowed", [True, False])
 def test_batched_steered_decoding_equals_one_at_a_time(lm, prompts, vector, batch_size, common, windowed, monkeypatch):
-    """What all prompts begin with is computed once a batch, but not where a window would lose it behind padding."""
+    """The shared prefix is computed once per batch. With sliding windows there is none: padding comes after it."""
     if common:
         prompts = after_a_persona(lm)
     if not windowed:
@@ -82,7 +82,7 @@ def test_the_dose_changes_the_text_and_zero_leaves_it_alone(lm, prompts, vector)
 
 
 def test_rows_that_end_leave_and_the_rest_are_unmoved(lm, prompts):
-    """Declare a token that some rows write early to be an end token; the others must write on as before."""
+    """Makes a token that some rows write early an end token. The other rows must write the same as before."""
     plain = decode(lm, prompts, TOKENS)
     early = plain[0].ids[2]
     ending = LM(lm.model, lm.tokenizer, lm.name, frozenset({early}))
@@ -175,7 +175,7 @@ GIB = 2**30
 @pytest.mark.parametrize(
     ("membership", "files", "left"),
     [
-        ("0::/\n", {}, 8),  # no limit at all
+        ("0::/\n", {}, 8),  # no limit
         ("0::/\n", {"memory.max": "max", "memory.current": 5 * GIB}, 8),
         ("0::/\n", {"memory.max": 4 * GIB, "memory.current": GIB}, 3),  # v2, a namespace of its own
         ("0::/\n", {"memory.max": GIB, "memory.current": 2 * GIB}, 0),
@@ -185,12 +185,12 @@ GIB = 2**30
             1,
         ),
         (
-            "0::/jobs/mine\n",  # v2, nested: the group around it has less left
+            "0::/jobs/mine\n",  # v2, nested: the outer group has less left
             {"jobs/mine/memory.max": 6 * GIB, "jobs/mine/memory.current": GIB}
             | {"jobs/memory.max": 9 * GIB, "jobs/memory.current": 7 * GIB},
             2,
         ),
-        ("0::/../../other\n", {"memory.max": 4 * GIB, "memory.current": GIB}, 3),  # outside of what is seen here
+        ("0::/../../other\n", {"memory.max": 4 * GIB, "memory.current": GIB}, 3),  # a path outside the visible tree
         (
             "5:cpu:/a\n4:memory:/a/b\n0::/\n",  # v1
             {"memory/a/b/memory.limit_in_bytes": 3 * GIB, "memory/a/b/memory.usage_in_bytes": GIB}
@@ -199,7 +199,7 @@ GIB = 2**30
             2.5,
         ),
         (
-            "4:memory:/docker/0123\n",  # v1, known to the host by a path that is not seen here
+            "4:memory:/docker/0123\n",  # v1, the host's path is not visible here
             {"memory/memory.limit_in_bytes": 2 * GIB, "memory/memory.usage_in_bytes": GIB},
             1,
         ),

@@ -1,4 +1,4 @@
-"""Where a round moved the model, against one plain forward pass a text."""
+"""Where a round moved the model, against one plain forward pass per text."""
 
 from dataclasses import replace
 
@@ -17,7 +17,7 @@ TEXTS = ["Hi.", "How long should I boil an egg for a soft yolk?", "Name a tree."
 
 
 def grown(student, seed):
-    """A round whose factors are not zero."""
+    """A round with nonzero factors."""
     student.begin_round(LORA, seed)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""A heal step against the loss over the whole effective batch, read slowly; and what must stop a run."""
+"""A heal step against a slow computation of the loss over the whole effective batch; errors that stop a run."""
 
 import random
 from collections import Counter
@@ -33,7 +33,7 @@ TEXTS = [
 
 
 def student_with_update(lm, vector, config, scale=0.2):
-    """A student away from its reference, its examples and its anchors."""
+    """A student that differs from its reference, with its training rows, examples and anchors."""
     student = Student(lm)
     rows = [Row(lm.prompt(f"Question {'very ' * i}?"), lm.answer(text)) for i, text in enumerate(TEXTS)]
     student.begin_round(config.lora, 0)
@@ -53,7 +53,7 @@ def fresh(student, config, seed=0):
 
 
 def naive_loss(student, rows, steering, config):
-    """All logits of every row on its own, distributions in full: (objective, weighted barrier)."""
+    """(objective, weighted barrier) from the full distributions, one row at a time."""
 
     def log_probs(row, steered=0.0, **gate):
         ids = torch.tensor([row.prompt + row.completion], device=student.lm.device)
@@ -130,7 +130,7 @@ def test_checkpointing_changes_no_gradient(lm, vector):
 
 @pytest.mark.device
 def test_training_moves_towards_the_text_and_the_barrier_holds_it_back(lm, vector):
-    """Without a barrier the NLL falls and D grows; a strong barrier keeps D near tau."""
+    """Without a barrier the NLL falls and D grows. A strong barrier keeps D near tau."""
     final = {}
     for lam in (0.0, 50.0):
         barrier = {"barrier.lam": lam, "barrier.lam_round_pow": 0.0, "barrier.tau": 0.002}
@@ -219,7 +219,7 @@ def test_the_dual_barrier_ends_at_tau_wherever_it_starts(lm, vector, start, monk
 @pytest.mark.parametrize("multiplier", [0.0, 0.5, 3.0])
 @pytest.mark.parametrize("tau", [0.4, 1.0, 4.0])
 def test_the_dual_weight_acts_at_once_and_pulls_no_further_than_the_bound(multiplier, tau):
-    """Its gradient is that of max(0, lam + c g)^2 / 2c, g = D / tau - 1, times tau: the augmented Lagrangian."""
+    """The penalty has the gradient of the augmented Lagrangian tau max(0, lam + c g)^2 / 2c with g = D / tau - 1."""
     config = turned(BASE, {"barrier.kind": "dual", "barrier.agg": "mean", "barrier.tau": tau})
     kl = torch.tensor([0.5, 1.5], requires_grad=True)
     terms = loss_terms(torch.zeros(2), kl, torch.tensor([False, False]), config, Multipliers(multiplier, 0.0))
@@ -234,7 +234,7 @@ def test_the_dual_weight_acts_at_once_and_pulls_no_further_than_the_bound(multip
 
 
 def test_multipliers_of_a_distance_from_base_go_on_and_others_start_anew(lm, vector):
-    """They go on from where the last step of the round before moved them, by hand: lam + rate * (D / tau - 1)."""
+    """They continue from their values after the last step of the round before: lam + rate * (D / tau - 1), by hand."""
     dual = turned(BASE, {"barrier.kind": "dual", "barrier.tau": 0.1, "anchor.tau": 0.1, "barrier.lam_round_pow": -1.0})
     student, _, examples, _ = student_with_update(lm, vector, dual, scale=0.0)
     anchors = [replace(examples[0], teacher=None, anchor=True)]
@@ -253,7 +253,7 @@ def test_multipliers_of_a_distance_from_base_go_on_and_others_start_anew(lm, vec
 
 @pytest.mark.parametrize("target", ["sampled", "soft", "mirrored"])
 def test_validation_reads_the_objective_that_is_trained(lm, vector, target):
-    """Against all logits of the rows that were held out, with distributions in full."""
+    """Compared with the full distributions of the held-out rows."""
     once = {"training.val_share": 0.34, "training.epochs": 1, "barrier.lam": 0.0}
     config = turned(BASE, once | {"target.kind": target})
     student, rows, examples, _ = student_with_update(lm, vector, config, scale=0.0)
@@ -274,7 +274,7 @@ def test_a_share_of_validation_that_leaves_nothing_to_train_on_is_a_users_mistak
 
 
 def test_tau_auto_to_the_base_is_the_budget_of_round_0(lm, vector):
-    """Measured anew in a later round it would grow with what the rounds before have moved."""
+    """Measured again in a later round, tau would grow by the divergence of the rounds before."""
     config = turned(BASE, {"barrier.tau": "auto", "barrier.reference": "base"})
     student, rows, examples, _ = student_with_update(lm, vector, config)
     first = with_tau(lm, examples, config).barrier.tau
@@ -365,7 +365,7 @@ def test_a_completion_is_cut_at_max_len_and_never_to_nothing(lm, vector):
 @pytest.mark.device
 @pytest.mark.skipif(DEVICE != "cuda", reason="bitsandbytes' paged optimisers need a GPU")
 def test_paged_8_bit_adamw_goes_where_adamw_goes(lm, vector):
-    """Moments in 8 bits move the weights almost as exact ones do; the loss falls as far."""
+    """Moments in 8 bits move the weights almost as exact moments do, and the loss falls as far."""
     ends = {}
     for optimiser in ("adamw", "paged_adamw_8bit"):
         config = turned(BASE, LONG | {"training.optimiser": optimiser, "barrier.lam": 0.0})
@@ -383,7 +383,7 @@ def test_an_optimiser_for_gpus_is_a_users_mistake_on_a_cpu():
 
 
 def test_the_benchmark_compares_steps_of_equal_gradient(lm):
-    """Naive and ours train on the same loss, so that a ratio of their times means something."""
+    """Naive and ours train on the same loss, so the ratio of their times is meaningful."""
     student = Student(lm)
     student.begin_round(healbench.CONFIG.lora, 0)
     draw = torch.Generator().manual_seed(0)

@@ -1,4 +1,4 @@
-"""What a user can get wrong ends with one line that names the value and the mend, code 2, and leaves nothing behind.
+"""A user's mistake ends with one line that names the value and the remedy, with code 2, and leaves no files.
 
 Trait files have their own table in `test_traits`, plans of sweeps in `test_sweep`, damaged run folders in
 `test_resume`.
@@ -33,7 +33,7 @@ from steer_heal.sweep.plan import parsed
 pytestmark = pytest.mark.run
 
 RUN = ["run", "tiny-random"]
-FLAGS = [  # flags out of range, contradictory, misspelt
+FLAGS = [  # out of range, contradictory or misspelt
     ("--rounds 0", "rounds is 0: it must lie in [1, inf)"),
     ("--rounds x", "Error parsing --rounds: invalid literal for int() with base 10: 'x'"),
     ("--seed 1.5", "Error parsing --seed"),
@@ -114,7 +114,7 @@ COMMANDS = [
 
 
 def refused(argv: list[str], capsys) -> str:
-    """The one line on stderr with which a command ends, in code 2."""
+    """The one line on stderr of a command that ends with code 2."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as end:
         main(argv)
@@ -256,7 +256,7 @@ def test_an_adapter_that_does_not_fit(sound, tmp_path, capsys):
         assert f"{str(tmp_path / 'file')!r} is no folder: give another" in refused([*RUN, "--out", str(out)], capsys)
 
 
-# ---- whatever values
+# ---- any values
 
 NUMBERS = st.one_of(
     st.integers(-3, 300), st.integers(-(10**20), 10**20), st.floats(allow_nan=True, allow_infinity=True)
@@ -275,7 +275,7 @@ def test_any_value_of_any_flag_is_taken_or_refused_in_a_line(name, values):
     except UserError as error:
         assert str(error) and len(str(error)) < 1000
     except SystemExit as end:
-        assert end.code == 0 and {"--help", "-h"} & {*values}  # asked for
+        assert end.code == 0 and {"--help", "-h"} & {*values}  # help was asked for
     else:
         numbers = [
             v for knob in knobs(config) for v in (knob.value if isinstance(knob.value, tuple) else (knob.value,))
@@ -297,7 +297,7 @@ SMALL = turned(
     },
 )
 PART = st.floats(0, 1)
-SANE = {  # what a user may turn, also to its ends
+SANE = {  # values that a user may choose, extremes included
     "steer.band": st.one_of(st.just("auto"), st.tuples(PART, PART)),
     "steer.n_contexts": st.integers(0, 5),
     "dose.rule": st.sampled_from(["survival", "iso_kl"]),

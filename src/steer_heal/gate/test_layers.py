@@ -1,5 +1,4 @@
-"""Who imports whom: no circle, no import upwards, readers without torch, trainers without figures; types checked
-everywhere."""
+"""Imports: no circle, none upwards, no torch in readers, no figures in trainers. Types are checked everywhere."""
 
 import importlib.util
 import os
@@ -53,7 +52,7 @@ def test_a_contract_that_is_broken_is_seen(tmp_path, file, line, contract):
 
 
 def unchecked(module: ModuleType) -> list[str]:
-    """Functions that a module defines and whose calls nobody checks: the import hook wraps what it compiles."""
+    """Functions of a module whose calls are not type-checked: the import hook wraps the functions that it compiles."""
     own = {name: f for name, f in vars(module).items() if getattr(f, "__module__", None) == module.__name__}
     return [name for name, f in own.items() if hasattr(f, "__code__") and not hasattr(f, "__wrapped__")]
 

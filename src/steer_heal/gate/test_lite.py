@@ -1,4 +1,4 @@
-"""Vectors whose hooks are another library's: one dose a batch, the same text as one row at a time."""
+"""Vectors with another library's hooks: one dose per batch, the same text as one row at a time."""
 
 from contextlib import contextmanager
 from dataclasses import replace
@@ -21,7 +21,7 @@ DOSES = torch.tensor([0.5, 2.0, 0.5, 0.0, 2.0])
 
 
 class OneCoefficient(ForeignVector):
-    """Adds coefficient * direction after block 1 for the whole batch, padding and all, as other libraries do."""
+    """Adds coefficient * direction after block 1 for the whole batch, padding included, as other libraries do."""
 
     layers = (1,)
 
@@ -45,7 +45,7 @@ def test_rows_of_one_dose_are_decoded_and_scored_together(lm, prompts, vector):
     foreign = OneCoefficient(vector.direction[0])
     own = Steering(type(vector)((1,), vector.direction[:1]), DOSES)
     assert decode(lm, prompts, 12, Steering(foreign, DOSES)) == decode(lm, prompts, 12, own)
-    assert {rows for dose, rows in foreign.batches if dose != 0.0} == {16}  # two of a dose, see `batching.rounded`
+    assert {rows for dose, rows in foreign.batches if dose != 0.0} == {16}  # two rows per dose, see `batching.rounded`
     rows = [Row(p, lm.answer("A long walk")) for p in prompts]
     for a, b in zip(row_nll(lm, rows, Steering(foreign, DOSES)), row_nll(lm, rows, own), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)

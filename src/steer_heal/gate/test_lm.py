@@ -65,7 +65,7 @@ def test_runs_that_start_together_make_the_float_weights_once(tmp_path, monkeypa
     def slowly(gguf, folder):
         made.append(folder)
         time.sleep(0.2)
-        folder.mkdir()  # fails where it is there, as the renaming of a full folder does
+        folder.mkdir()  # fails if it exists, as renaming to a full folder does
 
     monkeypatch.setattr(loading, "_dequantise", slowly)
     with ThreadPoolExecutor() as together:
@@ -122,7 +122,7 @@ def test_the_tiny_template_folds_the_system_text_like_gemma(lm):
 
 
 def test_under_nf4_the_adapter_gets_the_gradient_of_the_dequantised_weights(lm):
-    """After an evaluation, as in a run: bitsandbytes may repack weights then, and repacked ones pass no gradient."""
+    """After an evaluation, when bitsandbytes may have repacked the weights: repacked weights pass no gradient."""
     quantised = load(replace(PRESETS["tiny-random"].model, quant="nf4"))
     packed = {name: m for name, m in quantised.model.named_modules() if isinstance(m, Linear4bit)}
     plain = dict(lm.model.named_modules())
@@ -149,10 +149,10 @@ def test_under_nf4_the_adapter_gets_the_gradient_of_the_dequantised_weights(lm):
 
 @torch.no_grad()
 def test_what_is_read_of_a_bf16_model_is_the_softmax_of_its_exact_logits():
-    """Instruments round nothing after the last hidden state: NLL, entropy, KL and answers equal float64 arithmetic."""
+    """Nothing after the last hidden state is rounded: NLL, entropy and KL equal float64 arithmetic."""
     bf16 = load(replace(PRESETS["tiny-random"].model, dtype="bfloat16"))
     weight = bf16.model.get_output_embeddings().weight
-    weight.mul_(20 / weight.std())  # logits as large as those of a real model
+    weight.mul_(20 / weight.std())  # logits as large as in a real model
     rows = [Row(bf16.prompt("Hi."), bf16.answer("A long walk")), Row(bf16.prompt("Name a tree."), bf16.answer("Oak"))]
     hidden = states(by(bf16, 2), rows)
     exact = [(h.double() @ weight.double().T).log_softmax(-1) for h in hidden]
@@ -170,8 +170,8 @@ def test_what_is_read_of_a_bf16_model_is_the_softmax_of_its_exact_logits():
 @pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="no promise of the same sums without Intel's library")
 @pytest.mark.parametrize("steered", [False, True])
 def test_a_row_has_the_same_bits_in_any_batch(lm, vector, steered, monkeypatch):
-    """Hidden states, their perplexity, probabilities of answers, and every logit of a decoding step, each of plain and
-    of packed weights."""
+    """Hidden states, NLL, log-probabilities of answers and the logits of decoding, with plain and with packed
+    weights."""
     prompts = [lm.prompt(text) for text in data.contexts()[:21]]
     rows = [Row(p, lm.answer(text)[:30]) for p, text in zip(prompts, data.neutral(), strict=False)]
     long = " I would rather not say, with so many people in the room, which of the two I find the more likely."
@@ -212,8 +212,8 @@ def test_a_row_has_the_same_bits_in_any_batch(lm, vector, steered, monkeypatch):
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only there is freed memory kept")
 def test_on_a_cpu_the_memory_of_freed_tensors_serves_the_next_ones():
-    """Without that, every page of 64 MiB is asked of the system again. The first few may leave holes that the next does
-    not fit, so four go before."""
+    """Otherwise the system gives every page of 64 MiB again. The first tensors may leave holes that the next one does
+    not fit, so four are made before counting."""
     code = """
 import resource, sys, torch
 import steer_heal.model.loading  # as in a run: what its modules leave on the heap matters
@@ -238,7 +238,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only there is freed memory kept")
 def test_what_a_stage_freed_goes_back_to_the_system_when_it_ends(tmp_path):
-    """256 MiB under a tensor that lives on: kept within the stage, gone after it."""
+    """256 MiB below a tensor that stays alive: kept within the stage, returned after it."""
     code = """
 import resource, sys, torch
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The whole loop: resumed runs end in the same bits, the record is complete, mistakes end in one line."""
+"""The whole loop: resumed runs end in the same bits, the records are complete, mistakes end in one line."""
 
 import json
 import re
@@ -67,7 +67,7 @@ def test_the_record_of_a_run_is_complete(tmp_path):
             assert arm <= where.keys() and where["trait_ci"][0] <= where["trait_nats"] <= where["trait_ci"][1]
             assert {"contrast", "yes_no", "mass", "neutral_nll", "canary", "off:thrift"} <= where["over_base"].keys()
         assert round_["equal_cost"]["dose"] > 0 and "contrast" in round_["equal_cost"]["healed_over"]
-        assert round_["verdict"]["word"] == "broken"  # a random model is no yardstick
+        assert round_["verdict"]["word"] == "broken"  # the model is random
         assert -1 <= round_["cos_shift_vector"] <= 1 and round_["kl_to_base_nats"] > 0
         assert {"extract", "dose", "distil", "heal", "eval"} == round_["stage_seconds"].keys()
         assert 0 < round_["kept"] <= TINY.distil.n_keep <= round_["generated"] <= 2 * TINY.distil.n_keep
@@ -109,12 +109,12 @@ def test_a_loop_that_steering_exhausts_ends_with_what_it_has(tmp_path, monkeypat
     asked.clear()
     monkeypatch.setattr(round_stages, "require_dose", lambda artefact: second_fails(asked.append(0) or artefact))
     with pytest.raises(Exhausted):
-        do(TINY, out=str(tmp_path))  # in round 0 nothing was learned: that is for the user to mend
+        do(TINY, out=str(tmp_path))  # in round 0 it is an error: nothing was learned yet
 
 
 @pytest.mark.parametrize("source", ["student", "base"])
 def test_what_the_base_fixes_is_the_same_in_every_round(tmp_path, source, capsys):
-    """With `source base` the vector. With `reference base` the budget tau, and the multiplier goes on."""
+    """With `source base` the vector stays the same. With `reference base` tau does, and the multiplier continues."""
     barrier = {"reference": "base", "tau": "auto", "kind": "dual"}
     knobs = {f"heal.barrier.{name}": value for name, value in barrier.items()}
     knobs |= {"steer.source": source, "eval.leave_out": ("off_target", "canary", "profile", "plain")}

@@ -1,4 +1,4 @@
-"""The report: true to the numbers, safe with hostile text, self-contained, at ease with unfinished runs."""
+"""The report: its numbers are right, hostile text is escaped, it is self-contained, unfinished runs work."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ pytestmark = pytest.mark.run
 STEP = {"objective": 3.0, "barrier": 0.0, "loss": 3.0, "tau": 0.05, "lam": 1.0, "anchor_lam": 1.0, "tokens": 9}
 STEP |= {"grad_norm": 1.0, "lr": 1e-3, "step_seconds": 1.0, "tokens_per_s": 9.0}
 HOSTILE = "<script>alert(1)</script></script><img src=https://example.org/x onerror=alert(2)>\x00 & 'quoted'"
-TRAIT = "</title><script>alert(3)"  # a trait file may be called anything
+TRAIT = "</title><script>alert(3)"  # a trait may have any name
 CONTRAST = {"base": [0.1, 0.3, 0.2, 0.4], "prompted": [0.2, 0.5, 0.4, 0.5], "steered": [0.6, 0.7, 0.7, 0.8]}
 CONTRAST |= {"healed": [0.4, 0.5, 0.5, 0.6], "negative": [-0.1, 0.0, -0.1, 0.1], "equal_cost": [0.2, 0.3, 0.3, 0.4]}
 PROFILE = {"base": 0.30, "prompted": 0.40, "negative": 0.20, "healed": 0.35}  # probability of care, in every scene
@@ -90,8 +90,8 @@ def write_arm(
 
 
 def write_run(folder: Path, rounds: int = 2, **healed_scores: float) -> Path:
-    """A finished run; the healed student moved 0.25, the prompt 0.15, steering 0.45 nats/token."""
-    heal = asdict(HealConfig(barrier=BarrierConfig(tau=0.05)))  # whole: the report reads whatever a real run has
+    """Write a finished run: the healed student moved 0.25, the prompt 0.15, steering 0.45 nats/token."""
+    heal = asdict(HealConfig(barrier=BarrierConfig(tau=0.05)))  # complete, as in a real run
     config = {
         "preset": "tiny-random",
         "trait": TRAIT + ".toml",
@@ -312,7 +312,7 @@ def seeded(out: Path, seed: int, second: int = 0, **changed) -> Path:
 
 def test_runs_that_differ_in_their_seed_are_one_row(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setitem(CONTRAST, "healed", [x - 0.3 for x in CONTRAST["healed"]])
-    before = seeded(tmp_path, 1).rename(tmp_path / "20250101-000000_model_love_s1")  # repeated later: not counted twice
+    before = seeded(tmp_path, 1).rename(tmp_path / "20250101-000000_model_love_s1")  # run again later: counts once
     for seed, shift in ((1, 0.0), (2, 0.1), (3, 0.2)):
         monkeypatch.setitem(CONTRAST, "healed", [x + shift for x in (0.4, 0.5, 0.5, 0.6)])
         seeded(tmp_path, seed)
@@ -336,7 +336,7 @@ def test_results_shows_sweeps_under_their_hypothesis_and_writes_tables(tmp_path:
     for folder in [seeded(tmp_path / "agg", seed, second=1, heal=heal) for seed in (1, 2)]:
         first, whole = folder / "r00" / "healed.json", folder / "summary.json"
         arm, summary = json.loads(first.read_text()), json.loads(whole.read_text())
-        arm["items"]["contrast"] = [x + 0.1 for x in arm["items"]["contrast"]]  # further than after the last round
+        arm["items"]["contrast"] = [x + 0.1 for x in arm["items"]["contrast"]]  # moved further than in the last round
         base = structured(ArmReading, json.loads((folder / "base.json").read_text()))
         change = trait_over(structured(ArmReading, arm), base)
         summary["rounds"][0]["healed"] |= {"trait_over_base": change.mean, "trait_over_base_ci": change.ci}
@@ -394,7 +394,7 @@ def test_results_shows_sweeps_under_their_hypothesis_and_writes_tables(tmp_path:
     assert lines[0].y == pytest.approx((0, *by_hand)) and lines[0].x == pytest.approx((1, 1, 1))
     said = capsys.readouterr().out
     assert "heal.barrier.agg mean, seeds 1, 2" in said and "times the prompt" in said and "over equal cost" in said
-    for run in disk.grouped(disk.scan(tmp_path / "agg"))[0]:  # the arm of the mean ended a round early
+    for run in disk.grouped(disk.scan(tmp_path / "agg"))[0]:  # the arm with `mean` ended a round early
         cut = replace(run.summary, rounds=run.summary.rounds[:1])
         (run.folder / "summary.json").write_text(json.dumps(unstructured(cut)))
         seal(run.folder)
@@ -403,7 +403,7 @@ def test_results_shows_sweeps_under_their_hypothesis_and_writes_tables(tmp_path:
     assert files["csv"].read_text().startswith("table,heal.barrier.agg,seeds,model")
     under, table = files["md"].read_text().split("\n\n", 2)[:2]
     assert under == "sweep agg\nH: rmse holds" and table.startswith("| heal.barrier.agg ")
-    assert table.count("\n") == 3  # a line a row, however wide
+    assert table.count("\n") == 3  # one line per row, however wide
     assert "null" not in results._printed(pl.DataFrame({"read at the end": [None, "+0.1 [+0.0, +0.2]"]}))
     assert overview._cells((None, 1, "+0.1 [+0.0, +0.2]")) == ["", "1", '+0.1 <span class="ci">[+0.0, +0.2]</span>']
 
@@ -416,17 +416,17 @@ def test_a_ratio_and_its_interval_by_hand() -> None:
     above, weak = draw.normal(4, 1, (3, 60)), draw.normal(1, 1, (3, 60))
     mean, low, high = intervals.ratio(above, weak)
     assert low < mean < high < 6 and low > 2.5
-    for k in (low, high):  # at either end the difference may just be zero
+    for k in (low, high):  # at both ends the interval of the difference touches zero
         assert min(np.abs(across_seeds(above - k * weak).ci)) < 1e-3
     assert intervals.ratio(-above, -weak) == (mean, low, high) and intervals.ratio(-above, weak) == (-mean, -high, -low)
-    assert intervals.ratio(above, weak - 0.999 * weak.mean())[2] == math.inf  # the prompt may have done nothing
-    assert math.inf in map(abs, intervals.ratio(above, weak - weak.mean())[1:])  # its sign is an accident
+    assert intervals.ratio(above, weak - 0.999 * weak.mean())[2] == math.inf  # the denominator may be zero
+    assert math.inf in map(abs, intervals.ratio(above, weak - weak.mean())[1:])  # the denominator's sign is random
     faint = draw.normal(0, 1, (3, 60))
     faint += 0.1 - faint.mean()
     assert across_seeds(faint).ci[0] < 0
     mean, low, high = intervals.ratio(above, faint)
     assert 0 < low < mean < high == math.inf and intervals.ratio(-above, faint) == (-mean, -math.inf, -low)
-    for k in np.linspace(0, low, 9)[:-1]:  # what is left out: the difference is not zero
+    for k in np.linspace(0, low, 9)[:-1]:  # outside the interval the difference is not zero
         assert across_seeds(above - k * faint).ci[0] > 0
     none = draw.normal(0, 1, (3, 60))
     assert intervals.ratio(none, faint)[1:] == (-math.inf, math.inf)

@@ -1,4 +1,4 @@
-"""Nothing is lost: killed runs end in the same bits, damage is named and mended, one process a folder, full disks."""
+"""Killed runs end in the same bits, damage is named and mended, one process per folder, full disks lose nothing."""
 
 import json
 import os
@@ -17,6 +17,7 @@ from loguru import logger
 
 import steer_heal
 from steer_heal import data
+from steer_heal.bake.student import Student
 from steer_heal.cli import main
 from steer_heal.commands import run as runner
 from steer_heal.config import UserError
@@ -32,7 +33,6 @@ from steer_heal.runs.environment import commit, environment
 from steer_heal.runs.folder import EVENTS, RunDir
 from steer_heal.runs.resume import create
 from steer_heal.stages import round as round_stages
-from steer_heal.stages import run as run_stages
 from steer_heal.terminal import MODULE
 
 pytestmark = pytest.mark.run
@@ -42,12 +42,12 @@ KILLS = 3
 
 @pytest.fixture
 def folder(whole, tmp_path):
-    """A copy of it to damage."""
+    """A copy of the finished run, to damage."""
     return shutil.copytree(whole, tmp_path / "run")
 
 
 def refused(words, capsys) -> str:
-    """The one line with which a command ends."""
+    """The last line of a command that ends with code 2."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as end:
         main(words)
@@ -57,7 +57,7 @@ def refused(words, capsys) -> str:
 
 
 def mend(said: str) -> list[str]:
-    """The arguments of the command that a refusal names."""
+    """The arguments of the command that an error message names."""
     words = shlex.split(re.split(r"Make it again: |go on with: ", said)[1])
     return words[words.index("run") :]
 
@@ -90,7 +90,7 @@ def lose(path: Path) -> None:
 
 
 def swap(path: Path) -> None:
-    """The other round's, whole and sound."""
+    """Replace the file with that of the other round, which is undamaged."""
     other = str(path).replace("/r01/", "/r00/")
     assert other != str(path)
     shutil.copyfile(other, path)
@@ -153,7 +153,7 @@ def test_damage_is_named_with_the_command_that_mends_it(whole, folder, capsys, d
 
 
 def test_an_artefact_that_comes_out_otherwise_is_said(folder, capsys):
-    """As on a GPU, or after an update: what followed from the old one is kept, and that is said."""
+    """As on a GPU, or after an update: later artefacts are kept, and a warning says so."""
     lines = []
     sink = logger.add(lines.append, format="{level} {message}")
     run = RunDir(folder)
@@ -195,19 +195,19 @@ def test_readers_refuse_what_is_damaged(folder, capsys):
 
 def test_the_batch_size_that_memory_allowed_is_kept(whole, folder, monkeypatch):
     cut(folder, "r00/completions.jsonl")
-    monkeypatch.setattr(generate, "free_memory", lambda device: 10_000_000)  # would now choose fewer
+    monkeypatch.setattr(generate, "free_memory", lambda device: 10_000_000)  # would choose fewer rows now
     main(["run", "--resume", str(folder)])
     assert result(folder) == result(whole)
 
 
-# ---- what a resumed run may differ in
+# ---- allowed changes of a resumed run
 
 
 def test_another_config_is_refused_and_rounding_may_differ(whole, folder, capsys):
     again = ["run", "--resume", str(folder)]
     said = refused([*again, "--heal.barrier.tau", "9", "--seed", "3"], capsys)
     assert "heal.barrier.tau: 0.001 then, 9.0 now; seed: 0 then, 3 now" in said and "start a new run" in said
-    assert "with that changed it is another run" in refused([*again, "--allow-change", "heal.barrier.tau"], capsys)
+    assert "with that changed is a different run" in refused([*again, "--allow-change", "heal.barrier.tau"], capsys)
     assert "its preset is tiny-random, not smollm2-135m" in refused(["run", "smollm2-135m", *again[1:]], capsys)
     less = [*again, "--heal.training.pass-rows", "2"]
     assert "Allow it with --allow-change heal.training.pass_rows" in refused(less, capsys)
@@ -215,7 +215,7 @@ def test_another_config_is_refused_and_rounding_may_differ(whole, folder, capsys
     before = (folder / EVENTS).read_text()
     cut(folder, "r01/adapter")
     main([*less, *allowed])
-    main(again)  # what was allowed is the run's config now
+    main(again)  # the allowed change is now in the run's config
     changes = [e for e in RunDir(folder).events() if e["event"] == "change"]
     assert [(e["key"], e["then"], e["now"]) for e in changes] == [("heal.training.pass_rows", 4, 2)]
     assert before.splitlines()[0] == (folder / EVENTS).read_text().splitlines()[0]
@@ -275,7 +275,7 @@ def test_what_env_json_says(monkeypatch, whole):
     assert env["git"] == commit() and (commit() is None or re.match(r"[0-9a-f]{40}( with changes .*)?$", commit()))
 
 
-# ---- one process a folder
+# ---- one process per folder
 
 
 @pytest.mark.skipif(shutil.which("git") is None, reason="git is not installed")
@@ -308,7 +308,7 @@ def test_two_processes_on_one_folder(folder, capsys):
     with RunDir(folder).held():
         said = refused(again, capsys)
         assert f"{folder} is in use by process {os.getpid()} on {os.uname().nodename} since 2" in said
-    (folder / ".lock").write_text("process 4194305 on this since yesterday")  # died without a word
+    (folder / ".lock").write_text("process 4194305 on this since yesterday")  # a process that died
     lines = []
     sink = logger.add(lines.append, format="{message}")
     with RunDir(folder).held():
@@ -318,7 +318,7 @@ def test_two_processes_on_one_folder(folder, capsys):
     assert (folder / ".lock").read_text() == ""
 
 
-# ---- no room, no permission, no memory
+# ---- full disk, no permission, no memory
 
 TINY_DISK = """
 set -e
@@ -393,54 +393,38 @@ def test_an_artefact_that_cannot_be_written_leaves_no_half(folder, tmp_path):
     assert not list(folder.glob("*more*")) and run.find("more") is None
 
 
+LESS_ROWS = "--model.read-rows 16 --allow-change model.read_rows"
+
+
 @pytest.mark.parametrize(
-    ("artefact", "flags"),
+    ("artefact", "function", "part", "flags"),
     [
-        ("r00/vector", "--model.read-rows 16 --allow-change model.read_rows"),
-        ("r00/completions.jsonl", "--model.decode-rows 48 --allow-change model.decode_rows"),
-        ("r00/adapter", "--heal.training.pass-rows 2 --allow-change heal.training.pass_rows"),
-        ("r00/healed.json", "--model.read-rows 16 --allow-change model.read_rows"),
+        ("r00/vector", "model.forward.forward", "reading", LESS_ROWS),
+        ("r00/dose.json", "model.likelihood.states", "reading", LESS_ROWS),
+        ("r00/completions.jsonl", "model.decode.choose", "decoding", "--model.decode-rows 48 --allow-change"),
+        ("r01/adapter", "heal.examples.states", "reading", LESS_ROWS),
+        ("r01/adapter", "heal.train.accumulate", "training", "--heal.training.pass-rows 2 --allow-change"),
+        ("r01/healed.json", "model.answers.left_padded", "reading", LESS_ROWS),
+        ("adapter", None, None, "no batch is left to make smaller"),
     ],
 )
-def test_out_of_memory_names_the_stage_and_the_knob(whole, folder, capsys, monkeypatch, artefact, flags):
+def test_out_of_memory_names_the_part_and_its_knob(folder, capsys, monkeypatch, artefact, function, part, flags):
     cut(folder, artefact)
-    stage = RunDir.stage
-
-    def starved(self, name, compute, *rest, **more):
-        def fail():
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total of ...")
-
-        return stage(self, name, fail if name == artefact else compute, *rest, **more)
-
-    monkeypatch.setattr(RunDir, "stage", starved)
-    said = refused(["run", "--resume", str(folder)], capsys)
-    assert f"out of memory while making {artefact} (2.00 GiB more were wanted)" in said and said.endswith(flags)
-    if artefact == "r00/healed.json":  # the command goes on
-        monkeypatch.setattr(RunDir, "stage", stage)
-        main(mend(said))
-        assert (folder / "summary.json").exists()
-
-
-@pytest.mark.parametrize(
-    ("function", "said_of", "flags"),
-    [
-        ("prepare", "reading what it is trained on", "--model.read-rows 16 --allow-change model.read_rows"),
-        ("prepare_anchors", "reading what it is trained on", "--model.read-rows 16 --allow-change model.read_rows"),
-        ("heal", "training", "--heal.training.pass-rows 2 --allow-change heal.training.pass_rows"),
-    ],
-)
-def test_out_of_memory_in_a_part_of_a_stage_names_that_parts_knob(
-    folder, capsys, monkeypatch, function, said_of, flags
-):
-    cut(folder, "r01/adapter")
 
     def fail(*given, **more):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total of ...")
 
-    monkeypatch.setattr(run_stages if function == "prepare_anchors" else round_stages, function, fail)
-    said = refused(["run", "--resume", str(folder)], capsys)
-    assert f"out of memory while making r01/adapter, {said_of} (2.00 GiB more were wanted)" in said
-    assert said.endswith(flags)
+    with monkeypatch.context() as patched:
+        if part is None:
+            patched.setattr(Student, "save", fail)
+        else:
+            patched.setattr(f"steer_heal.{function}", fail)
+        said = refused(["run", "--resume", str(folder)], capsys)
+    where = f"{artefact}, {part}" if part else artefact
+    assert f"out of memory while making {where} (2.00 GiB more were wanted)" in said and flags in said
+    if artefact == "r01/healed.json":  # the command in the message resumes the run
+        main(mend(said))
+        assert (folder / "summary.json").exists()
 
 
 def test_out_of_memory_on_a_cpu_is_understood():

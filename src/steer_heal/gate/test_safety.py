@@ -1,4 +1,4 @@
-"""No pickle, no foreign code, no network once the model is there, nothing left behind however long it runs."""
+"""No pickle, no foreign code, no network once the model is there, no growth over many rounds."""
 
 import ast
 import gc
@@ -52,7 +52,7 @@ def test_the_source_unpickles_nothing_and_trusts_no_remote_code():
 
 
 def test_nothing_unpickles_while_a_run_loads_what_it_wrote(tmp_path):
-    """Watched by the interpreter itself: every global that an unpickler looks up is an audit event."""
+    """Checked by audit events: the interpreter raises one for every global that an unpickler looks up."""
     code = """
 import sys
 from steer_heal.cli import main
@@ -72,7 +72,7 @@ sys.exit(f"unpickled: {found}" if found else 0)
 
 
 def test_the_network_can_be_blocked():
-    """The fast-dev run, which follows these checks, runs without it."""
+    """The fast-dev run, which follows these checks, runs with the network blocked."""
     code = """
 import socket
 from steer_heal.runs.environment import block_network

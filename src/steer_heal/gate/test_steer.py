@@ -26,12 +26,12 @@ BAND = SteerConfig(band=(0.3, 0.7))
 
 @pytest.fixture
 def lm(lm):
-    """Its rows are read in several passes."""
+    """The tiny model, reading two rows at a time."""
     return replace(lm, read_rows=2)
 
 
 def slow_states(lm, persona, layers):
-    """[n, l, d] by one full forward pass a prompt."""
+    """States [n, l, d] from one full forward pass per prompt."""
     out = []
     for text in CONTEXTS:
         with torch.no_grad():
@@ -42,7 +42,7 @@ def slow_states(lm, persona, layers):
 
 @pytest.mark.parametrize("shared", [True, False], ids=["shared prefix", "no sharing"])
 def test_vector_is_the_mean_difference_at_the_assistant_tag(lm, shared, monkeypatch):
-    """The prompts of a persona begin alike, so their first tokens are computed once."""
+    """The prompts of a persona share a prefix, which is computed once."""
     computed, prefix = [], forward.prefix
     monkeypatch.setattr(forward, "prefix", lambda lm, ids, *rest: computed.append(ids) or prefix(lm, ids, *rest))
     if not shared:
@@ -93,7 +93,7 @@ def test_the_report_says_how_long_how_reliable_and_how_telling_each_layer_is(lm)
             other = [i for i in range(4) if i not in chosen]
             a, b = difference[list(chosen)].mean(0), difference[other].mean(0)
             halves.append(torch.cosine_similarity(a, b, dim=0).item())
-        assert min(abs(r.split_half - h) for h in halves) < 1e-3  # one of the ways to halve four contexts
+        assert min(abs(r.split_half - h) for h in halves) < 1e-3  # one of the ways to split four contexts in halves
         assert 0 <= r.auc <= 1
 
 
@@ -110,8 +110,8 @@ def test_the_automatic_band_is_where_the_vector_is_long_reliable_and_telling(lm)
         )
 
     report = [layer(i, 0.02) for i in range(21)]
-    report[2] = report[19] = layer(2, 5.0)  # outside the depths that are considered
-    report[6:9] = [layer(i, 0.5, auc=0.5) for i in (6, 7, 8)]  # long, but blind
+    report[2] = report[19] = layer(2, 5.0)  # outside AUTO_DEPTHS
+    report[6:9] = [layer(i, 0.5, auc=0.5) for i in (6, 7, 8)]  # long, but it does not tell the personas apart
     report[10:13] = [layer(i, 0.1) for i in (10, 11, 12)]
     assert auto_band(report, 21) == (10, 11, 12)
     found = extract(lm, PERSONAS, replace(BAND, band="auto"))

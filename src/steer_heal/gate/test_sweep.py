@@ -1,4 +1,4 @@
-"""Sweeps: the plan, skipping, resuming, going on after a failure, and the same results on Ray."""
+"""Sweeps: plan, skipping, resuming, continuing after a failure, and the same results on Ray."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Events reach a tracker; without one nothing is sent, and a missing one is said before anything runs."""
+"""Events reach a tracker. Without one nothing is sent. A missing package is an error before anything runs."""
 
 import importlib.machinery
 import json

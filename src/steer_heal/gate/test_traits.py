@@ -1,4 +1,4 @@
-"""A trait file that cannot work is refused in one line that names the key, the value and the mend."""
+"""An invalid trait file is refused in one line that names the key, the value and the remedy."""
 
 import json
 import os
@@ -17,7 +17,7 @@ LOVE = tomllib.loads((HERE / "traits" / "love.toml").read_text("utf-8"))
 
 
 def toml(value: object) -> str:
-    """A value as TOML; control characters and quotes as JSON writes them, which TOML reads alike."""
+    """A value as TOML. Control characters and quotes are escaped as in JSON, which TOML reads the same way."""
     match value:
         case bool():
             return "true" if value else "false"
@@ -45,7 +45,7 @@ def refused(text: str) -> str:
 
 
 def put(*path, value):
-    """An edit that sets what lies at the path."""
+    """An edit that sets the value at the path."""
 
     def edit(table: dict) -> None:
         for key in path[:-1]:

@@ -1,4 +1,4 @@
-"""Verdicts and validity on arms whose answers are known by hand, and on models whose logits are set by hand."""
+"""Verdicts and validity on arms with known scores, and on models with hand-set logits."""
 
 import math
 from dataclasses import replace
@@ -69,7 +69,7 @@ VERDICTS = [
     (arm((0.4 + SPREAD).tolist(), mass=0.67), STEERED, True, "broken"),  # 84% of base
     (arm((0.4 + SPREAD).tolist(), ppl=21.1), STEERED, True, "broken"),
     (arm((0.4 + SPREAD).tolist(), kept=0.84), STEERED, True, "broken"),
-    (arm((0.4 + SPREAD).tolist(), kept=0.84, off=0.5), STILL, False, "broken"),  # first of all checks
+    (arm((0.4 + SPREAD).tolist(), kept=0.84, off=0.5), STILL, False, "broken"),  # is checked first
     (arm((0.4 + SPREAD).tolist(), ppl=math.nan), STEERED, True, "broken"),
 ]
 
@@ -101,7 +101,7 @@ def test_a_yes_no_trait_is_broad_where_others_moved_further_than_it_did_on_contr
 
 def test_a_floor_is_absolute_whatever_the_base_was():
     poor = arm((0.0 + SPREAD).tolist(), mass=0.01, kept=0.1, ppl=5000.0)
-    healed = arm((0.4 + SPREAD).tolist(), mass=0.02, kept=0.2, ppl=4000.0)  # better than its base in everything
+    healed = arm((0.4 + SPREAD).tolist(), mass=0.02, kept=0.2, ppl=4000.0)  # better than its base in every measure
     found = verdict(poor, STEERED, healed, True)
     assert found.word == "broken"
     assert found.why.count("below the floor") == 2 and "neutral perplexity 4000, above 200" in found.why
@@ -146,7 +146,7 @@ def test_profile_changes_by_hand():
 def test_the_dose_of_equal_cost_by_hand():
     assert coherence_cost(arm([0.0], mass=0.6, ppl=22.0), BASE) == pytest.approx(0.25)
     assert coherence_cost(arm([0.0], mass=0.9, ppl=19.0), BASE) == pytest.approx(-0.05)
-    assert allowed_cost(arm([0.0], mass=0.9, ppl=19.0), BASE) == LEAST_COST  # healing was free: steering gets a little
+    assert allowed_cost(arm([0.0], mass=0.9, ppl=19.0), BASE) == LEAST_COST  # healing cost nothing: the least allowed
     curve = [Cost(1.0, 0.1), Cost(2.0, 0.5), Cost(4.0, 0.9)]
     assert dose_at_cost(curve, 0.3) == pytest.approx(1.5)
     assert dose_at_cost(curve, 0.05) == pytest.approx(0.5)
@@ -177,7 +177,7 @@ def test_a_base_without_answer_mass_has_none_to_lose():
 
 
 def test_the_arm_of_equal_cost_costs_what_is_allowed():
-    """The true cost is quadratic in the dose, so the straight line between two points misses it at first."""
+    """The true cost is quadratic in the dose, so the first linear interpolation misses it."""
 
     def cost(dose):
         return dose**2 / 10
@@ -203,20 +203,20 @@ def test_the_dose_of_equal_trait_by_hand():
 
     assert found(0.2) == (pytest.approx(0.75), True) and found(0.05) == (pytest.approx(0.25), True)
     assert found(0.5) == (pytest.approx(2.0), True)
-    assert found(0.6) == (2.0, False)  # no dose reaches it: the one that moves furthest
+    assert found(0.6) == (2.0, False)  # no dose reaches it: the dose that moves the trait furthest
     assert found(-0.1) == (0.5, True)
     assert found(math.nan) == (2.0, False)
-    plain.insert(0, arm([math.nan] * 20, dose=0.1))  # a dose that broke the arithmetic is passed over
+    plain.insert(0, arm([math.nan] * 20, dose=0.1))  # a dose with NaN scores is skipped
     assert found(0.2) == (pytest.approx(0.75), True) and found(0.6) == (2.0, False)
 
 
 @pytest.fixture
 def hand_set(lm):
-    """The tiny model with its logits replaced: what follows a token is read from a table, whatever came before."""
+    """The tiny model with its logits replaced by a table that depends only on the last token."""
 
     def build(table):
         with torch.no_grad():
-            for block in lm.blocks:  # the residual stream is the embedding of the last token alone
+            for block in lm.blocks:  # then the residual stream is the embedding of the last token
                 block.self_attn.o_proj.weight.zero_()
                 block.mlp.down_proj.weight.zero_()
             embedded = lm.model.get_input_embeddings()(torch.arange(len(table)))
@@ -227,7 +227,7 @@ def hand_set(lm):
 
 
 def test_log_odds_and_mass_of_hand_set_logits(lm, hand_set):
-    """After the prompt P(Yes) = 0.5 * 0.9 (two tokens) and P(No) = 0.2; all else is spread thin."""
+    """After the prompt P(Yes) = 0.5 * 0.9 (two tokens) and P(No) = 0.2; the rest is spread over other tokens."""
     size = len(lm.tokenizer)
     tag = lm.prompt("x")[-1]
     yes, no = lm.answer("Yes"), lm.answer("No")
@@ -237,7 +237,7 @@ def test_log_odds_and_mass_of_hand_set_logits(lm, hand_set):
     for word, sure in ((yes, 0.9), (no, 1.0)):
         for before, after in pairwise(word):
             p[before, after] = sure ** (1 / (len(word) - 1))
-    p += (1 - p.sum(1, keepdim=True)) / size * (torch.arange(size)[:, None] != tag)  # the rest anywhere
+    p += (1 - p.sum(1, keepdim=True)) / size * (torch.arange(size)[:, None] != tag)  # the rest is uniform
     p[tag, -1] += 1 - p[tag].sum()
     model = hand_set(p.clamp(min=1e-30).log())
     trait = load_trait("love")
@@ -251,7 +251,7 @@ def test_log_odds_and_mass_of_hand_set_logits(lm, hand_set):
 
 
 def test_a_liking_for_a_place_in_the_list_cancels(lm, monkeypatch):
-    """A model that takes the first option with 0.4 and every other with 0.1, but care with twice that in one scene."""
+    """The model gives the first option 0.4 and the others 0.1 each; in one scene it doubles care."""
     marked = "limp"
 
     def fake(_lm, prompts, choices, _steering):
@@ -297,7 +297,7 @@ def test_a_collapsed_model_is_broken_whatever_its_ratios(lm, hand_set, kind):
         table += math.nan
     trait = load_trait("love")
     found = evaluate(Student(hand_set(table)), Arm("healed"), trait, CONFIG)
-    found = replace(found, coherent_share=1.0)  # whatever the judge thought
+    found = replace(found, coherent_share=1.0)  # overrides the judge
     flattering = replace(found, trait_nats=0.0)
     assert verdict(flattering, found, found, True).word == "broken"
 

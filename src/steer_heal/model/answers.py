@@ -1,7 +1,7 @@
-"""Log-probabilities of several answers to each prompt, every prompt read once.
+"""Log-probabilities of several answers to each prompt. Each prompt is read once.
 
-A probe with two answers, or a question with seven options, shares its prompt: its keys and values are computed once
-and each answer goes on from them. What all prompts of a batch begin with is computed once for the batch.
+The two answers of a probe, or the seven options of a question, share one prompt. The prompt's keys and values are
+computed once, and each answer continues from them. The prefix that all prompts share is computed once per batch.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from steer_heal.model.likelihood import token_nll
 from steer_heal.model.lm import LM
 from steer_heal.model.steering import Doses, Steering, steering
 
-ANSWER_ROUND = 4  # in place of ROUND: most answers are a word or two
+ANSWER_ROUND = 4  # instead of ROUND: most answers are one or two words
 
 
 def choice_log_probs(
@@ -54,7 +54,7 @@ def choice_log_probs(
 
 
 class _Read(NamedTuple):
-    """Prompts that the model has read, and how each goes on."""
+    """A batch of prompts after its forward pass."""
 
     cache: Cache
     mask: Int[Tensor, "b s"]
@@ -97,15 +97,15 @@ def _score(lm: LM, prompts: list, padded: Padded, choices: list, doses: Doses) -
 
 
 def _rest(lm: LM, read: _Read, answers: list[tuple[int, list[int]]], width: int) -> list[Tensor]:
-    """Log-probabilities of the second and later tokens of (row, answer) pairs, each from its row's keys and values.
+    """Log-probabilities of the second and later tokens of each answer, continued from its row's keys and values.
 
-    All are `width` tokens wide, and there are as many rows as make the tokens a multiple of ROUND, see
-    `batching.rounded`.
+    `answers` holds (row, answer) pairs. Each is padded to `width` tokens. Copies of the first pair fill the batch until
+    rows x width is a multiple of ROUND, see `batching.rounded`.
     """
     lengths = [len(answer) - 1 for _, answer in answers]
     answers = filled(answers, ROUND // math.gcd(ROUND, width))
     rows = torch.tensor([row for row, _ in answers], device=lm.device)
-    # Padding on the right is seen by nothing that is read.
+    # Attention is causal: no position that is read sees the padding on the right.
     ids = torch.tensor([a[:-1] + a[-1:] * (width - len(a) + 1) for _, a in answers], device=lm.device)
     went_on = DynamicCache()
     for index, layer in enumerate(read.cache.layers):

@@ -1,4 +1,4 @@
-"""Rows of different lengths in one call: which go together, how they are padded, and the prefix that they share."""
+"""Rows of different lengths in one call: grouping into batches, padding, and the shared prefix."""
 
 from __future__ import annotations
 
@@ -16,22 +16,23 @@ ROUND = 16  # see `rounded`
 
 
 def rounded(size: int, to: int = ROUND) -> int:
-    """`size` or the next multiple.
+    """Round `size` up to a multiple of `to`.
 
-    On a CPU a row's sums must not depend on what else is in the batch, down to the bit. Attention adds up otherwise
-    when padding shifts a row against the vector registers, and the matrix product for one to three rows alone. So the
-    widths of batches, what their prompts share and the rows that decode are multiples of ROUND.
+    On a CPU a row's result must not depend on the other rows of the batch, down to the bit. But attention sums in
+    another order when padding shifts a row against the vector registers, and so does a matrix product with only one to
+    three rows. So the widths of batches, the lengths of shared prefixes and the numbers of decoded rows are multiples
+    of ROUND.
     """
     return -(-size // to) * to
 
 
 def filled(rows: Sequence, to: int = ROUND) -> list:
-    """The rows and as many copies of the first as make them a multiple, see `rounded`."""
+    """Append copies of the first row until the number of rows is a multiple of `to`, see `rounded`."""
     return [*rows, *[rows[0]] * (rounded(len(rows), to) - len(rows))]
 
 
 def batches(widths: list[int], batch_size: int, steering_: Steering | None = None) -> Iterator[list[int]]:
-    """Row numbers batch by batch: rows of a batch are equally wide, and have one dose under a foreign vector."""
+    """Yield the row numbers of each batch. Its rows have one width and, under a foreign vector, one dose."""
     groups: dict[tuple[int, float], list[int]] = {}
     alike = steering_ is None or not isinstance(steering_.vector, ForeignVector)
     for i, width in enumerate(widths):
@@ -42,13 +43,16 @@ def batches(widths: list[int], batch_size: int, steering_: Steering | None = Non
 
 
 def shared_left_padded(lm: LM, prompts: list[list[int]]) -> int:
-    """`shared_prefix` where padding on the left comes between it and the rest."""
-    # A window is counted in cache columns: the padding would push the prefix out.
+    """`shared_prefix` for left-padded rows; 0 for a model with sliding windows."""
+    # A sliding window counts cache columns: padding after the prefix would push the prefix out of it.
     return 0 if lm.windowed else shared_prefix(prompts)
 
 
 def shared_prefix(prompts: list[list[int]], multiple: int = ROUND) -> int:
-    """Length of what all prompts begin with, leaving each at least one token of its own, down to a `multiple`."""
+    """Length of the prefix that all prompts share, rounded down to a multiple of `multiple`.
+
+    Each prompt keeps at least one token after it. A single prompt has no shared prefix: 0.
+    """
     if len(prompts) < 2:
         return 0
     first, last = min(prompts), max(prompts)
@@ -59,10 +63,10 @@ def shared_prefix(prompts: list[list[int]], multiple: int = ROUND) -> int:
 
 
 class Padded(NamedTuple):
-    """Prompts of different lengths in one call, padded on the left, so that all end in the last column."""
+    """Prompts of different lengths, padded on the left so that all end in the last column."""
 
     shared: int
-    """tokens that all begin with; they are not in `ids`, their keys and values come from `prefix`"""
+    """length of the shared prefix; it is not in `ids`, `prefix` computes its keys and values"""
     ids: Int[Tensor, "b t"]
     mask: Int[Tensor, "b s"]
     """1 for real tokens, the shared ones included"""
@@ -70,9 +74,9 @@ class Padded(NamedTuple):
 
 
 def left_padded(lm: LM, prompts: list[list[int]], shared: int, width: int) -> Padded:
-    """Prompts that have the first `shared` tokens in common, each with `width` tokens of its own and padding."""
+    """Pad prompts that share their first `shared` tokens: the rest of each becomes `width` tokens."""
     own = [p[shared:] for p in prompts]
-    # Padding is a real token: a zero embedding would divide another library's hooks by zero.
+    # Pad with a real token: on a zero embedding another library's hooks would divide by zero.
     ids = torch.tensor([p[:1] * (width - len(p)) + p for p in own], device=lm.device)
     mask = torch.tensor([[1] * shared + [0] * (width - len(p)) + [1] * len(p) for p in own], device=lm.device)
     return Padded(shared, ids, mask, mask.cumsum(1).sub(1).clamp(min=0)[:, shared:])

@@ -1,10 +1,10 @@
-"""Batched decoding: left-padded prompts, one dose a row, sampling noise that belongs to the row.
+"""Batched decoding: left-padded prompts, one dose per row, sampling noise that belongs to the row.
 
-Decoding is where a run's time goes, so this is a bare loop over the decoder with a preallocated key/value cache:
-the head sees one position a row, a top-k partial sort replaces a full one, and rows that have ended leave the batch.
+Decoding takes much of a run's time, so this is a bare loop over the decoder with a preallocated key/value cache. The
+head sees one position per row, a partial top-k sort replaces a full sort, and rows that have ended leave the batch.
 
-The noise is counter-based: the token of (seed, row, step) depends on a hash of those three numbers and on the logits,
-never on the other rows. A completion is the same whatever batch it was decoded in.
+The noise is counter-based: a token depends on its logits and on a hash of (key, row, step), never on the other rows.
+So a completion is the same in every batch.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ from steer_heal.model.memory import free_main_memory
 from steer_heal.model.packing import packed
 from steer_heal.model.steering import Doses, Steering, steering
 
-COMPACT_SHARE = 0.8  # rows are dropped from the batch when fewer than this share still write
+COMPACT_SHARE = 0.8  # ended rows leave the batch when fewer than this share of it still writes
 
 
-MEMORY_SHARE = 0.5  # of what is free; the rest is for what a decoding step makes and throws away
-MOST_ROWS = {"cpu": 96, "cuda": 512}  # beyond these a batch is not faster, only larger
+MEMORY_SHARE = 0.5  # share of the free memory for the rows; the rest is for temporary tensors of a step
+MOST_ROWS = {"cpu": 96, "cuda": 512}  # a larger batch is not faster
 
 
 class Completion(NamedTuple):
-    """Token ids, with the end token when the model ended by itself within the limit."""
+    """Token ids. When the model ended by itself within the limit, the last one is the end token."""
 
     ids: list[int]
     ended: bool
@@ -43,7 +43,7 @@ class Completion(NamedTuple):
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a token is drawn. `key` names the stream, e.g. (seed, round, stage); None in its place means greedy."""
+    """How a token is drawn. `key` names the random stream, e.g. (seed, round, stage). None instead: greedy."""
 
     key: tuple
     temperature: float = 1.0
@@ -52,7 +52,7 @@ class Sampling:
 
 
 class _Buffer(DynamicLayer):
-    """A cache layer that writes into room made in advance; concatenating at every step would copy the whole cache."""
+    """A cache layer with preallocated tensors: concatenating at every step would copy the whole cache."""
 
     def __init__(self, capacity: int) -> None:
         super().__init__()
@@ -95,11 +95,11 @@ def decode(
     Args:
         prompts: token ids, of any lengths.
         steering_: vector and one dose per prompt.
-        on_batch: told how many rows were finished, for progress.
+        on_batch: called with the number of rows just finished, for progress.
     """
     out: list[Completion | None] = [None] * len(prompts)
     shared = shared_left_padded(lm, prompts)
-    width = rounded(max(map(len, prompts)) - shared)  # of all batches, so that many rows are decoded together
+    width = rounded(max(map(len, prompts)) - shared)  # one for all batches, so that many rows are decoded together
     with torch.no_grad(), steering(lm, steering_) as dial, packed(lm, len(prompts) * max_new_tokens) as lm:
         for chunk in batches([width] * len(prompts), lm.decode_rows, steering_):
             padded = left_padded(lm, filled([prompts[i] for i in chunk]), shared, width)
@@ -111,9 +111,9 @@ def decode(
 
 
 def rows_that_fit(lm: LM, prompt_tokens: int, max_new_tokens: int) -> int:
-    """Rows to decode together, from the memory that is free now and what one row takes at its longest.
+    """Number of rows to decode together: a share of the free memory divided by the memory of a row at full length.
 
-    A row holds keys and values of every block, the activations of its prompt while that is read, and three copies of
+    A row takes the keys and values of every block, the activations of its prompt's forward pass, and three copies of
     its logits.
     """
     text = lm.model.config.get_text_config()
@@ -124,12 +124,12 @@ def rows_that_fit(lm: LM, prompt_tokens: int, max_new_tokens: int) -> int:
     row_bytes = (cache + reading) * weight.element_size() + 3 * 4 * weight.shape[0]
     free = free_memory(lm.device)
     if lm.device.type == "cpu":
-        free -= sum(p.numel() * p.element_size() for p in lm.decoder.parameters())  # the packed copy
+        free -= sum(p.numel() * p.element_size() for p in lm.decoder.parameters())  # for the packed copy
     return max(1, min(MOST_ROWS[lm.device.type], int(MEMORY_SHARE * free / row_bytes)))
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that can be had on the device now."""
+    """Bytes that can be allocated on the device now."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -137,12 +137,12 @@ def free_memory(device: torch.device) -> int:
 
 
 class _Batch(NamedTuple):
-    """Prompts that are completed together."""
+    """Prompts that are decoded together."""
 
     rows: Int[Tensor, "b"]
-    """their numbers among all prompts, which the sampling noise depends on"""
+    """their indices among all prompts; the sampling noise depends on them"""
     shared: list[int]
-    """the tokens that all begin with"""
+    """tokens of the shared prefix"""
     padded: Padded
     doses: Doses
 
@@ -150,7 +150,7 @@ class _Batch(NamedTuple):
 def _decode_batch(lm: LM, batch: _Batch, max_new_tokens: int, sampling: Sampling | None) -> list[Completion]:
     shared, ids, mask, position = batch.padded
     rows = batch.rows
-    slots = torch.tensor(filled(range(len(rows))))  # which prompt each row of the shrinking batch belongs to
+    slots = torch.tensor(filled(range(len(rows))))  # the prompt of each row of the shrinking batch
     doses = batch.doses.of(slots)
     cache = Cache(layers=[_Buffer(mask.shape[1] + max_new_tokens) for _ in lm.blocks])
     if shared:

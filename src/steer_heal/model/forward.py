@@ -1,6 +1,6 @@
-"""Rows in, hidden states out: before the head at the completion's positions, or after chosen blocks at the last token.
+"""Hidden states of rows: before the head at the completion's positions, or after chosen blocks at the last token.
 
-No logits are made here; who needs them asks the head for a chunk of positions at a time (`likelihood`).
+No logits are computed here: `likelihood` applies the head to a chunk of positions at a time.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from steer_heal.model.steering import UNSTEERED, Doses, Steering, steering
 
 
 def states(lm: LM, rows: list[Row], steering_: Steering | None = None) -> list[Float[Tensor, "n d"]]:
-    """Hidden states that predict each completion token, one tensor [len(completion), d] a row, without gradient.
+    """Hidden states that predict each completion token, one tensor [len(completion), d] per row, without gradient.
 
-    Rows are batched by width; right padding needs no mask under causal attention, so results do not depend
-    on the batch they were computed in beyond float rounding.
+    Rows are batched by width. Under causal attention right padding needs no mask, so a result depends on the rest of
+    its batch by float rounding at most.
     """
     out: list[Tensor | None] = [None] * len(rows)
     with torch.no_grad(), steering(lm, steering_) as dial:
@@ -44,8 +44,8 @@ def forward(
 ) -> list[Float[Tensor, "n d"]]:
     """Hidden states before the head at each row's completion positions, with gradient when it is enabled.
 
-    The keys and values of the first `shared` tokens, which all prompts have in common, are computed once. The
-    rows are padded to a `multiple`, see `rounded`.
+    The keys and values of the first `shared` tokens, which all prompts share, are computed once. The rows are padded to
+    a multiple of `multiple`, see `rounded`.
     """
     cache = None
     if shared:
@@ -63,7 +63,7 @@ def forward(
 
 
 def prefix(lm: LM, ids: list[int], doses: Doses) -> Cache:
-    """Keys and values of a text that begins every row: [1, ...], or [b, ...] when the rows' doses differ."""
+    """Keys and values of the shared prefix: [1, ...], or [b, ...] under steering, computed once per distinct dose."""
     cache, rows = DynamicCache(), 1
     if doses.dose is not None:
         different, where = doses.dose.unique(return_inverse=True)
@@ -76,7 +76,7 @@ def prefix(lm: LM, ids: list[int], doses: Doses) -> Cache:
 
 
 class SharedPrefix(DynamicLayer):
-    """Cache layer for one forward pass: keys and values of the shared prefix ahead of each row's own."""
+    """Cache layer for one forward pass: puts the shared prefix's keys and values before each row's own."""
 
     def __init__(self, prefix: DynamicLayer) -> None:
         super().__init__()
@@ -92,7 +92,7 @@ class SharedPrefix(DynamicLayer):
 
 @contextmanager
 def first_blocks(lm: LM, count: int) -> Iterator[None]:
-    """The decoder runs its first `count` blocks only; what lies above costs nothing."""
+    """Inside the `with` block the decoder runs only its first `count` blocks."""
     config = lm.decoder.config
     whole, config.num_hidden_layers = config.num_hidden_layers, count
     try:
@@ -109,7 +109,7 @@ def last_token_states(
 ) -> Float[Tensor, "n l d"]:
     """Residual stream after each of `layers` at the last token of each prompt, float32, on the CPU.
 
-    Batched by width; the pass stops after the last layer wanted, so the rest of the model costs nothing.
+    Prompts are batched by width. The forward pass stops after the last of `layers`.
     """
     out = torch.empty(len(prompts), len(layers), lm.model.config.get_text_config().hidden_size)
     seen: dict[int, Tensor] = {}

@@ -1,4 +1,4 @@
-"""What the model makes of tokens, in nats: NLL, entropy and KL, with the logits of a chunk of positions at a time."""
+"""NLL, entropy and KL divergence of tokens, in nats. Logits are computed for a chunk of positions at a time."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ HEAD_CHUNK = 256  # positions whose logits are held at once
 def log_probs(head: Head, *models: Float[Tensor, "_ d"]) -> Iterator[tuple[slice, list[Float[Tensor, "_ v"]]]]:
     """Log-probabilities of every token of the vocabulary, HEAD_CHUNK positions at a time.
 
-    `models` are hidden states at the same positions under one model each. Yields the positions and one tensor a model.
+    Each of `models` holds one model's hidden states at the same positions. Yields a slice of positions and one tensor
+    per model.
     """
     for start in range(0, len(models[0]), HEAD_CHUNK):
         at = slice(start, min(start + HEAD_CHUNK, len(models[0])))
@@ -41,14 +42,14 @@ def row_surprise(lm: LM, rows: list[Row]) -> list[tuple[Float[Tensor, "n"], Floa
 
 
 def row_nll(lm: LM, rows: list[Row], steering_: Steering | None = None) -> list[Float[Tensor, "n"]]:
-    """NLL in nats of every completion token of every row under the model as it stands (view, steering)."""
+    """NLL in nats of every completion token of every row under the current view and `steering_`."""
     hidden = torch.cat(states(lm, rows, steering_))
     targets = torch.tensor([t for row in rows for t in row.completion], device=lm.device)
     return list(token_nll(lm, hidden, targets).cpu().split([len(row.completion) for row in rows]))
 
 
 def token_nll(lm: LM, states: Float[Tensor, "n d"], targets: Int[Tensor, "n"]) -> Float[Tensor, "n"]:
-    """NLL in nats of each target at its state."""
+    """NLL in nats of each target token, predicted from the hidden state of the same index."""
     return torch.cat([_of_targets(log_p, targets[at]) for at, (log_p,) in log_probs(lm.head, states)])
 
 

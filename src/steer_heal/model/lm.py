@@ -1,7 +1,7 @@
 """A causal language model and its tokenizer.
 
-Loading is in `loading`. Everything above sees a model through five things: prompt tokens (`LM.prompt`), decoder blocks
-(`LM.blocks`), the hidden states before the head (`forward`), the head itself (`LM.head`), and a context that
+Loading is in `loading`. The rest of the package uses a model through five things: prompt tokens (`LM.prompt`), decoder
+blocks (`LM.blocks`), the hidden states before the head (`forward`), the head itself (`LM.head`), and a context that
 adds a vector to the residual stream (`steering`). No logits tensor of shape [tokens, vocab] is made here.
 """
 
@@ -20,19 +20,19 @@ from steer_heal.config import UserError
 
 
 class Row(NamedTuple):
-    """One prompt and one completion, tokenised apart and joined, so that no merge crosses the boundary."""
+    """Token ids of one prompt and one completion. They are tokenised apart, so no token crosses the boundary."""
 
     prompt: list[int]
     completion: list[int]
 
 
-HEAD_BLOCK = 512  # rows of the head that a CPU multiplies at once; all of them at once take a third longer
+HEAD_BLOCK = 512  # rows of the head per product on a CPU; one product of all takes a third longer
 
 
 class Head(NamedTuple):
     """The output head: logits = cap(h @ weight.T), cap(z) = softcap * tanh(z / softcap) when softcap is set.
 
-    `product` takes the place of the plain h @ weight.T where the weight is packed, see `packing`.
+    `product` replaces h @ weight.T where the weight is packed, see `packing`.
     """
 
     weight: Float[Tensor, "v d"]
@@ -40,9 +40,9 @@ class Head(NamedTuple):
     product: Callable[[Tensor], Tensor] | None = None
 
     def __call__(self, states: Float[Tensor, "n d"], out: Float[Tensor, "n v"] | None = None) -> Float[Tensor, "n v"]:
-        """Capped logits in float32, or in float64 for float64 states. No gradient: `heal.barrier` has its own.
+        """Capped logits in float32, or in float64 for float64 states. No gradient: `heal.barrier` computes its own.
 
-        With `out` they are written there, by the plain product.
+        With `out` the plain product writes them there.
         """
         packed = self.product is not None and out is None
         logits = self.product(states) if packed else wide_product(states, self.weight, out)
@@ -54,9 +54,9 @@ def wide_product(
 ) -> Float[Tensor, "n v"]:
     """states @ weight.T in float32 (float64 for float64 states), not rounded back to a narrower type.
 
-    A bf16 logit of 20 is off by up to 0.06, and a softmax shows that. A GPU multiplies bf16 matrices into float32. No
-    CPU kernel of torch does, so there the head is widened, a block that fits a cache at a time. On a CPU without bf16
-    instructions that takes a third of the time of the rounded product or less (journal, 2026-11-26).
+    Rounding to bf16 changes a logit of 20 by up to 0.06, which changes the softmax. A GPU multiplies bf16 matrices into
+    float32. No CPU kernel of torch does, so on a CPU the head is converted in blocks that fit a cache. On a CPU without
+    bf16 instructions that takes at most a third of the time of the rounded product (journal, 2026-11-26).
     """
     weight = weight.detach()
     if out is None:
@@ -82,11 +82,11 @@ class LM:
     name: str
     end_tokens: frozenset[int]
     head_product: Callable[[Tensor], Tensor] | None = None
-    """see `Head`"""
+    """`Head.product`"""
     read_rows: int = 32
-    """sequences in a forward pass that only reads; changes no result"""
+    """sequences in a forward pass without gradient; does not change results"""
     decode_rows: int = 32
-    """completions decoded together; changes no result"""
+    """completions decoded together; does not change results"""
 
     @property
     def device(self) -> torch.device:
@@ -122,14 +122,15 @@ class LM:
     def prompt(self, user: str, system: str | None = None) -> list[int]:
         """Token ids of a one-turn chat up to and including the assistant tag.
 
-        A template that knows no system role gets the system text at the head of the user turn.
+        If the chat template has no system role, the system text begins the user turn. Raises UserError for a template
+        that cannot render a user turn.
         """
         messages = [{"role": "user", "content": user}]
         if system is not None:
             messages.insert(0, {"role": "system", "content": system})
         try:
             text = self._render(messages)
-        except Exception as error:  # jinja templates refuse a role by raising whatever they like
+        except Exception as error:  # a jinja template may raise anything for a role that it does not have
             if system is None:
                 raise UserError(f"the chat template of {self.name!r} cannot render a user turn: {error}") from error
             text = self._render([{"role": "user", "content": f"{system}\n\n{user}"}])

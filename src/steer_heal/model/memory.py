@@ -1,7 +1,7 @@
-"""Main memory: how much can be had, how much was held, and where a freed tensor's goes.
+"""Main memory: free memory, peak memory, and the reuse of freed memory.
 
-Within a stage freed memory serves the next tensor, between stages it goes back to the system. Where the C library is
-not glibc that changes nothing.
+Within a stage the memory of freed tensors is kept for new ones. After a stage it goes back to the system. Both need
+glibc; with another C library nothing changes.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ PROC, CGROUPS = Path("/proc"), Path("/sys/fs/cgroup")
 
 
 def free_main_memory(proc: Path = PROC, cgroups: Path = CGROUPS) -> int:
-    """Bytes that this process can still get: what the machine has, or less where a container's limit says so."""
+    """Bytes that this process can still allocate: those free on the machine, or fewer under a container's limit."""
     said = proc / "meminfo"
-    if not said.exists():  # a system that does not say
+    if not said.exists():  # not Linux: half of the physical memory
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
     available = 1024 * int(re.search(r"MemAvailable:\s+(\d+)", said.read_text())[1])
     return min([available, *_left_in_control_groups(proc / "self" / "cgroup", cgroups)])
 
 
 def _left_in_control_groups(membership: Path, cgroups: Path) -> list[int]:
-    """What every control group around this process leaves of its limit (v1 and v2); cached files count as free.
+    """Bytes left under the limit of each control group (v1 and v2) around this process; cached files count as free.
 
-    Groups are nested and each may have a limit. A container sees its own group at the root, by whatever path the host
-    knows it, so the root is read also where that path does not exist.
+    Groups are nested and each may have a limit. A container sees its own group at the root, while `membership` may hold
+    the host's path to it. So the root is read even where that path does not exist.
     """
     left = []
     for line in membership.read_text().splitlines() if membership.exists() else ():
@@ -61,8 +61,8 @@ def _left_in_control_groups(membership: Path, cgroups: Path) -> list[int]:
 
 
 def keep_freed_memory() -> None:
-    """From now on the memory of a freed tensor serves the next one: the system would have to clear it page by page
-    before it gave it again."""
+    """From now on keep the memory of freed tensors for new ones: the system would clear returned memory page by page
+    before giving it again."""
     if libc := _glibc():
         for option, value in ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, 2**31 - 1), (M_TOP_PAD, 2**28)):
             if libc.mallopt(option, value) != 1:
@@ -70,14 +70,14 @@ def keep_freed_memory() -> None:
 
 
 def give_back_freed_memory() -> None:
-    """What has been freed goes back to the system. Kept over stages, holes that no tensor fits add up: an aligned
-    request does not always fit the hole that its like has left."""
+    """Return freed memory to the system. Kept over several stages, unusable holes would add up: an aligned request does
+    not always fit the hole that an equal one has left."""
     if libc := _glibc():
         libc.malloc_trim(ctypes.c_size_t(0))
 
 
 def peak_memory(device: torch.device) -> int:
-    """Most memory held so far, bytes: on the GPU when the model is there, else by the process."""
+    """Peak memory so far in bytes: on the GPU if `device` is one, else of the process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

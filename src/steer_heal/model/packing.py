@@ -1,8 +1,8 @@
-"""Weights laid out for reading and decoding on a CPU.
+"""Packed weights for decoding and evaluation on a CPU.
 
-The plain product re-reads a matrix in an order that suits large batches. oneDNN's blocked layout is made once and used
-by every forward pass without gradient: a decoding step, which multiplies every matrix by a handful of rows, gains most
-(docs/results.md has what it reaches). It holds a second copy of the weights for as long as the block lasts.
+The plain product reads a matrix in an order that suits large batches. oneDNN's blocked layout is made once and used by
+every forward pass without gradient. Decoding gains most, because a step multiplies every matrix by few rows (speeds in
+docs/results.md). The layout is a second copy of the weights, which exists until the `with` block ends.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from torch import Tensor, nn
 
 from steer_heal.model.lm import LM
 
-PACK_ROWS = 64  # rows that the layout is chosen for
-PACK_FROM_TOKENS = 1024  # laying out the weights costs about as long as this many tokens save
+PACK_ROWS = 64  # rows of the batch that oneDNN optimises the layout for
+PACK_FROM_TOKENS = 1024  # packing takes about as long as it saves over this many tokens
 
 
 @contextmanager
 def packed(lm: LM, tokens: int = PACK_FROM_TOKENS) -> Iterator[LM]:
-    """The model to read or decode with; inside the block the decoder's float32 matrices on a CPU are packed.
+    """Yield the model to use inside the `with` block; on a CPU its float32 matrices are packed there.
 
-    Whether and how depends on the model and the tokens to write alone (an evaluation, which does not say, reads
-    enough), never on the batch size or the state of the machine, so that a resumed run multiplies in the same order.
-    Quantised and half-precision weights, and GPUs, keep their own kernels.
+    Packing depends only on the model and on `tokens`, the number of tokens to write (the default packs, for
+    evaluations). It never depends on the batch size or the state of the machine, so a resumed run sums in the same
+    order. Quantised and half-precision weights, and GPUs, keep their own kernels.
     """
     weight = lm.head.weight
     already = lm.head_product is not None

@@ -1,8 +1,8 @@
-"""Random-weight gemma-3 models of several sizes, built on the spot: for the checks and for measurements.
+"""Gemma-3 models with random weights in several sizes, for the checks and for measurements.
 
-`tiny` has four blocks and makes the fast-dev run a run of the whole loop in seconds; `gemma-3-270m` and `gemma-3-1b`
-have the true shapes, so that speed and memory can be measured without a download. All share a byte-level BPE
-tokenizer trained here on the extraction contexts, and gemma's turn format (a system text goes into the user turn).
+`tiny` has four blocks, so that the fast-dev run covers the whole loop in seconds. `gemma-3-270m` and `gemma-3-1b` have
+the true shapes, so that speed and memory can be measured without a download. All share a byte-level BPE tokenizer,
+trained here on the extraction contexts, and gemma's turn format (a system text goes into the user turn).
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ RANDOM_ARCHITECTURES: dict[str, dict] = {
         "sliding_window": 32,
         "vocab_size": TOKENIZER_SIZE,
         "layer_types": ["sliding_attention", "sliding_attention", "full_attention", "sliding_attention"],
-        # At gemma's 0.02 a model this narrow answers uniformly whatever it is asked; 0.15 gives it preferences.
+        # At gemma's 0.02 a model this narrow answers every question uniformly; 0.15 gives it preferences.
         "initializer_range": 0.15,
     },
     "gemma-3-270m": {
@@ -63,7 +63,7 @@ RANDOM_ARCHITECTURES: dict[str, dict] = {
 
 
 def build_random(name: str, folder: Path) -> None:
-    """Write a random model and its tokenizer into `folder`, as `from_pretrained` reads them. Always the same bits."""
+    """Write a random model and its tokenizer into `folder` for `from_pretrained`. The bits are always the same."""
     tokenizer = _tokenizer()
     ids = dict(zip(SPECIAL, tokenizer.convert_tokens_to_ids(SPECIAL), strict=True))
     config = Gemma3TextConfig(
@@ -77,7 +77,7 @@ def build_random(name: str, folder: Path) -> None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = Gemma3ForCausalLM(config)
-    with torch.no_grad():  # rows of no token are small, so that what the larger models write is text
+    with torch.no_grad():  # embeddings beyond the vocabulary are small, so that the larger models write text
         model.get_input_embeddings().weight[len(tokenizer) :] *= 0.1
     model.generation_config.eos_token_id = [ids["<eos>"], ids["<end_of_turn>"]]
     model.save_pretrained(folder)

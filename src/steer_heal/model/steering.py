@@ -1,4 +1,4 @@
-"""A vector in the residual stream: what it is, at which dose each row gets it, and the hooks that add it."""
+"""Steering vectors, the dose of each row, and the hooks that apply a vector to the residual stream."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from steer_heal.model.lm import LM
 
 @dataclass(frozen=True)
 class Vector:
-    """Steering vector: `direction[i]` acts, times the dose, on the residual stream after block `layers[i]`.
+    """Steering vector: v = `direction[i]` acts on the residual stream h after block `layers[i]`.
 
-    `add`: h + dose * v. `project_out`, v of unit length: h - dose * (h . v) v.
+    `add`: h + dose * v. `project_out`, for v of unit length: h - dose * (h . v) v.
     """
 
     layers: tuple[int, ...]
@@ -26,13 +26,13 @@ class Vector:
 
 
 class ForeignVector(ABC):
-    """A vector of another library, whose hooks know one dose for a whole call: no batch mixes doses then."""
+    """A vector of another library. Its hooks take one dose for a whole call, so no batch mixes doses."""
 
     layers: tuple[int, ...]
 
     @abstractmethod
     def attached(self, lm: LM, dose: float) -> AbstractContextManager:
-        """The other library's hooks, on while the block lasts."""
+        """Attach the other library's hooks until the `with` block ends."""
 
 
 AnyVector = Vector | ForeignVector
@@ -40,14 +40,14 @@ AnyVector = Vector | ForeignVector
 
 @dataclass(frozen=True)
 class Steering:
-    """A vector with one dose per row of the call it is given to."""
+    """A vector, and one dose per row of the call."""
 
     vector: AnyVector
     dose: Float[Tensor, "rows"]
 
 
 class Dial:
-    """What the steering hooks read: the doses and the padding mask of the batch that is in the model now."""
+    """The state that the steering hooks read: doses and padding mask of the current batch."""
 
     dose: Float[Tensor, "b"]
     real: Bool[Tensor, "b t"] | None
@@ -58,22 +58,22 @@ class Dial:
 
 @dataclass(frozen=True)
 class Doses:
-    """The dose of each row of one batch, and the dial to set them at; without steering `dose` is None."""
+    """The dose of each row of one batch, and the dial that passes it to the hooks. Without steering `dose` is None."""
 
     dial: Dial
     dose: Float[Tensor, "b"] | None
 
     @classmethod
     def of_batch(cls, lm: LM, dial: Dial, steering_: Steering | None, rows: list[int]) -> Doses:
-        """Those of these rows of the call that `steering_` was given to."""
+        """The doses of a batch that consists of these rows of the call."""
         return cls(dial, None if steering_ is None else steering_.dose[rows].to(lm.device))
 
     def of(self, rows: Int[Tensor, "n"]) -> Doses:
-        """Those of these rows of the batch."""
+        """The doses of these rows of the batch."""
         return self if self.dose is None else Doses(self.dial, self.dose[rows.to(self.dose.device)])
 
     def set(self, real: Bool[Tensor, "b t"] | None = None) -> None:
-        """From now on the model steers with them; `real` says which positions are not padding."""
+        """Steer with these doses from now on; `real` marks the positions that are not padding."""
         if self.dose is not None:
             self.dial.turn(self.dose, real)
 
@@ -82,7 +82,7 @@ UNSTEERED = Doses(Dial(), None)
 
 
 class OneDoseDial(Dial):
-    """The dial of a foreign vector: attaches its hooks anew when the dose changes."""
+    """The dial of a foreign vector: reattaches the hooks when the dose changes."""
 
     def __init__(self, lm: LM, vector: ForeignVector, hooks: ExitStack) -> None:
         self.lm, self.vector, self.hooks, self.now = lm, vector, hooks, None
@@ -97,10 +97,10 @@ class OneDoseDial(Dial):
 
 @contextmanager
 def steering(lm: LM, steering_: Steering | None) -> Iterator[Dial]:
-    """The vector acts on the residual stream after every block of the vector's band; hooks go when the block ends.
+    """Apply the vector to the residual stream after each of its layers until the `with` block ends.
 
-    The dial says which dose each row of the current batch gets, and which positions are real (left padding is left
-    alone). With `None` nothing is hooked and the dial turns freely.
+    Yields the dial: it sets the dose of each row of the current batch, and the positions that are real (left padding is
+    not steered). With `None` there are no hooks, and the dial has no effect.
     """
     dial = Dial()
     if steering_ is None:

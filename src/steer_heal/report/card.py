@@ -1,4 +1,4 @@
-"""The model card of a result: what it is, what was measured, the command that makes it."""
+"""The model card of an adapter or a merged model: description, measurements, and the command that makes it."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ tags: [steering, steer-heal, lora]
 
 # {name} that {title}
 
-This {kind} moves {base} towards one trait: it {title}. It was made by steer-heal in {rounds}: a copy of the model is \
-steered with a persona vector, what it writes and stays coherent is distilled into a LoRA, and the training is held \
-back where it drifts into what the model before finds improbable. The persona was:
+This {kind} moves {base} towards one trait: it {title}. It was made by steer-heal in {rounds}: each round steers a \
+copy of the model with a persona vector, distils its coherent completions into a LoRA, and penalises divergence from a \
+reference model. The persona was:
 
 > {persona}
 
@@ -32,25 +32,25 @@ probes.
 {caveat}
     {load}
 
-Made with `{command}`. The licence of the base model holds for what is derived from it.
+Made with `{command}`. The licence of the base model also applies to models derived from it.
 """
 MEASURED = {
-    "contrast": "Trait is the log-probability per token of answers with it minus answers without it, over pairs that "
-    "differ in it alone",
-    "yes_no": "Trait is the log-odds of yes against no in questions about it, half of them worded so that no means yes",
+    "contrast": "Trait is the log-probability per token of answers with the trait minus that of answers without it, "
+    "over pairs that differ only in the trait",
+    "yes_no": "Trait is the log-odds of the answer that shows the trait, over yes/no questions (for half of them, no)",
 }
 LOAD = {
     "model": 'model = AutoModelForCausalLM.from_pretrained("this folder")',
     "adapter": 'model = PeftModel.from_pretrained(base_model, "this folder")',
 }
-ON_FLOAT = "\nIt was trained and measured on the base's NF4 weights; here the update is added to the float ones.\n"
+ON_FLOAT = "\nIt was trained and measured on the base's NF4 weights; here the update is added to the float weights.\n"
 
 
 def model_card(summary: Summary, config: dict, trait: dict, argv: list[str], rounds: int, merged: bool = False) -> str:
     """README of an adapter or a merged model after `rounds` rounds.
 
-    `summary` is that of the run or of its rounds so far; `config` and `trait` are as config.json and trait.json hold
-    them; `argv` is what the run was started with, as its first event has it.
+    `summary` is that of the run or of its rounds so far. `config` and `trait` are the contents of config.json and
+    trait.json. `argv` has the arguments that the run was started with, from its first event.
     """
     healed = summary.rounds[rounds - 1].healed
     arms = {"base": summary.base, "prompted": summary.prompted, "this": healed}
@@ -82,8 +82,8 @@ def _row(name: str, arm: ArmSummary) -> str:
 
 
 def command(argv: list[str]) -> str:
-    """The command line that a run was started with, without what belongs to the machine: where runs lie, the path of a
-    trait's file."""
+    """The command line that a run was started with, without paths of the machine: the flags of PLACE_FIELDS and the
+    folder of a trait file."""
     words, skipping = [], False
     for word in argv:
         if word.startswith("--"):

@@ -1,4 +1,4 @@
-"""The report's figures, from a run's artefacts. Colours read on light and on dark paper; the page sets the ink."""
+"""The report's figures, from a run's artefacts. Colours suit light and dark pages; the page sets the text colour."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from steer_heal.heal.steps import HealStep
 from steer_heal.report.html import shorten
 from steer_heal.runs.summary import Summary
 
-# Okabe-Ito hues: told apart by colour-blind readers, visible on white and on black.
+# Okabe-Ito hues: colour-blind readers can tell them apart, and they are visible on white and on black.
 COLOURS = {"base": "#808890", "prompted": "#c88a04", "steered": "#d55e00", "healed": "#009e73"}
 COLOURS |= {"negative": "#7a5c3e", "equal_cost": "#cc79a7"}
 SYMBOLS = {"base": "diamond", "prompted": "cross", "negative": "x", "steered": "square", "healed": "circle"}
@@ -36,7 +36,7 @@ def trajectory_figure(summary: Summary) -> go.Figure:
         label = f"{name} {y:+.3f} [{low:+.3f}, {high:+.3f}]<extra></extra>"
         _line(fig, ends, [y, y], COLOURS[name], name, dash, hovertemplate=label)
         fig.add_hrect(y0=low, y1=high, fillcolor=COLOURS[name], opacity=0.13, line_width=0, layer="below")
-    # side by side, or the error bars hide each other
+    # shifted sideways, so that the error bars do not hide each other
     for name, shift in (("steered", -0.03), ("equal_cost", 0.0), ("healed", 0.03)):
         arms = [arm for r in summary.rounds if (arm := getattr(r, name))]
         if not arms:
@@ -55,11 +55,11 @@ def trajectory_figure(summary: Summary) -> go.Figure:
 
 
 def frontier_figure(summary: Summary) -> go.Figure:
-    """What a trait costs in coherence: plain steering dose by dose, and the student round by round."""
+    """Trait against its cost in coherence: plain steering at each dose, and the student after each round."""
     fig = go.Figure()
     students = [r.healed for r in summary.rounds]
     doses, rounds = [f"{arm.dose:.2g}" for arm in summary.plain], [f"r{i}" for i, _ in enumerate(students)]
-    # A student that has found its place stays there: only the first round and the last have room for a name.
+    # Later rounds lie close together: only the first round and the last have room for a label.
     ends = [name if name in (rounds[0], rounds[-1]) else "" for name in rounds]
     paths = [
         ("steered", "base, plainly steered", summary.plain, doses, doses, "bottom right"),
@@ -75,14 +75,17 @@ def frontier_figure(summary: Summary) -> go.Figure:
     dot = {"color": COLOURS["prompted"], "size": 11, "symbol": SYMBOLS["prompted"]}
     x, y = [prompted.coherence_cost], [prompted.trait_over_base]
     fig.add_scatter(x=x, y=y, mode="markers", marker=dot, name="prompted")
-    fig.update_xaxes(title="coherence lost: answer mass or neutral perplexity, the worse", tickformat=".0%")
+    fig.update_xaxes(title="coherence lost: answer mass or neutral perplexity, the larger loss", tickformat=".0%")
     fig.update_xaxes(range=[min(-0.1, *x) - 0.02, 1.0])
     fig.update_yaxes(title=f"trait over base, {summary.unit}")
     return _styled(fig, 420)
 
 
 def paths_figure(paths: list[tuple[str, Summary]]) -> go.Figure:
-    """The students of several runs, (name, summary) each, round by round: answer mass against trait, both over base."""
+    """The students of several runs after each round: trait against answer mass, both over base.
+
+    `paths` holds (name, summary) pairs.
+    """
     fig = go.Figure()
     hues = [COLOURS[name] for name in ("healed", "prompted", "steered", "equal_cost", "negative")] + [DIVERGENCE_COLOUR]
     dashes = ("solid", "dash", "dot")
@@ -111,7 +114,7 @@ def paths_figure(paths: list[tuple[str, Summary]]) -> go.Figure:
 
 
 def map_figure(arms: list[tuple[str, ArmSummary]]) -> go.Figure:
-    """Care against authority: one node an arm, log mean probabilities over the scenes, nats."""
+    """Care against authority: one point per arm, log of the mean probability over the scenes, nats."""
     fig = go.Figure()
     path = [arm.profile for name, arm in arms if name.split()[0] in ("base", "healed")]
     x, y = ([getattr(profile, key) for profile in path] for key in ("auth_nats", "care_nats"))
@@ -132,7 +135,7 @@ def map_figure(arms: list[tuple[str, ArmSummary]]) -> go.Figure:
 
 
 def coherence_figure(summary: Summary, one: Instrument) -> go.Figure:
-    """One coherence measure relative to base, with the bound beyond which we call it damage."""
+    """One coherence measure relative to base, with the bound beyond which it counts as damage."""
     fig = go.Figure()
     rounds = list(range(len(summary.rounds)))
     ends = [-0.4, len(rounds) - 0.6]
@@ -147,7 +150,7 @@ def coherence_figure(summary: Summary, one: Instrument) -> go.Figure:
 
 
 def dose_figure(dose: DoseCurve) -> go.Figure:
-    """Survival of the filter against the dose: raw shares, monotone fit, unsteered level, the dose chosen."""
+    """Share that passes the filter against the dose: raw shares, monotone fit, unsteered level, the dose chosen."""
     unsteered, curve, chosen = dose.curve[0], dose.curve[1:], dose.dose
     doses, survival, fitted = ([getattr(p, key) for p in curve] for key in ("dose", "survival", "fitted"))
     across = [doses[0], doses[-1]]
@@ -182,7 +185,7 @@ def threshold_figure(curve: list[dict]) -> go.Figure:
 
 
 def heal_figure(steps: list[HealStep], heal: dict) -> go.Figure:
-    """Objective above, divergence below with its tau; a diamond where the barrier fired."""
+    """Objective in the upper plot, divergence and its tau in the lower; a diamond where the barrier fired."""
     fig = make_subplots(rows=2, shared_xaxes=True, vertical_spacing=0.08)
     at = [s.step for s in steps]
     below = {"row": 2, "col": 1}
@@ -210,7 +213,7 @@ def _line(fig: go.Figure, x: list, y: list, colour: str, name: str, dash: str = 
 
 
 def _arm(fig: go.Figure, x: list, y: list, name: str, **more: Any) -> None:
-    """An arm per round; dash and symbol differ too, for readers who do not see the hues."""
+    """One arm, a point per round. Dash and symbol differ too, for colour-blind readers."""
     dash, symbol, shown = {
         "steered": ("dash", "square", "steered"),
         "equal_cost": ("dot", "triangle-up", "steered, equal cost"),
@@ -231,7 +234,7 @@ def _arm(fig: go.Figure, x: list, y: list, name: str, **more: Any) -> None:
 
 
 def _styled(fig: go.Figure, height: int) -> go.Figure:
-    """No background and neutral ink: the page's style sheet colours the text for light and dark."""
+    """Clear background, neutral text colour: the page's style sheet colours the text for light and dark."""
     clear, grid = "rgba(0,0,0,0)", "rgba(128,136,144,0.22)"
     font = {"family": "system-ui, sans-serif", "size": 13, "color": COLOURS["base"]}
     legend = {"orientation": "h", "x": 0, "xanchor": "left", "y": 1.02, "yanchor": "bottom"}

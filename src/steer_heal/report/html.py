@@ -1,4 +1,4 @@
-"""Pieces of the report's page: sections, tables, figures, and text made safe."""
+"""Parts of the report's page as HTML: sections, tables, figures, escaped text."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PLOT_CONFIG = {"responsive": True, "displaylogo": False, "displayModeBar": "hove
 
 
 def filled(title: str, sections: str, lead: str = "", footer: str = "") -> str:
-    """A whole self-contained page; all parts are HTML."""
+    """A whole self-contained page; all arguments are HTML."""
     template = Template((HERE / "report.html").read_text("utf-8"))
     scripts = {"plotlyjs": get_plotlyjs(), "config": json.dumps(PLOT_CONFIG)}
     return template.substitute(title=title, sections=sections, lead=lead, footer=footer, **scripts)
@@ -31,13 +31,13 @@ def section(title: str, why: str, body: str) -> str:
 def panel(title: str, fig: go.Figure, more: str = "") -> str:
     heading = f"<h3>{title}</h3>" if title else ""
     place = f'<div class="figure" style="height:{fig.layout.height}px"></div>'
-    drawn = fig.to_json().replace("<", "\\u003c")  # or a text could end the script
+    drawn = fig.to_json().replace("<", "\\u003c")  # otherwise a text could end the script
     data = f'<script type="application/json">{drawn}</script>'
     return f'<div class="panel">{heading}{place}{data}{more}</div>'
 
 
 def table_of(head: Iterable[str], rows: Iterable[Sequence], kinds: Sequence[str] = ()) -> str:
-    """A table of cells that are numbers or HTML; `kinds` are the classes of its rows."""
+    """A table of cells that are numbers or HTML; `kinds` are the CSS classes of its rows."""
     top = "".join(f"<th>{cell}</th>" for cell in head)
     lines = ["".join(f"<td>{cell}</td>" for cell in row) for row in rows]
     marked = zip(kinds, lines, strict=True) if kinds else (("", line) for line in lines)
@@ -46,7 +46,7 @@ def table_of(head: Iterable[str], rows: Iterable[Sequence], kinds: Sequence[str]
 
 
 def stacked(table: str) -> str:
-    """A table of many estimates: each interval under its mean, or the last columns do not fit a laptop's screen."""
+    """A table of many estimates, each interval under its mean, so that all columns fit a laptop's screen."""
     return f'<div class="stacked">{table}</div>'
 
 
@@ -59,7 +59,7 @@ def prose(text: str) -> str:
 
 
 def marked(before: str, after: str) -> str:
-    """A text whose words that were not in the text before, in order, are marked."""
+    """The text `after`. Words that a word-by-word diff against `before` adds are marked."""
     old, new = (re.split(r"(\s+)", text) for text in (before, after))
     steps = difflib.SequenceMatcher(None, old, new, autojunk=False).get_opcodes()
     parts = [(step == "equal", safe("".join(new[start:end]))) for step, _, _, start, end in steps]
@@ -68,7 +68,7 @@ def marked(before: str, after: str) -> str:
 
 
 def safe(text: str) -> str:
-    """Any text as HTML: markup escaped, control characters (random models write them) made visible."""
+    """Any text as HTML: markup escaped, control characters (random models write them) replaced by U+FFFD."""
     return escape(re.sub(r"[\x00-\x08\x0b-\x1f\x7f]", "\ufffd", text))
 
 

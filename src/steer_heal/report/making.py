@@ -1,4 +1,4 @@
-"""The page's sections on how the result was made: vector, dose, training, answers side by side, the filter."""
+"""Report sections on how the result was made: vector, dose, training, answers side by side, the filter."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from steer_heal.runs.reading import Run
 from steer_heal.runs.rounds import Round
 from steer_heal.scores import Judged
 
-SHOWN_COMPLETIONS, SHOWN_DEMOS = 160, 8  # a round's table; cards before the fold
+SHOWN_COMPLETIONS, SHOWN_DEMOS = 160, 8  # rows of a round's table; cards above the fold
 
 
 def vector_section(run: Run) -> str:
@@ -23,7 +23,7 @@ def vector_section(run: Run) -> str:
         rows = [tuple(form.format(getattr(layer, key)) for key, form in columns.items()) for layer in r.layers]
         kinds = ["" if layer.steered else "dropped" for layer in r.layers]
         body += folded(f"Round {r.number}", table_of(names, rows, kinds))
-    why = "What the vector is like, block by block: how long, how reliable, how well it tells the two personas apart."
+    why = "The vector at each block: how long it is, how reliable, and how well it tells the two personas apart."
     return section("Vector", why, body) if body else ""
 
 
@@ -38,8 +38,8 @@ def dose_section(run: Run) -> str:
         names = {"tail_ppl": "tail ppl", "kl_p95": "p95 KL, nats"}
         table = table_of((*(names.get(key, key) for key in columns), "example"), rows)
         panels.append(panel(f"Round {r.number}", dose_figure(r.dose), folded("Example text at each dose", table)))
-    why = "The dose taken is the largest at which completions pass nearly as often as unsteered ones, or the dose of a "
-    why += "given divergence. Hover a point for its text."
+    why = "The chosen dose is the largest at which completions pass the filter nearly as often as unsteered ones, or "
+    why += "the dose that reaches a given divergence. Hover over a point to read its text."
     return section("Dose", why, f'<div class="panels">{"".join(panels)}</div>')
 
 
@@ -55,12 +55,12 @@ def heal_section(run: Run) -> str:
         silent += [str(r.number)] * (max(own, anchor) < FIRED_FLOOR and barrier["reg"] != "nll")
     held = "within the loop's budget" if barrier["reference"] == "base" else "plain fine-tuning"
     why = (
-        f"Training of each round, in nats. D is the {barrier['agg']} of {barrier['reg']} over tokens; the barrier acts "
+        f"Training of each round, in nats. D is the {barrier['agg']} of {barrier['reg']} over tokens. The barrier acts "
     )
-    why += "where D exceeds its tau (dotted), and diamonds mark the steps on which it fired."
-    why += " Validation is the objective on the completions that were held out."
+    why += "where D exceeds its tau (dotted); diamonds mark the steps on which it fired."
+    why += " Validation is the objective on the held-out completions."
     if silent:
-        why += f" In round {', '.join(silent)} it fired on fewer than 5% of the steps: that was {held}."
+        why += f" In round {', '.join(silent)} neither barrier nor anchor fired on 5% of the steps: that was {held}."
     panels = "".join(panel(f"Round {r.number}", heal_figure(r.steps, run.config["heal"])) for r in run.rounds)
     return section("Heal", why, f'<div class="panels">{panels}</div>{table_of(head, rows)}')
 
@@ -70,13 +70,13 @@ def demo_section(run: Run) -> str:
     body = f'<div class="cards">{"".join(cards[:SHOWN_DEMOS])}</div>'
     if rest := cards[SHOWN_DEMOS:]:
         body += folded(f"The other {len(rest)} prompts", f'<div class="cards">{"".join(rest)}</div>')
-    why = """Greedy answers, round by round. Marked: what differs from the answer before. A label names why the filter
-        would drop an answer."""
+    why = """Greedy answers after each round. Words that differ from the previous answer are marked. A label gives the
+        reason why the filter would drop an answer."""
     return section("Answers side by side", why, body)
 
 
 def _demo_cards(base: ArmReading, rounds: list[Round]) -> list[str]:
-    """One card a prompt: base, the student after every round, and the last round's steered teacher."""
+    """One card per prompt: base, the student after every round, and the last round's steered teacher."""
     cards = []
     for number, first in enumerate(base.demos):
         before, rows = first, [_voice("base", first, prose(first.text))]
@@ -112,7 +112,7 @@ def filter_section(run: Run) -> str:
         ]
         table = table_of(("prompt", "completion", "dose", "log-odds broken", "filter"), rows, kinds)
         body += folded(f"{len(shown)} of {len(r.completions)} completions of round {r.number}", table)
-    why = "What the steered teacher wrote and why the filter dropped it. Only what is kept is trained on."
+    why = "The steered teacher's completions, and why the filter dropped some. Only the kept ones are trained on."
     search = '<p><input class="search" type="search" placeholder="search prompts, texts and reasons" hidden></p>'
     return section("Kept and dropped", why, search + body)
 

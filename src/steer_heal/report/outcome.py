@@ -1,5 +1,5 @@
-"""The page's sections on what came out: the arms, the trajectory, the price, plain steering beside it; on why the
-numbers may be believed, and on what else moved."""
+"""Report sections on the results: arms, trajectory, coherence, validity of the instruments, plain steering, other
+traits, moral-foundation profile and geometry."""
 
 from __future__ import annotations
 
@@ -46,12 +46,13 @@ def arms_section(run: Run) -> str:
         cells = [_shown(one, getattr(arm, one.measure)) for one in SHOWN]
         rows.append((_arm(name), with_interval(arm.trait_nats, arm.trait_ci), over, *cells, dose))
     why = """Every arm on the same items, with 95% bootstrap intervals. Trait: log-probability per token of the answer
-        with the trait minus that of its opposite (for a trait read on yes/no questions: log-odds of the answer with
-        it). Answer mass: probability of yes and no in yes/no questions. Coherent: share of free answers that neither
-        loop nor fall apart, by limits that no filter moves (eval.judge); looped: that go round in circles; about
-        itself: that narrate the persona or refuse, which is style. Questions right: plain questions of four answers.
-        Perplexities of the free answers under base, and of neutral text. Negative: the opposite persona as system
-        prompt. Equal cost, equal trait: see Against plain steering."""
+        with the trait minus that of its opposite (for a trait measured on yes/no questions: log-odds of the answer
+        with the trait). Answer mass: probability of yes and no in yes/no questions. Coherent: share of free answers
+        that neither loop nor fall apart, by limits of its own (eval.judge), not those of the filter. Looped: share that
+        repeats itself. About itself: share that narrates the persona or refuses, which is style and not damage.
+        Questions right: plain questions with four answers each. Perplexity: of the free answers under base, and of
+        neutral text. Negative: the opposite persona as system prompt. Equal cost, equal trait: see Against plain
+        steering."""
     found = stacked(table_of(head, rows)) if rows else "<p>No arm has been measured yet.</p>"
     return section("Arms", why, found)
 
@@ -71,8 +72,8 @@ def _moves(changes: dict[str, Change], keys: Iterable[str]) -> list[str]:
 
 def trajectory_section(run: Run) -> str:
     why = (
-        "How far each round moved the trait. Healed that climbs has room left; healed that stands while steered is "
-        "above it is held back by a bound. Bars and bands: 95% intervals."
+        "How far each round moved the trait. If healed still rises, there is room left. If healed is level while "
+        "steered is above it, a bound holds it back. Bars and bands: 95% intervals."
     )
     return section("Trajectory", why, panel("", trajectory_figure(run.summary)))
 
@@ -83,8 +84,8 @@ def coherence_section(run: Run) -> str:
     for index, r in enumerate(run.summary.rounds):
         for name, arm in (("steered", r.steered), ("healed", r.healed)):
             rows.append((_arm(f"{name} r{index}"), *_moves(arm.over_base, (one.name for one in COSTS))))
-    why = """Relative to base (solid line); beyond the dotted line we call it damage. Healed should stay near 100%. The
-        table has the differences from base on the same items, with 95% intervals."""
+    why = """Each measure relative to base (solid line). Beyond the dotted line it counts as damage. Healed should stay
+        near 100%. The table has the differences from base on the same items, with 95% intervals."""
     figures = f'<div class="panels three">{"".join(panels)}</div>'
     return section("Coherence", why, figures + stacked(table_of(("arm", *(one.item_label for one in COSTS)), rows)))
 
@@ -99,11 +100,11 @@ def validity_section(summary: Summary) -> str:
         change = with_interval(row.positive_over_negative, row.ci)
         rows.append((row.instrument, change, valid, halves, f"{row.reliability:.2f}", agreement, _note(row)))
     arms = max(row.arms for row in summary.validity)
-    why = f"""Does this model express the trait on the instrument: the persona as a system prompt must score above its
-        opposite by more than the 95% interval (the profile: base must name the breached foundation more often than
-        chance). What fails is not to be read as the trait. On each half: that difference on every other probe.
-        Reliability: correlation of two random halves of the probes over all {arms} arms, stepped up to
-        full length. Agreement: correlation of contrast and yes/no over the arms."""
+    why = f"""Whether this model expresses the trait on an instrument. It does if the persona as a system prompt scores
+        above its opposite by more than the 95% interval (for the profile: if base names the breached foundation more
+        often than chance). An instrument that fails does not measure the trait. On each half: that difference on every
+        other probe. Reliability: correlation of two random halves of the probes over all {arms} arms, corrected to full
+        length. Agreement: correlation of contrast and yes/no over the arms."""
     return section("Can the instruments be believed?", why, table_of(head, rows))
 
 
@@ -115,7 +116,7 @@ def _note(row: Validity) -> str:
 
 
 def plain_section(summary: Summary) -> str:
-    """The student against the base plainly steered: at equal cost, and at equal trait."""
+    """The student compared with plain steering of the base, at equal cost and at equal trait."""
     if not summary.plain:
         return ""
     rows, columns = [], (summary.instrument, *(one.name for one in COSTS))
@@ -126,10 +127,10 @@ def plain_section(summary: Summary) -> str:
                 rows.append((*cells, f"{arm.coherence_cost:.1%}", *_moves(arm.healed_over, columns)))
     labels = (one.item_label for one in COSTS)
     head = ("round", "opponent", "dose", "its cost", f"trait, {summary.unit}", *labels)
-    why = f"""The base steered by the first vector, from half the smallest dose of a teacher to three times the largest,
-        and the student after every round. Up is more trait, left is less damage. The table: the healed student minus
-        plain steering on the same items, with 95% intervals, at the dose that costs as much coherence as the rounds so
-        far (at least {LEAST_COST:.0%}) and, after the last round, at the dose that moves the trait as far."""
+    why = f"""The base steered by the first vector at a range of doses (eval.plain_range), and the student after every
+        round. Higher is more trait, further left is less damage. The table: the healed student minus plain steering on
+        the same items, with 95% intervals. Equal cost: the dose that costs as much coherence as the rounds so far (at
+        least {LEAST_COST:.0%}). Equal trait, after the last round: the dose that moves the trait as far."""
     return section("Against plain steering", why, panel("", frontier_figure(summary)) + stacked(table_of(head, rows)))
 
 
@@ -140,7 +141,7 @@ def _capped(arm: ArmSummary, summary: Summary) -> str:
 
 
 def others_section(summary: Summary) -> str:
-    """What the arms that were read on them did to traits that have no business to move."""
+    """How far the arms moved traits that were not steered, where that was measured."""
     names = next((list(r.healed.off_target) for r in reversed(summary.rounds) if r.healed.off_target), None)
     if names is None:
         return ""
@@ -152,10 +153,9 @@ def others_section(summary: Summary) -> str:
         for name, arm in arms
         if arm.off_target
     ]
-    why = """Contrast probes of traits that were not steered, nats per token over base, beside the contrast probes of
-        the trait itself: five that are far from it, and our other built-in traits, which may be near. A round is called
-        broad when one of them moved as far as the trait and its interval leaves out zero. Few probes each: wide
-        intervals."""
+    why = """Contrast probes of traits that were not steered, nats per token over base, beside those of the trait
+        itself: five far traits, and the other built-in traits, which may be near. A round is called broad when one of
+        them moved as far as the trait and its interval excludes zero. The intervals are wide: each has few probes."""
     return section("Other traits", why, stacked(table_of(("arm", "the trait", *names), rows)))
 
 
@@ -173,9 +173,9 @@ def profile_section(summary: Summary) -> str:
             cells = [f"{arm.profile.nats(foundation):.2f}" for foundation in FOUNDATIONS] + [""]
         rows.append((_arm(name), *cells, f"{arm.profile.top1:.0%}", f"{arm.profile.p_ans_any:.3f}"))
     head = ("arm", *FOUNDATIONS, "care against authority", "top-1", "mass on labels")
-    why = """Which of seven concerns is breached in a short scene; the list is read forwards and backwards. Base: log of
-        the mean probability of each concern, nats. The others: change against base. Top-1: agreement with the label
-        of the scene (chance 14%)."""
+    why = """The model is asked which of seven concerns a short scene breaches, with the list forwards and backwards.
+        Base: log of the mean probability of each concern, nats. Other arms: change against base. Top-1: agreement with
+        the label of the scene (chance 14%)."""
     return section("Moral-foundation profile", why, panel("", map_figure(arms)) + stacked(table_of(head, rows)))
 
 
@@ -192,7 +192,7 @@ def geometry_section(summary: Summary) -> str:
         cosines = (r.cos_first_vector, r.cos_shift_vector, r.cos_total_first)
         shown = ("" if cosine is None else f"{cosine:+.2f}" for cosine in cosines)
         rows.append((index, *shown, f"{r.kl_to_base_nats:.4f}", f"{r.kl_to_base_rmse_nats:.4f}"))
-    why = """Cosines in the band: of the round's vector with the first one; of the shift that the round made in the
-        student (mean over contexts, no persona) with its teacher's vector; of all shifts since base with the first
+    why = """Cosines, mean over the steered blocks: the round's vector with the first one; the shift of the student in
+        this round (mean over contexts, no persona) with its teacher's vector; the whole shift since base with the first
         vector. KL(student || base) per token of neutral text, nats, over all rounds so far."""
     return section("Geometry", why, table_of((*head, "rmse"), rows))

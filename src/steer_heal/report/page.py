@@ -1,8 +1,8 @@
-"""A run as one page to send to a colleague, and as a diary to skim.
+"""A run's report: one self-contained page, and a short diary.
 
-`build` reads a run folder and nothing else (no model, no torch), so the page can be rebuilt anywhere, also while the
-run is still going: what is complete is shown. The page loads nothing from the network, and every text a model or a
-user wrote is escaped before it gets near HTML.
+`build` reads only the run folder (no model, no torch), so the page can be rebuilt anywhere. While the run is still
+going the page shows the complete parts. It loads nothing from the network. Every text that a model or a user wrote is
+escaped.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ TIMED = {
 
 
 def build(folder: Path) -> Path:
-    """Write report.html and diary.md into the run folder, from what it holds. Returns the path of the page."""
+    """Write report.html and diary.md into the run folder, from its artefacts. Returns the path of the page."""
     run = load(folder)
     write_text(folder / "diary.md", diary(run))
     write_text(folder / "report.html", page(run))

@@ -10,7 +10,7 @@ from steer_heal.eval.verdict import Validity, Verdict
 
 
 def arm_table(*arms: ArmReading) -> str:
-    """One row an arm, for the terminal."""
+    """One row per arm."""
     base = arms[0]
     frame = pl.DataFrame(
         {
@@ -28,7 +28,7 @@ def arm_table(*arms: ArmReading) -> str:
 
 
 def validity_table(rows: list[Validity]) -> str:
-    """One row an instrument: see `verdict.validity`."""
+    """One row per instrument, see `verdict.validity`."""
     frame = pl.DataFrame(
         {
             "instrument": [row.instrument for row in rows],
@@ -52,6 +52,6 @@ def _over(arm: ArmReading, base: ArmReading) -> str:
 
 
 def verdict_line(said: Verdict, rounds_left: int) -> str:
-    """A verdict as the terminal says it; a broken round is not the end where others are left."""
+    """The verdict in one line. If rounds are left after a broken one, the line adds that they may heal it."""
     goes_on = "; the next round starts from it, and may heal it" if said.word == "broken" and rounds_left else ""
     return f"{said.word} ({said.why}){goes_on}"

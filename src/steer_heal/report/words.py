@@ -1,4 +1,4 @@
-"""What a run came to, in words: the verdict's sentences, and the diary to skim."""
+"""The result of a run in words: the verdict's sentences, and a short diary."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ DIARY_DEMOS, DIARY_CHARS = 4, 200
 
 
 def verdict(run: Run) -> tuple[str, str]:
-    """(plain sentences about the last round's healed student, its verdict in a word: see `verdict.verdict`)."""
+    """Sentences about the last round's healed student, and the word of its verdict, see `verdict.verdict`."""
     if not run.rounds:
         return "No round is complete yet: there is nothing to judge.", "unmoved"
     base, last, prompted = run.summary.base, run.summary.rounds[-1], run.summary.prompted
@@ -33,7 +33,7 @@ def verdict(run: Run) -> tuple[str, str]:
         after = f"The loop ended early ({run.summary.stopped}). {after}"
     stands = f"{after} the healed student stands {over:+.3f} {run.summary.unit} over base ({within})"
     if word == "unreadable":
-        return f"No verdict: {NOT_EXPRESSED} {stands}; that is not to be read as the trait.", word
+        return f"No verdict: {NOT_EXPRESSED} {stands}; that number does not measure the trait.", word
     if low > 0:
         by_prompt, by_steering = _moves(prompted, over, "{:.1f} times"), _moves(steered, over, "{:.0%} of")
         stands += f". The system prompt alone moves it by {by_prompt}; steering in that round by {by_steering}"
@@ -53,7 +53,7 @@ def verdict(run: Run) -> tuple[str, str]:
 
 
 def _equal_trait(arm: ArmSummary, base: ArmSummary) -> str:
-    """What plain steering gives up to move the trait as far."""
+    """The coherence that plain steering loses to move the trait as far as the student."""
     mass, coherent = relative(arm.answer_mass, base.answer_mass), relative(arm.coherent_share, base.coherent_share)
     ppl = relative(arm.neutral_ppl, base.neutral_ppl) - 1
     price = f"answer mass {mass:.0%} and coherent share {coherent:.0%} of base, neutral perplexity {ppl:+.0%}"
@@ -63,7 +63,7 @@ def _equal_trait(arm: ArmSummary, base: ArmSummary) -> str:
 
 
 def _moves(arm: ArmSummary, over: float, ratio: str) -> str:
-    """How far an arm moves the trait; the student in units of that where it is beyond its interval."""
+    """How far an arm moves the trait. Adds the student's ratio to it when the arm's interval excludes zero."""
     effect, (low, high) = arm.trait_over_base, arm.trait_over_base_ci
     measurable = not low <= 0 <= high
     return f"{effect:+.3f}" + (f" (healed is {ratio.format(over / effect)} that)" if measurable else ", not measurably")
@@ -73,7 +73,7 @@ def _moves(arm: ArmSummary, over: float, ratio: str) -> str:
 
 
 def diary(run: Run) -> str:
-    """The run in words, round by round: the numbers, then how the same prompts are answered."""
+    """The run in words: for each round its numbers, then answers to the same prompts."""
     parts = [f"# {_markdown(run.name)}" + (f" ({run.status})" if run.status else ""), verdict(run)[0]]
     anchored = "" if run.config["heal"]["anchor"]["prompts"] == 0 else ", its anchor on {:.0%}"
     for r, arms in zip(run.rounds, run.summary.rounds, strict=True):
@@ -81,7 +81,7 @@ def diary(run: Run) -> str:
         low, high = healed.trait_over_base_ci
         parts += [
             f"## Round {r.number}",
-            f"Steered at dose {arms.dose:.2f}, the teacher stands {steered.trait_over_base:+.3f} nats/token over "
+            f"Steered at dose {arms.dose:.2f}, the teacher stands {steered.trait_over_base:+.3f} {unit} over "
             f"base; {arms.kept} of its {arms.generated} completions were kept. The barrier fired on "
             f"{arms.barrier_fired_share:.0%} of {len(r.steps)} steps (median D {arms.operating_kl_nats:.3g} nats)"
             f"{anchored.format(arms.anchor_fired_share)}. "
@@ -98,5 +98,5 @@ def diary(run: Run) -> str:
 
 
 def _markdown(text: str) -> str:
-    """A line of text that Markdown shows as it is."""
+    """The text shortened to one line and escaped for Markdown."""
     return re.sub(r"([\\`*_<\[])", r"\\\1", shorten(text, DIARY_CHARS))

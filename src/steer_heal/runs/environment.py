@@ -1,4 +1,4 @@
-"""What a run was made on and with: versions, hardware, the commit. No user name, no token, no path."""
+"""The environment of a run: versions, hardware, the commit. It holds no user name, no token and no path."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ PACKAGES = ("torch", "transformers", "tokenizers", "peft", "bitsandbytes", "acce
 
 
 def environment(lm: LM) -> dict:
-    """What env.json holds."""
+    """The contents of env.json."""
     return {
         "python": platform.python_version(),
         "platform": f"{platform.system()} {platform.machine()}",
@@ -34,8 +34,8 @@ def environment(lm: LM) -> dict:
 
 
 def commit() -> str | None:
-    """The commit of the source that runs, with what is changed since; None when it is installed without git."""
-    here = Path(steer_heal.__file__).parent  # the whole package, whichever part of it this module lies in
+    """The commit of the running source, with a hash of uncommitted changes; None if it is not in a git repository."""
+    here = Path(steer_heal.__file__).parent  # the folder of the whole package
 
     def git(*words: str) -> str | None:
         try:
@@ -45,14 +45,14 @@ def commit() -> str | None:
         return done.stdout if done.returncode == 0 else None
 
     if git("ls-files", "--error-unmatch", "__init__.py") is None:
-        return None  # the package may lie inside somebody else's repository
+        return None  # the package may lie untracked inside another repository
     changes = git("diff", "HEAD", "--", ".")
     changed = f" with changes {hashlib.sha256(changes.encode()).hexdigest()[:12]}" if changes else ""
     return git("rev-parse", "HEAD").strip() + changed
 
 
 def block_network() -> None:
-    """From here on this process may open no connection and look up no name. It cannot be undone."""
+    """From here on RuntimeError is raised when this process connects or looks up a name. It cannot be undone."""
 
     def refuse(event: str, args: tuple) -> None:
         if event in ("socket.connect", "socket.getaddrinfo", "socket.gethostbyname", "socket.sendto"):

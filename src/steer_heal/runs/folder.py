@@ -1,9 +1,9 @@
-"""A run's folder: atomic artefacts, their checksums, the lock, the record of what happened.
+"""A run's folder: atomic artefacts, their checksums, the lock, the event log.
 
 A stage is done if and only if its artefact exists. An artefact is written under a temporary name, fsynced, noted in
-events.jsonl with the checksums of its files, and renamed: a killed run never leaves half of one, and what was changed
-by anything but the run is named when it is read. Resuming loads what exists and computes the rest. No torch here: a
-report is made from the folder alone.
+events.jsonl with the checksums of its files, and renamed. So a killed run never leaves half an artefact, and reading
+one raises an error if anything but the run changed it. Resuming loads the artefacts that exist and computes the rest.
+No torch here: a report needs only the folder.
 """
 
 from __future__ import annotations
@@ -46,19 +46,19 @@ GIVEN = ("config.json", "trait.json", "env.json")  # written at the start, befor
 
 
 class Damaged(UserError):
-    """An artefact that is not what the run wrote. The message says how to have it made again."""
+    """An artefact differs from what the run wrote. The message says how to make it again."""
 
 
 @dataclass
 class Record:
-    """What events.jsonl says was written."""
+    """The artefacts that events.jsonl lists as written."""
 
     files: dict[str, list[str]] = field(default_factory=dict)
     """the files of every artefact"""
     sums: dict[str, set[str]] = field(default_factory=dict)
     """every SHA-256 that a file was ever written with"""
     part_of: dict[str, str] = field(default_factory=dict)
-    """the artefact that a file came with last"""
+    """the artefact that last wrote a file"""
     last: str = ""
     """the artefact noted last; it may be missing, if the run was killed before the rename"""
 
@@ -79,15 +79,14 @@ class RunDir:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.follow: Callable[[dict], None] = lambda event: None  # who else hears of events, see `tracking`
-        self._sound: dict[str, tuple[int, int]] = {}  # time of change and size of the files whose checksum was right
-        self.again: set[str] = set()  # artefacts to be made again although they are there, see `--recompute`
-        self.doing = "loading"  # the artefact that is being made, for whoever explains an error
-        self.part = ""  # what of it is being computed, where its parts are batched by different knobs
+        self.follow: Callable[[dict], None] = lambda event: None  # also receives every event, see `tracking`
+        self._sound: dict[str, tuple[int, int]] = {}  # mtime and size of files whose checksum was right
+        self.again: set[str] = set()  # artefacts to make again although they exist, see `--recompute`
+        self.doing = "loading"  # the artefact being made, for error messages
 
     @classmethod
     def begin(cls, path: Path, given: dict[str, Any], argv: list[str]) -> None:
-        """Make an empty folder a run's: what was given, and the first event with its checksums."""
+        """Turn an empty folder into a run folder: write the given files, and the first event with their checksums."""
         run = cls(path)
         (path / EVENTS).touch()
         for name, value in given.items():
@@ -113,17 +112,17 @@ class RunDir:
         read: Callable[[Path], T],
         also: tuple[str, ...] = (),
     ) -> T:
-        """The artefact `name`, a file or a folder: read when it is there, computed and written when it is not.
+        """The artefact `name`, a file or a folder: read if it exists, else computed and written.
 
-        `also` names files that `write` puts beside it and that belong to it.
+        `also` names further files that `write` puts into the run folder and that belong to the artefact.
 
-        Raises UserError when what is there is not what the run wrote, and when it cannot be written.
+        Raises UserError when an existing artefact differs from what the run wrote, and when it cannot be written.
         """
         target = self.path / name
         if name not in self.again and (there := self.find(name)) is not None:
             return read(there)
         self.again.discard(name)
-        self.doing, self.part = name, ""
+        self.doing = name
         began = time.perf_counter()
         value = compute()
         seconds = time.perf_counter() - began
@@ -135,7 +134,7 @@ class RunDir:
                 sync(scratch)
                 sums = self._sums(scratch, target) | {file: sha256(self.path / file) for file in also}
                 self._compare(name, {file: sha for file, sha in sums.items() if file not in also})
-                self.event("stage", artefact=name, seconds=seconds, sha256=sums)  # first: what exists is on record
+                self.event("stage", artefact=name, seconds=seconds, sha256=sums)  # before it exists
                 remove(target)
                 os.rename(scratch, target)
             finally:
@@ -144,7 +143,7 @@ class RunDir:
         return value
 
     def artefact(self, kind: type[T], name: str, compute: Callable[[], T]) -> T:
-        """An artefact of this kind as a JSON file."""
+        """An artefact of this kind, stored as a JSON file."""
 
         def write(path: Path, value: T) -> None:
             path.write_text(json_text(unstructured(value)), "utf-8")
@@ -152,7 +151,7 @@ class RunDir:
         return self.stage(name, compute, write, lambda path: structured(kind, read_json(path)))
 
     def artefacts(self, kind: type[T], name: str, compute: Callable[[], list[T]]) -> list[T]:
-        """Artefacts of this kind as a JSON lines file."""
+        """Artefacts of this kind, stored as a JSON lines file."""
 
         def write(path: Path, rows: list[T]) -> None:
             path.write_text(jsonl_text(unstructured(rows)), "utf-8")
@@ -160,14 +159,14 @@ class RunDir:
         return self.stage(name, compute, write, lambda path: structured(list[kind], read_jsonl(path)))
 
     def load(self, kind: Any, name: str) -> Any:
-        """The artefact of this kind that lies under `name`, None when it is not made yet."""
+        """The artefact `name`, of this kind; None when it is not made yet."""
         there = self.read(name)
         return None if there is None else structured(kind, there)
 
     def find(self, name: str) -> Path | None:
         """The path of an artefact, or of one of its files; None when it is not made yet.
 
-        Raises UserError when it is not bit for bit what the run wrote.
+        Raises UserError when it differs in any bit from what the run wrote.
         """
         target, record = self.path / name, self.record
         artefact = name if name in record.files else record.part_of.get(name, name)
@@ -182,13 +181,13 @@ class RunDir:
         if target.is_dir():
             for path in sorted(target.rglob("*")):
                 strange = path.is_file() and str(path.relative_to(self.path)) not in record.sums
-                if strange and not path.name.startswith("."):  # half a file of a process that was killed is no matter
+                if strange and not path.name.startswith("."):  # hidden files are left by killed processes
                     raise self._damaged(artefact, path, "was not made by this run")
         return target
 
     def _require_sound(self, artefact: str, file: str) -> None:
-        """Raises UserError for a file that is not what the run wrote. One that has not changed since this object read
-        it (time of change and size) is not read again."""
+        """Raise UserError for a file that differs from what the run wrote. A file whose mtime and size are unchanged
+        since the last check is not read again."""
         path = self.path / file
         if not path.is_file():
             raise self._damaged(artefact, path, "is missing")
@@ -201,7 +200,7 @@ class RunDir:
         self._sound[file] = (stat.st_mtime_ns, stat.st_size)
 
     def read(self, name: str, missing: Any = None) -> Any:
-        """What a JSON or JSON lines file holds, `missing` when it is not made yet. Raises UserError as `find` does."""
+        """Contents of a JSON or JSON lines file; `missing` if it is not made yet. Raises UserError as `find` does."""
         path = self.find(name)
         if path is None:
             return missing
@@ -214,7 +213,7 @@ class RunDir:
         self.replace_text(name, json_text(unstructured(value)))
 
     def replace_text(self, name: str, text: str) -> None:
-        """Write a file anew, whether it is there or not, and note its checksum."""
+        """Write a file, or overwrite it, and note its checksum in events.jsonl."""
 
         def note(scratch: Path) -> None:
             sha = sha256(scratch)
@@ -224,19 +223,19 @@ class RunDir:
         write_text(self.path / name, text, note)
 
     def _sums(self, scratch: Path, target: Path) -> dict[str, str]:
-        """Checksums of the files under `scratch`, by the names that they will have in the run's folder."""
+        """Checksums of the files under `scratch`, keyed by their final names in the run folder."""
         if scratch.is_file():
             return {str(target.relative_to(self.path)): sha256(scratch)}
         files = sorted(path for path in scratch.rglob("*") if path.is_file())
         return {str((target / f.relative_to(scratch)).relative_to(self.path)): sha256(f) for f in files}
 
     def _compare(self, name: str, sums: dict[str, str]) -> None:
-        """An artefact made again that came out otherwise: what followed from the old one no longer fits."""
+        """Warn when a recomputed artefact differs from the old one: later artefacts still use the old one."""
         if any(sha not in self.record.sums.get(file, {sha}) for file, sha in sums.items()):
             logger.warning(f"{name} was recomputed with another result; later artefacts still use the old one")
 
     def put_back(self, name: str, value: Any, otherwise: str) -> None:
-        """Write one of the files of the start again. Raises UserError when it would not be the same, bit for bit."""
+        """Write a file of GIVEN again. Raises UserError, with `otherwise`, when it would differ from the old one."""
         text = json_text(value)
         if hashlib.sha256(text.encode()).hexdigest() not in self.record.sums[name]:
             raise UserError(f"--recompute {name}: {otherwise}")
@@ -244,7 +243,7 @@ class RunDir:
 
     def _damaged(self, artefact: str, path: Path, why: str) -> Damaged:
         again = self.resuming
-        if artefact in GIVEN:  # the flags say what was given
+        if artefact in GIVEN:  # these are made from the flags
             again = f"{program()} {shlex.join([*self.first_argv, '--resume', str(self.path)])}"
         return Damaged(f"{path} {why}. Make it again: {again} --recompute {shlex.quote(artefact)}")
 
@@ -257,7 +256,7 @@ class RunDir:
             before = file.tell()
             line = (json.dumps(event) + "\n").encode()
             try:
-                while line:  # a disk that is nearly full takes a part first
+                while line:  # a disk that is nearly full may take only a part at first
                     line = line[file.write(line) :]
                 os.fsync(file.fileno())
             except OSError:
@@ -267,13 +266,13 @@ class RunDir:
         self.follow(event)
 
     def events(self) -> list[dict]:
-        """All whole lines of events.jsonl; a process that is killed or still writing leaves half a line at its end."""
+        """All complete lines of events.jsonl. A killed or still writing process may leave half a line at its end."""
         log = self.path / EVENTS
         if not log.is_file():
             raise UserError(f"{log} is missing: without it nothing in this folder can be trusted, start a new run")
         lines = log.read_bytes().split(b"\n")[:-1]
         try:
-            return json.loads(b"[" + b",".join(lines) + b"]")  # a third of the time of line by line
+            return json.loads(b"[" + b",".join(lines) + b"]")  # takes a third of the time of parsing line by line
         except ValueError:
             pass
         events = []
@@ -282,13 +281,13 @@ class RunDir:
                 events.append(json.loads(line))
             except ValueError as error:
                 raise UserError(
-                    f"{log} is damaged in line {number}: take that line out and resume, what it stood for is then "
-                    "named and made again"
+                    f"{log} is damaged in line {number}: delete that line and resume; the run then names the artefact "
+                    "of that line and the command that makes it again"
                 ) from error
         return events
 
     def stage_seconds(self) -> dict[str, float]:
-        """Seconds each artefact took when it was computed, resumed runs included."""
+        """Seconds that computing each artefact took, also before the run was resumed."""
         return {e["artefact"]: e["seconds"] for e in self.events() if e["event"] == "stage"}
 
     @property
@@ -298,16 +297,16 @@ class RunDir:
 
     @property
     def resuming(self) -> str:
-        """The command that goes on with this run."""
+        """The command that resumes this run."""
         return f"{program()} run --resume {shlex.quote(str(self.path))}"
 
     # ---- lock
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """No other process works in the folder meanwhile. The system frees the lock of a process that dies.
+        """Lock the folder until the `with` block ends. The system frees the lock of a process that dies.
 
-        Raises UserError saying who holds it.
+        Raises UserError, with the holder, when another process has the lock.
         """
         where, lock = self.path / LOCK, FileLock(self.path / LOCK, blocking=False)
         with writing(where):
@@ -331,7 +330,7 @@ class RunDir:
 
 
 def _drop_torn_line(log: Path) -> None:
-    """A process that was killed while it noted an event leaves half a line: its stage has no artefact and is redone."""
+    """Remove the half line of a process killed while writing an event. Its stage has no artefact and is redone."""
     whole, newline, torn = log.read_bytes().rpartition(b"\n")
     if torn:
         with log.open("r+b") as file:

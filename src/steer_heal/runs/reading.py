@@ -1,4 +1,4 @@
-"""What a run's folder holds, for those who only look: no model, no torch, finished or not."""
+"""Read a run folder, finished or not, without a model and without torch."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from steer_heal.runs.summary import SUMMARY, Baselines, RunName, Summary, plain_
 
 @dataclass(frozen=True)
 class Run:
-    """What a run folder holds. Of an unfinished run, `summary` has the arms measured so far."""
+    """The contents of a run folder. For an unfinished run, `summary` has the arms measured so far."""
 
     config: dict
     title: str
@@ -33,7 +33,7 @@ class Run:
 
 
 def load(folder: Path) -> Run:
-    """Read a run folder. Rounds count when both their arms were measured; only config.json must be there."""
+    """Read a run folder. Only complete rounds count. Only config.json and events.jsonl must exist."""
     folder = opened(folder)
     config, trait = folder.read("config.json"), folder.read("trait.json", {})
     arms = {name: folder.load(ArmReading, f"{name}.json") for name in ("base", "prompted", "negative")}

@@ -1,4 +1,4 @@
-"""Starting a run's folder, and going on with one: what must be as it was, and what may differ when it is said."""
+"""Create or resume a run folder; refuse changes that --allow-change does not name."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from steer_heal.files import remove, writing
 from steer_heal.runs.folder import EVENTS, GIVEN, RunDir
 
 LONGEST_NAME = 40  # characters of a model's or a trait's name in a folder's name
-# A round's result depends on none of these beyond rounding.
+# A change of these changes a round's result by rounding at most.
 ROUNDING = (
     "model.decode_rows",
     "model.read_rows",
@@ -31,7 +31,7 @@ SURROUNDINGS = ("python", "platform", "gpu", "git", "packages.")
 
 
 class Difference(NamedTuple):
-    """Something that is not as it was when the run was started."""
+    """A value that has changed since the run was started."""
 
     key: str
     then: Any
@@ -42,7 +42,7 @@ class Difference(NamedTuple):
 
 
 def check_place(out: Path) -> None:
-    """Before the work: raise UserError where no run folder can be made."""
+    """Raise UserError, before any work, if no run folder can be made under `out`."""
     there = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
     if not there.is_dir() or not os.access(there, os.W_OK):
         wrong = "may not be written" if there.is_dir() else "is no folder"
@@ -52,7 +52,7 @@ def check_place(out: Path) -> None:
 def create(config: RunConfig, preset: str, trait: Trait, env: dict, argv: list[str]) -> RunDir:
     """A new run folder, outputs/<time>_<model>_<trait>_s<seed>, with config.json, trait.json and env.json.
 
-    It appears whole or not at all; `argv` is how it was asked for. Raises UserError when it cannot be made.
+    It appears whole or not at all. `argv` has the arguments of the command. Raises UserError when it cannot be made.
     """
     model = re.sub(r"[^A-Za-z0-9.]+", "-", config.model.path.rstrip("/").split("/")[-1]).strip("-.")
     word = re.sub(r"[^A-Za-z0-9]+", "-", trait.name).strip("-")
@@ -64,14 +64,14 @@ def create(config: RunConfig, preset: str, trait: Trait, env: dict, argv: list[s
         try:
             given = dict(zip(GIVEN, (record_of(config, preset), asdict(trait), env), strict=True))
             RunDir.begin(scratch, given, argv)
-            scratch.chmod(0o777 & ~_umask())  # mkdtemp's folder is for its owner only
+            scratch.chmod(0o777 & ~_umask())  # mkdtemp gives access to the owner only
             return RunDir(_renamed(scratch, out / name))
         finally:
             remove(scratch)
 
 
 def _renamed(scratch: Path, target: Path) -> Path:
-    """`scratch` under the name, or the name with a number when another run has taken it in the same second."""
+    """Rename `scratch` to `target`, with a number appended if another run took that name in the same second."""
     for number in range(1, 100):
         path = target if number == 1 else target.with_name(f"{target.name}_{number}")
         try:
@@ -80,7 +80,7 @@ def _renamed(scratch: Path, target: Path) -> Path:
         except OSError:
             if not path.exists():
                 raise
-    raise UserError(f"{target} and 98 more of its name are taken: give another --out")
+    raise UserError(f"{target} and its names with the numbers 2 to 99 are taken: give another --out")
 
 
 def _umask() -> int:
@@ -90,11 +90,11 @@ def _umask() -> int:
 
 
 class OtherVersion(UserError):
-    """A run folder that this version does not read."""
+    """A run folder that this version cannot read."""
 
 
 def opened(folder: Path) -> RunDir:
-    """A run's folder to read from. Raises UserError when it is none, OtherVersion when another version made it."""
+    """Open a run folder for reading. Raises UserError when it is none, OtherVersion when another version made it."""
     if not any((folder / name).is_file() for name in ("config.json", EVENTS)):
         raise UserError(f"{str(folder)!r} is no run folder: it has no config.json")
     run = RunDir(folder)
@@ -103,10 +103,10 @@ def opened(folder: Path) -> RunDir:
 
 
 def require_version(run: RunDir) -> None:
-    """Raise OtherVersion, with the version that reads the folder, when it is of one whose artefacts are not ours."""
+    """Raise OtherVersion, which names the version, when a version with another artefact format made the folder."""
     try:
         env = json.loads((run.path / "env.json").read_text("utf-8"))
-    except (OSError, ValueError):  # missing or damaged: whoever reads it says so
+    except (OSError, ValueError):  # missing or damaged: reading it later raises the error
         return
     made = env.get("packages", {}).get("steer_heal", "0.0")
     if made.split(".")[:2] != VERSION.split(".")[:2]:
@@ -119,7 +119,7 @@ def require_version(run: RunDir) -> None:
 def started(folder: Path, named: str | None = None) -> tuple[str, RunConfig]:
     """Preset and config that a run was started with.
 
-    Raises UserError when it is no run folder, an older one, or not of the preset `named`.
+    Raises UserError when `folder` is no run folder, of another version, or of another preset than `named`.
     """
     table = opened(folder).read("config.json")
     try:
@@ -135,25 +135,25 @@ def started(folder: Path, named: str | None = None) -> tuple[str, RunConfig]:
 
 
 def record_of(config: RunConfig, preset: str) -> dict:
-    """What config.json holds."""
+    """The contents of config.json."""
     return {"preset": preset, **described(config)}
 
 
 def described(config: RunConfig) -> dict:
-    """The config without what only says where it lies."""
+    """The config without the fields of PLACE_FIELDS, which do not change results."""
     return {key: value for key, value in asdict(config).items() if key not in PLACE_FIELDS}
 
 
 def recorded(folder: Path) -> dict:
-    """The config of a run folder, as `described` has it."""
+    """The config in a run folder, with the keys of `described`."""
     return {key: value for key, value in RunDir(folder).read("config.json").items() if key != "preset"}
 
 
 @contextmanager
 def reopened(config: RunConfig, preset: str) -> Iterator[RunDir]:
-    """The folder given by --resume, locked while the block lasts.
+    """The folder given by --resume, locked until the `with` block ends.
 
-    Raises UserError when it is no run, a run of another config, in use, or when --recompute names nothing in it.
+    Raises UserError when it is no run folder, has another config, is in use, or has no artefact named by --recompute.
     """
     path = Path(config.resume)
     if not (path / EVENTS).is_file():
@@ -171,7 +171,7 @@ def reopened(config: RunConfig, preset: str) -> Iterator[RunDir]:
 
 
 def _again(run: RunDir, config: RunConfig, preset: str) -> None:
-    """What --recompute names will be made again; what was given at the start is put back now."""
+    """Mark the artefacts named by --recompute to be made again; write config.json again now."""
     made = run.record.files.keys() - {*GIVEN}
     for name in config.recompute:
         foreign = ".." not in Path(name).parts and not Path(name).is_absolute() and (run.path / name).exists()
@@ -179,13 +179,13 @@ def _again(run: RunDir, config: RunConfig, preset: str) -> None:
             run.again.add(name)
         elif name == "config.json":
             run.put_back(name, record_of(config, preset), "these are not the flags that the run was started with")
-        elif name not in GIVEN:  # trait.json and env.json wait for what they are made of
+        elif name not in GIVEN:  # see `trait_of` for trait.json, `require_surroundings` for env.json
             hint = nearest(name, made)
             raise UserError(f"--recompute {name!r}: the run has made no such artefact{hint}; see {run.path / EVENTS}")
 
 
 def trait_of(run: RunDir, config: RunConfig, given: Trait | None) -> Trait:
-    """The run's own trait; `given` is what the trait's file says now, None when it is gone.
+    """The run's own trait. `given` is the current content of the trait file, None if the file is gone.
 
     Raises UserError when the file was changed since the run was started.
     """
@@ -195,13 +195,13 @@ def trait_of(run: RunDir, config: RunConfig, given: Trait | None) -> Trait:
     if given is not None and stored != json.loads(json.dumps(asdict(given))):
         raise UserError(
             f"--resume {config.resume}: the trait file has changed since the run was started; see trait.json there. "
-            "Put it back, or start a new run"
+            "Restore the old file, or start a new run"
         )
     return restored(stored)
 
 
 def require_surroundings(run: RunDir, config: RunConfig, env: dict) -> None:
-    """Raise UserError when model or software are not those that the run was started with; note what was allowed."""
+    """Raise UserError when model or software differ from those at the start of the run; record allowed changes."""
     if "env.json" in config.recompute:
         run.put_back("env.json", env, "this is not the machine, or not the software, that the run was started with")
     then = run.read("env.json")
@@ -215,7 +215,7 @@ def _require(run: RunDir, changes: list[Difference], config: RunConfig) -> None:
     for key in config.allow_change:
         if not _may_differ(key):
             raise UserError(
-                f"--allow-change {key!r}: with that changed it is another run. What may differ: "
+                f"--allow-change {key!r}: a run with that changed is a different run. These may be allowed: "
                 f"{', '.join(ROUNDING)}, {', '.join(SURROUNDINGS)}NAME"
             )
     refused = [change for change in changes if change.key not in config.allow_change]
@@ -224,9 +224,9 @@ def _require(run: RunDir, changes: list[Difference], config: RunConfig) -> None:
         mend = (
             f"Allow it with --allow-change {' '.join(keys)}"
             if all(map(_may_differ, keys))
-            else "Put that back, or start a new run"
+            else "Restore the old values, or start a new run"
         )
-        raise UserError(f"--resume {config.resume}: not as it was ({'; '.join(map(str, refused))}). {mend}")
+        raise UserError(f"--resume {config.resume}: changed since the start ({'; '.join(map(str, refused))}). {mend}")
     for change in changes:
         run.event("change", **change._asdict())
 

@@ -1,4 +1,4 @@
-"""A round: what it leaves behind, and the names of its files. No torch."""
+"""A round's artefacts and the names of its files. No torch."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from steer_heal.steer.layers import LayerReport
 
 
 class InRound(StrEnum):
-    """What lies in a round's folder."""
+    """File names in a round's folder."""
 
     VECTOR = "vector"
     LAYERS = "vector/layers.json"
@@ -30,7 +30,7 @@ class InRound(StrEnum):
     DEMOS = "demos.jsonl"
 
     def of(self, number: int) -> str:
-        """The name of the file in the run's folder, for round `number`."""
+        """The file's path relative to the run folder, for round `number`."""
         return f"{folder_of(number)}/{self}"
 
 
@@ -40,7 +40,7 @@ def folder_of(number: int) -> str:
 
 
 def rounds_done(run: Path, planned: int) -> int:
-    """How many rounds of a run, from the first on, have a student that was measured."""
+    """How many rounds, counted from the first, have a measured student."""
     done = 0
     while done < planned and (run / InRound.HEALED.of(done)).is_file():
         done += 1
@@ -68,7 +68,7 @@ class Round:
 
     @property
     def opponents(self) -> list[ArmReading]:
-        """Plain steering beside this round's student, where it was measured."""
+        """The readings of plain steering for this round's student, where it was measured."""
         return [arm for arm in (self.equal_cost, self.equal_trait) if arm is not None]
 
 
@@ -85,7 +85,7 @@ OPPONENTS = {"equal_cost": (InRound.EQUAL_COST, ArmReading), "equal_trait": (InR
 
 
 def read_round(run: RunDir, number: int) -> Round | None:
-    """What a run's folder has of a round; None when the round is not complete."""
+    """A round's artefacts from a run folder; None when the round is not complete."""
     parts = {name: run.load(kind, artefact.of(number)) for name, (artefact, kind) in (ALWAYS | OPPONENTS).items()}
     if any(parts[name] is None for name in ALWAYS):
         return None

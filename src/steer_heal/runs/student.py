@@ -1,4 +1,4 @@
-"""The student of a run, loaded again as it was after one of its rounds."""
+"""Load the student of a run as it was after one of its rounds."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from steer_heal.runs.rounds import InRound, rounds_done
 
 
 def finished_rounds(folder: Path, planned: int, round_: int | None) -> int:
-    """How many rounds make the student after `round_`, the last finished one if None. Raises UserError if it is not."""
+    """Number of rounds up to and with `round_` (None: the last finished). Raises UserError if it is not finished."""
     done = rounds_done(folder, planned)
     if done == 0 or not 0 <= (round_ if round_ is not None else done - 1) < done:
         finished = f"rounds 0 to {done - 1} are" if done else "no round is"
@@ -21,7 +21,7 @@ def finished_rounds(folder: Path, planned: int, round_: int | None) -> int:
 
 
 def student_after(folder: Path, config: dict, rounds: int, float_weights: bool = False) -> Student:
-    """The model of a run with its first `rounds` rounds folded, as the run itself had it."""
+    """The model of a run with its first `rounds` rounds folded, as in the run; `float_weights` loads it unquantised."""
     model = ModelConfig(**config["model"])
     student = Student(load(ModelConfig(model.path, "none", model.dtype, model.device) if float_weights else model))
     for index in range(rounds):

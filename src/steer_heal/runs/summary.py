@@ -1,4 +1,4 @@
-"""What a run comes to: summary.json, and the same figures of a run that is not finished. No torch."""
+"""The figures of a run: summary.json, and the same for a run that is not finished. No torch."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SUMMARY = "summary.json"
 
 
 def plain_file(index: int) -> str:
-    """The file of the base plainly steered at one of the doses."""
+    """The file of the plain-steering arm at the dose number `index`."""
     return f"plain/d{index}.json"
 
 
@@ -32,7 +32,7 @@ STAGES = {
 
 @dataclass(frozen=True, kw_only=True)
 class Baselines:
-    """The arms that need no training. Of a run that has just begun some are not measured yet."""
+    """The arms that need no training. At the start of a run some are not measured yet."""
 
     base: ArmReading | None = None
     prompted: ArmReading | None = None
@@ -68,7 +68,7 @@ class RoundSummary:
     """median divergence of a step"""
     val_objective: float | None
     cos_first_vector: float | None
-    """these five: see `eval.reading.Geometry`"""
+    """this and the next four: see `eval.reading.Geometry`"""
     cos_shift_vector: float | None
     cos_total_first: float | None
     kl_to_base_nats: float
@@ -83,14 +83,14 @@ class RoundSummary:
 
 @dataclass(frozen=True, kw_only=True)
 class Summary:
-    """A run in figures: every arm with its intervals over base, and what each stage cost."""
+    """A run in figures: every arm with its intervals over base, and the seconds of each stage."""
 
     model: str
     trait: str
     seed: int
     preset: str
     instrument: str | None = None
-    """that the trait is read on"""
+    """the one that measures the trait"""
     unit: str | None = None
     """of a trait score"""
     base: ArmSummary | None = None
@@ -109,7 +109,7 @@ class Summary:
 
 @dataclass(frozen=True, kw_only=True)
 class RunName:
-    """What a run is of."""
+    """The fields of a summary that come from the config and the trait."""
 
     model: str
     trait: str
@@ -118,7 +118,7 @@ class RunName:
 
 
 def summarise(of: RunName, arms: Baselines, rounds: list[Round], seconds: dict[str, float]) -> Summary:
-    """The figures of a run, or of what is there of one so far. `seconds` has those of every artefact made."""
+    """The figures of a run, or of its complete part. `seconds` has the computing time of every artefact."""
     base = arms.base
     read = {"base": base, "prompted": arms.prompted, "negative": arms.negative}
     named = {name: arm_record(arm, base) for name, arm in read.items() if arm and base}

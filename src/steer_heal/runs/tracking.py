@@ -1,4 +1,4 @@
-"""Every event of a run to a tracker as well: trackio (local, open) or wandb, which share one interface."""
+"""Send every event of a run to a tracker: trackio (local, open) or wandb, which share one interface."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def check_tracker(name: str) -> None:
 
 
 def follower(name: str, run: str, config: dict) -> Callable[[dict], None]:
-    """What takes each event: numbers and short words are logged under the event's kind; "done" ends the tracking."""
+    """A function to call with each event. It logs numbers and strings under the event's kind; "done" ends tracking."""
     if name == "none":
         return lambda event: None
     tracker = importlib.import_module(name)

@@ -1,4 +1,4 @@
-"""The stages of a round: each computes its artefact, or loads what the run's folder has. See `stages.run`."""
+"""The stages of a round: each computes its artefact or loads it from the run folder. See `stages.run`."""
 
 from __future__ import annotations
 
@@ -39,8 +39,6 @@ from steer_heal.steer.extract import Extraction, extract, prompts_read, read_vec
 from steer_heal.steer.personas import Personas
 from steer_heal.terminal import progress
 
-READING, TRAINING = "reading what it is trained on", "training"  # parts of the stage "adapter"
-
 
 @dataclass(frozen=True)
 class RoundStages:
@@ -69,7 +67,7 @@ class RoundStages:
         return int.from_bytes(hashlib.blake2b(repr(self.key(stage)).encode(), digest_size=4).digest(), "little")
 
     def prompts(self, stage: str) -> list[str]:
-        """The generation prompts in another order in every round: a round that asks fewer asks others each time."""
+        """The generation prompts, shuffled anew in each round: a round that uses only some of them uses others."""
         prompts = list(self.work.trait.generation_prompts)
         random.Random(self.seed(stage)).shuffle(prompts)
         return prompts
@@ -82,7 +80,7 @@ class RoundStages:
     # ---- steer
 
     def extract(self) -> Extraction:
-        """The round's vector. It acts on the blocks of round 0: a band that was chosen there is kept."""
+        """The round's vector. All rounds steer the blocks that round 0 chose."""
         work, config = self.work, self.work.config.steer
         personas = Personas(work.trait.positive, work.trait.negative, list(data.contexts()[: config.n_contexts]))
         layers = tuple(r.layer for r in self.before[0].layers if r.steered) if self.before else None
@@ -112,13 +110,13 @@ class RoundStages:
         if found.rule == "iso_kl":
             logger.info(f"{dose}: 95th percentile KL {found.kl:.3g} nats  (survival {found.survivals})")
         else:
-            logger.info(f"{dose}, the largest that {found.target:.0%} survive  ({found.survivals})")
+            logger.info(f"{dose}, the largest at which {found.target:.0%} survive  ({found.survivals})")
         return found
 
     # ---- distil, heal, bake
 
     def distil(self, vector: AnyVector, dose: DoseCurve) -> list[Completion]:
-        """The teacher's completions, judged. Raises Exhausted when too few survive to train on."""
+        """The teacher's completions, judged by the filter. Raises Exhausted when too few survive to train on."""
         config = self.work.config.distil
 
         @freeing
@@ -136,7 +134,7 @@ class RoundStages:
     def heal(
         self, vector: AnyVector, completions: list[Completion], anchors: Callable[[], list[Example]]
     ) -> list[HealStep]:
-        """Train the round's adapter, or load it; either way it is the student's current one afterwards."""
+        """Train the round's adapter, or load it. Afterwards it is the student's current adapter."""
         student, folder, config = self.work.student, self.work.folder, self.work.config
         kept = [completion for completion in completions if not completion.dropped]
         rows = rows_of(student, kept)
@@ -148,17 +146,14 @@ class RoundStages:
             student.begin_round(config.heal.lora, seed)
             steering = Steering(vector, torch.tensor([completion.dose for completion in kept]))
             before = self.before[-1].steps if self.before else None
-            folder.part = READING
             examples = prepare(student, rows, steering, config.heal)
             trained = config.heal.training.epochs * trained_on(len(rows), config.heal.training)
             with progress(f"{self.name} heal", trained, "row") as done:
                 settled = with_tau(student.lm, examples, config.heal, before)
-                held = anchors()
-                folder.part = TRAINING
-                return heal(student, examples, held, settled, Turn(self.number, seed, before), done)
+                return heal(student, examples, anchors(), settled, Turn(self.number, seed, before), done)
 
         def write(path: Path, steps: list[HealStep]) -> None:
-            folder.write_jsonl(log, steps)  # before the adapter, whose existence says that all is done
+            folder.write_jsonl(log, steps)  # before the adapter: once that exists, the stage is done
             student.save(path)
 
         def read(path: Path) -> list[HealStep]:
@@ -168,7 +163,7 @@ class RoundStages:
         return folder.stage(self.file(InRound.ADAPTER), compute, write, read, also=(log,))
 
     def locate(self, vector: AnyVector) -> Geometry:
-        """Where the round moved the student. Before `bake`, which joins the round to the history."""
+        """Where the round moved the student. Must run before `bake`, which joins the round to the history."""
         work, first = self.work, self.work.first_vector()
 
         @freeing
@@ -178,7 +173,7 @@ class RoundStages:
         return work.folder.artefact(Geometry, self.file(InRound.GEOMETRY), compute)
 
     def bake(self) -> None:
-        """The round joins the history; the log and the events say what compression to a rank loses."""
+        """Join the round to the history. Log the relative error if the history is compressed to a rank."""
         rank = self.work.config.heal.lora.fold_rank
         lost = self.work.student.fold(rank)
         if rank:
@@ -188,17 +183,17 @@ class RoundStages:
     # ---- measure
 
     def measure_steered(self, vector: AnyVector, dose: DoseCurve) -> ArmReading:
-        """The round's teacher."""
+        """The reading of the round's teacher."""
         arm = Arm("steered", now=0.0, vector=vector, dose=dose.dose)
         return self.work.measured(self.file(InRound.STEERED), arm, instruments(self.work.config.eval, at_end=False))
 
     def measure_healed(self) -> ArmReading:
-        """The round's student; of the last one everything is read."""
+        """The reading of the round's student, by all instruments in the last round."""
         which = instruments(self.work.config.eval, at_end=self.last)
         return self.work.measured(self.file(InRound.HEALED), Arm("healed"), which)
 
     def steer_at_equal_cost(self, arms: Baselines, healed: ArmReading) -> ArmReading | None:
-        """The base steered at the dose that costs as much coherence as the rounds so far."""
+        """The base steered at the dose that costs as much coherence as the rounds so far; None without plain arms."""
         if not arms.plain:
             return None
         work, base, first, allowed = self.work, arms.base, self.work.first_vector(), allowed_cost(healed, arms.base)
@@ -218,7 +213,7 @@ class RoundStages:
         return work.folder.artefact(ArmReading, self.file(InRound.EQUAL_COST), compute)
 
     def steer_at_equal_trait(self, arms: Baselines, healed: ArmReading) -> ArmReading:
-        """The base steered at the dose that moves the trait as far as the student, or as far as any dose does."""
+        """The base steered at the dose that moves the trait as far as the student, or else furthest."""
 
         @freeing
         def compute() -> ArmReading:
@@ -230,11 +225,11 @@ class RoundStages:
 
     @property
     def opponents_read(self) -> tuple[str, ...]:
-        """What is read of plain steering beside the last student."""
+        """The instruments for plain steering in the last round."""
         return tuple(name for name in instruments(self.work.config.eval, at_end=True) if name != "profile")
 
     def read_fully(self, done: Round, arms: Baselines) -> Round:
-        """The last round, `done`, with all that is read at the end. A loop that ends early learns late which it is."""
+        """The last round, `done`, with all readings of the end. A loop that ends early learns late which it is."""
         everything = instruments(self.work.config.eval, at_end=True)
         healed = self.completed(InRound.HEALED, done.healed, Arm("healed"), everything)
         if not arms.plain:
@@ -244,7 +239,7 @@ class RoundStages:
         return replace(done, healed=healed, equal_cost=cost, equal_trait=self.steer_at_equal_trait(arms, healed))
 
     def completed(self, artefact: InRound, reading: ArmReading, arm: Arm, which: tuple[str, ...]) -> ArmReading:
-        """A reading with what it lacks of the instruments `which`."""
+        """The reading, with the missing ones of the instruments `which` added."""
         lacking, name = tuple(one for one in which if one not in reading.read), self.file(artefact)
         if not lacking:
             return reading
@@ -253,6 +248,6 @@ class RoundStages:
         return whole
 
     def note_demos(self, base: ArmReading, steered: ArmReading, healed: ArmReading) -> None:
-        """The free-text answers of the round's arms side by side."""
+        """Write the free-text answers of the round's arms side by side."""
         rows = side_by_side(base=base, steered=steered, healed=healed)
         self.work.folder.write_jsonl(self.file(InRound.DEMOS), rows)

@@ -1,7 +1,7 @@
-"""The stages of a run around its rounds, and what every stage works with.
+"""The stages of a run outside its rounds, and the state that all stages share.
 
-A stage computes its artefact, or loads what the run's folder has. It hands what it needs to the function that does the
-work and returns one artefact. No stage knows what comes before or after it: `loop` does.
+A stage computes its artefact or loads it from the run folder. It passes its inputs to the function that does the work,
+and returns one artefact. Only `loop` knows the order of the stages.
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ from steer_heal.terminal import progress
 T = TypeVar("T")
 FIXED_TEXTS = 12  # neutral texts on which the divergence from base is read, about a thousand tokens
 FIXED_CONTEXTS = 32  # contexts over which the student's shift is averaged
-PLAIN = ("contrast", "yes_no", "neutral")  # what is read of the base plainly steered, dose by dose
+PLAIN = ("contrast", "yes_no", "neutral")  # instruments for plain steering at each dose
 
 
 def freeing(compute: Callable[[], T]) -> Callable[[], T]:
-    """The computation of an artefact, after which the memory that it freed goes back to the system."""
+    """Wrap the computation of an artefact: the memory that it freed then goes back to the system."""
 
     def computed() -> T:
         value = compute()
@@ -55,13 +55,13 @@ def freeing(compute: Callable[[], T]) -> Callable[[], T]:
 
 
 def plainly(name: str, first: AnyVector, dose: float) -> Arm:
-    """The base under the first round's vector."""
+    """The arm of the base steered by the first round's vector."""
     return Arm(name, history=0.0, now=0.0, vector=first, dose=dose)
 
 
 @dataclass(frozen=True)
 class Work:
-    """A run at work: its folder, model, trait and config, and the stages around its rounds."""
+    """A run in progress: its folder, model, trait and config, and the stages outside its rounds."""
 
     folder: RunDir
     student: Student
@@ -72,7 +72,7 @@ class Work:
 
     @classmethod
     def begun(cls, config: RunConfig, preset: str, folder: RunDir, trait: data.Trait, lm: LM) -> Work:
-        """The run's work, with `model.decode_rows` a number: the same one when the run is resumed."""
+        """Start the work. "auto" for `model.decode_rows` becomes a number, which a resumed run takes again."""
         logger.info(f"model {config.model.path}, trait {trait.name!r}, {config.rounds} rounds, folder {folder.path}")
         rows = config.model.decode_rows
         if rows == "auto":
@@ -83,7 +83,7 @@ class Work:
                 return rows_that_fit(lm, longest, config.distil.max_new_tokens)
 
             rows, most = folder.artefact(int, "decode_rows.json", compute), MOST_ROWS[lm.device.type]
-            logger.info(f"up to {rows} rows are decoded together: what free memory holds, {most} at most")
+            logger.info(f"up to {rows} rows are decoded together: as many as fit free memory, {most} at most")
         lm = replace(lm, decode_rows=rows)
         return cls(folder, Student(lm), trait, config, preset)
 
@@ -91,7 +91,7 @@ class Work:
         return read_arm(label, self.student, arm, self.trait, self.config.eval, which)
 
     def measured(self, name: str, arm: Arm, which: tuple[str, ...]) -> ArmReading:
-        """The reading of an arm that lies under `name`."""
+        """The reading of an arm, stored as the artefact `name`."""
         label = f"eval {name.removesuffix('.json')}"
         return self.folder.artefact(ArmReading, name, freeing(lambda: self.read_arm(label, arm, which)))
 
@@ -108,7 +108,7 @@ class Work:
         return Baselines(**read, plain=[])
 
     def anchors(self) -> Callable[[], list[Example]]:
-        """Completions of mundane prompts by the base. The call of what is returned reads their states, once."""
+        """Complete mundane prompts with the base. The returned function computes their states at its first call."""
         if self.config.heal.anchor.prompts == 0:
             return list
 
@@ -122,7 +122,7 @@ class Work:
         return cache(lambda: prepare_anchors(self.student, rows))
 
     def steer_plainly(self, first: AnyVector) -> list[ArmReading]:
-        """The base steered by the first round's vector, dose by dose."""
+        """The base steered by the first round's vector, at each dose."""
         found = []
         for index, dose in enumerate(plain_doses(self.config.eval)):
             compute = freeing(partial(self.plain_arm, "plain", first, dose))
@@ -130,31 +130,31 @@ class Work:
         return found
 
     def plain_arm(self, name: str, first: AnyVector, dose: float, which: tuple[str, ...] = PLAIN) -> ArmReading:
-        """The base under the first round's vector at a dose."""
+        """The reading of the base steered by the first round's vector at a dose."""
         return self.read_arm(f"plain steering {dose:.2f}", plainly(name, first, dose), which)
 
     def first_vector(self) -> AnyVector:
-        """The vector of round 0, which the later rounds and plain steering are compared with."""
+        """The vector of round 0. Later vectors are compared with it, and plain steering uses it."""
         return read_vector(self.folder.find(InRound.VECTOR.of(0))).vector
 
     @property
     def fixed(self) -> Fixed:
-        """What is read of every student to see where it went."""
+        """The contexts and texts on which the movement of every student is measured."""
         contexts = list(data.contexts()[: min(FIXED_CONTEXTS, self.config.steer.n_contexts)])
         rows = neutral_rows(self.student.lm, min(FIXED_TEXTS, self.config.eval.counts.neutral))
         return Fixed(contexts, rows)
 
     @cached_property
     def base_states(self) -> Callable[[tuple[int, ...]], Base]:
-        """What the base has on `fixed`, read when it is first asked for: a resumed run may not need it."""
+        """The base's states on `fixed`, computed at the first call: a resumed run may not need them."""
         return cache(lambda layers: read_base(self.student, self.fixed, layers))
 
     def key(self, number: int, stage: str) -> tuple:
-        """Name of a stage's stream of random numbers."""
+        """The name of a stage's random stream."""
         return (self.config.seed, number, stage)
 
     def save_adapter(self) -> None:
-        """All rounds as one adapter."""
+        """Write all rounds as one adapter."""
         self.folder.stage("adapter", lambda: self.student, lambda path, s: s.save(path, s.history), lambda path: None)
 
     def summarise(self, arms: Baselines, rounds: list[Round], stopped: str) -> Summary:

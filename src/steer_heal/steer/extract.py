@@ -1,8 +1,8 @@
-"""The teacher vector and its dose in nats.
+"""The teacher's steering vector.
 
-v_l = mean over contexts of h_l(positive persona + context) - h_l(negative persona + context), the residual stream
-after block l at the last prompt token (the assistant tag), raw and not normalised. The two prompts differ in the
-system persona alone. Other ways to get a direction from the same states are in METHODS.
+v_l = mean over contexts of h_l(positive persona + context) - h_l(negative persona + context). h_l is the residual
+stream after block l at the last prompt token (the assistant tag). v_l is raw, not normalised. The two prompts differ
+only in the system persona. Other ways to get a direction from the same states are in METHODS.
 """
 
 from __future__ import annotations
@@ -39,16 +39,21 @@ def mean_diff(positive: States, negative: States, plain: States) -> Float[Tensor
 
 
 def pca(positive: States, negative: States, plain: States) -> Float[Tensor, "l d"]:
-    """First principal component of the pair differences (not centred), with the sign and the length of the mean
-    difference along it, so that a dose means the same. Zou et al., "Representation Engineering", arXiv:2310.01405."""
+    """First principal component of the pair differences (not centred), scaled to the mean difference's projection onto
+    it, so that a dose means the same as for `mean_diff`.
+
+    Zou et al., "Representation Engineering", arXiv:2310.01405.
+    """
     difference = (positive - negative).transpose(0, 1)
     component = torch.linalg.svd(difference, full_matrices=False).Vh[:, 0]
     return component * torch.linalg.vecdot(component, difference.mean(1))[:, None]
 
 
 def ablation(positive: States, negative: States, plain: States) -> Float[Tensor, "l d"]:
-    """Unit direction that the negative persona adds to no persona at all; it is projected out of the residual stream
-    (dose 1: wholly). Arditi et al., "Refusal in Language Models Is Mediated by a Single Direction", arXiv:2406.11717.
+    """Unit direction of the mean difference between the negative persona and no persona. It is projected out of the
+    residual stream (dose 1: completely).
+
+    Arditi et al., "Refusal in Language Models Is Mediated by a Single Direction", arXiv:2406.11717.
     """
     return torch.nn.functional.normalize((negative - plain).mean(0), dim=-1)
 
@@ -56,7 +61,7 @@ def ablation(positive: States, negative: States, plain: States) -> Float[Tensor,
 class Method(NamedTuple):
     direction: Callable[[States, States, States], Float[Tensor, "l d"]]
     operation: str
-    """what the hook does with the direction: see `model.steering.Vector`"""
+    """how the hook applies the direction, see `model.steering.Vector`"""
 
 
 METHODS = {
@@ -69,10 +74,10 @@ METHODS = {
 class Extraction(NamedTuple):
     vector: AnyVector
     report: list[LayerReport]
-    """of every layer that was read"""
+    """one for every layer that was read"""
 
     def described(self, blocks: int) -> str:
-        """The vector in a line, for a model of so many blocks."""
+        """The vector in one line, for a model with `blocks` blocks."""
         steered = [r for r in self.report if r.steered]
         keys = ("relative_norm", "split_half", "auc")
         norm, split_half, auc = (sum(getattr(r, key) for r in steered) / len(steered) for key in keys)
@@ -90,10 +95,10 @@ def extract(
     layers: tuple[int, ...] | None = None,
     on_prompts: Callable[[int], None] = lambda prompts: None,
 ) -> Extraction:
-    """Vector of the model as it stands (its active adapters included).
+    """Extract the vector from the model, its active adapters included.
 
     Args:
-        layers: blocks to steer; None takes them from `config.band`, where "auto" reads all blocks and chooses.
+        layers: blocks to steer; None takes them from `config.band`. "auto" there reads all blocks and chooses a band.
     """
     method = METHODS["mean_diff" if config.method.startswith(lite.PREFIX) else config.method]
     read = layers or (tuple(range(len(lm.blocks))) if config.band == "auto" else lm.band(config.band))
@@ -117,9 +122,9 @@ AUTO_WIDTH = 0.1  # of the depth; a wide band destroys text sooner
 
 
 def auto_band(report: list[LayerReport], blocks: int) -> tuple[int, ...]:
-    """The window of blocks in which the vector is longest where it is also reliable and tells the personas apart.
+    """The window of blocks in which the vector is long, reliable and tells the personas apart.
 
-    Mean over the window of relative norm x split-half cosine x (2 AUC - 1); each factor is 0 for a useless layer.
+    It has the largest sum of relative norm x split-half cosine x (2 AUC - 1); each factor is 0 for a useless layer.
     """
     width = round(AUTO_WIDTH * (blocks - 1)) + 1
     inside = [r for r in report if AUTO_DEPTHS[0] <= r.depth <= AUTO_DEPTHS[1]]
@@ -129,7 +134,7 @@ def auto_band(report: list[LayerReport], blocks: int) -> tuple[int, ...]:
 
 
 def prompts_read(config: SteerConfig) -> int:
-    """Prompts that `extract` reads for each context."""
+    """Number of prompts that `extract` reads for each context."""
     return 3 if config.method == "ablation" else 2
 
 
@@ -157,7 +162,7 @@ def auc(high: Float[Tensor, "n"], low: Float[Tensor, "m"]) -> float:
 
 
 def write_vector(path: Path, extraction: Extraction) -> None:
-    """A folder: the vector, and what was seen of each layer."""
+    """Write a folder with the vector and the layer reports."""
     path.mkdir()
     vector, report = extraction
     (path / "layers.json").write_text(json.dumps(unstructured(report), indent=1), "utf-8")
@@ -165,12 +170,12 @@ def write_vector(path: Path, extraction: Extraction) -> None:
         lite.save(path / "lite.safetensors", vector)
         return
     described = json.dumps({"layers": vector.layers, "operation": vector.operation})
-    # One key: safetensors writes several in random order, and the file would be another one each time.
+    # One key: safetensors writes several in random order, and the file's checksum would change.
     save_file({"direction": vector.direction.contiguous()}, path / "vector.safetensors", {"vector": described})
 
 
 def read_vector(path: Path) -> Extraction:
-    """A round's vector and its layer report, from its folder."""
+    """A round's vector and its layer reports, from their folder."""
     report = structured(list[LayerReport], json.loads((path / "layers.json").read_text("utf-8")))
     if (path / "lite.safetensors").exists():
         return Extraction(lite.load(path / "lite.safetensors"), report)

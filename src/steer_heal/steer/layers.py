@@ -17,6 +17,6 @@ class LayerReport:
     split_half: float
     """cosine between the mean differences of two random halves of the contexts"""
     auc: float
-    """chance that the mean difference of one half ranks a positive prompt of the other half above a negative one"""
+    """probability that one half's mean difference ranks a positive prompt of the other half above a negative one"""
     steered: bool
-    """the vector acts here"""
+    """whether the vector acts on this layer"""

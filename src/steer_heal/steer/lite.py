@@ -1,8 +1,8 @@
 """The methods of steering-lite (wassname/steering-lite) as `--steer.method lite:NAME`, through its public API.
 
 It is an optional package (`just vendor`). Its hooks take one coefficient for a whole forward pass, so rows are batched
-by dose. Methods that hook linear layers inside a block do not find them once PEFT has wrapped them; those that act on
-the residual stream work.
+by dose. Methods that hook linear layers inside a block fail once PEFT has wrapped these layers. Methods that act on the
+residual stream work.
 """
 
 from __future__ import annotations
@@ -48,7 +48,10 @@ def check_method(method: str) -> None:
 
 
 def train(lm: LM, method: str, personas: Personas, layers: tuple[int, ...]) -> LiteVector:
-    """steering-lite's own extraction on our prompts, in float32, on the blocks given."""
+    """Run steering-lite's own extraction on our prompts, in float32, for the given blocks.
+
+    Raises UserError when the method does not work on this model.
+    """
     steering_lite = library()
     described = {"method": method.removeprefix(PREFIX), "layers": layers, "coeff": 1.0, "dtype": "float32"}
     contexts, both = personas.contexts, (personas.positive, personas.negative)
@@ -67,7 +70,7 @@ def train(lm: LM, method: str, personas: Personas, layers: tuple[int, ...]) -> L
 
 
 def _text(lm: LM, user: str, system: str) -> str:
-    """The prompt as text that the tokenizer turns into the tokens of `lm.prompt`: it adds a leading BOS itself."""
+    """The prompt as text without the leading BOS that the tokenizer adds. Its tokens are those of `lm.prompt`."""
     ids = lm.prompt(user, system)
     added = lm.tokenizer("").input_ids
     return lm.tokenizer.decode(ids[len(added) :] if added and ids[: len(added)] == added else ids)

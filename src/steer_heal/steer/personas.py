@@ -1,4 +1,4 @@
-"""What a vector is extracted from: contexts, each asked under two opposite personas."""
+"""The inputs of the extraction: contexts, each asked under two opposite personas."""
 
 from __future__ import annotations
 

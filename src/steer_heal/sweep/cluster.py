@@ -1,7 +1,7 @@
-"""The same plan on Ray: one task a run. Scheduling, retries and nodes are Ray's; the folders are shared.
+"""A sweep's plan on Ray: one task per run. Ray does the scheduling and the retries. All nodes share the folders.
 
-A task whose worker dies is tried again and goes on from the run's folder. The shared file system must show the sweep's
-folder under the same path on every node.
+A task whose worker dies is tried again and resumes from the run's folder. The sweep's folder must have the same path on
+every node.
 """
 
 from __future__ import annotations
@@ -25,7 +25,10 @@ POLL_SECONDS = 2.0
 def on_ray(
     asked: Sweep, todo: list[Planned], cpus: int, gpus: float, address: str | None, workers: int | None
 ) -> dict[Planned, str]:
-    """Every run as a task that reserves `cpus` and `gpus`; on the cluster at `address`, or on one started here."""
+    """Do every run as a task that reserves `cpus` and `gpus`, on the cluster at `address` or on one started here.
+
+    Returns the last state of each run.
+    """
     try:
         import ray
     except ImportError:
@@ -71,7 +74,7 @@ def on_ray(
 
 
 def run_here(planned: Planned, folder: str, cpus: int) -> str | None:
-    """Do a run in this process with so many threads; what ended it, or None."""
+    """Do a run in this process with `cpus` threads. Returns the error that ended it, or None."""
     import torch
 
     from steer_heal.commands.run import run
@@ -82,7 +85,7 @@ def run_here(planned: Planned, folder: str, cpus: int) -> str | None:
         preset, *_ = planned.argv
         argv = command(planned, Path(folder))
         config = parsed(tuple(argv[1:]), started(there, preset)[1] if there else None)
-        with redirect_stderr(io.StringIO()):  # nobody watches its bars
+        with redirect_stderr(io.StringIO()):  # hides its progress bars
             done, _ = run(config, preset, argv)
             build(done.path)
     except UserError as error:

@@ -1,4 +1,4 @@
-"""Runs on the disk, known by what they are a run of and not by their names. No torch."""
+"""Runs on disk, identified by config and trait and not by folder name. No torch."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ IN_ROUND = {
 
 @dataclass(frozen=True)
 class Found:
-    """A run folder; `summary` is None while it is unfinished. What is read of it is read and checked once."""
+    """A run folder. `summary` is None while the run is unfinished. Files are read and checked once."""
 
     run: RunDir
     config: dict
@@ -64,7 +64,7 @@ class Found:
         return value_of(self.config, flag)
 
     def arm(self, name: str, round_: int = -1) -> ArmReading | None:
-        """An arm as it was measured in a round, the last one when not given; None where there is none."""
+        """The reading of an arm in a round, by default the last one; None if there is none."""
         in_round = name in IN_ROUND
         file = IN_ROUND[name].of(round_ % len(self.summary.rounds)) if in_round else f"{name}.json"
         if file not in self._arms:
@@ -72,7 +72,10 @@ class Found:
         return self._arms[file]
 
     def changes(self, name: str, round_: int = -1, key: str = "", over: str = "base") -> np.ndarray | None:
-        """Item by item, how far an arm is above another, on the trait's instrument or on other items."""
+        """Item by item, one arm's score minus another's, on the items `key` (default: of the trait's instrument).
+
+        None if one of the two has no such items.
+        """
         one, other = self.arm(name, round_), self.arm(over, round_)
         key = key or self.instrument
         return paired(one, other, key) if one and other and key in one.items and key in other.items else None
@@ -86,7 +89,7 @@ def scan(out: Path) -> list[Found]:
     for folder in sorted(_run_folders(out), key=lambda path: path.name, reverse=True):
         try:
             run = opened(folder)
-            for name in run.record.files:  # a table of damaged figures would not say so
+            for name in run.record.files:  # check all: a table would not show that a figure is damaged
                 if name.endswith(".json"):
                     run.find(name)
             found.append(Found(run, run.read("config.json"), run.load(Summary, SUMMARY)))
@@ -96,7 +99,7 @@ def scan(out: Path) -> list[Found]:
 
 
 def _run_folders(out: Path) -> Iterator[Path]:
-    """Folders with a run in them; none lies in another. A hidden one is of a run that was killed while it was made."""
+    """Yield the run folders; none lies in another. Hidden ones, left by a kill while they were made, are skipped."""
     for folder, inside, files in os.walk(out):
         if EVENTS in files:
             inside.clear()
@@ -105,7 +108,7 @@ def _run_folders(out: Path) -> Iterator[Path]:
 
 
 def grouped(runs: list[Found]) -> list[list[Found]]:
-    """Finished runs that differ in their seed alone; of a seed that was run twice, the newest."""
+    """Group finished runs that differ only in their seed. `runs` is newest first: of each seed the newest counts."""
     groups: dict[str, list[Found]] = {}
     for run in runs:
         if run.summary:
@@ -115,11 +118,11 @@ def grouped(runs: list[Found]) -> list[list[Found]]:
     return [sorted(group, key=lambda run: run.config["seed"]) for group in groups.values()]
 
 
-RECORD = "sweep.json"  # in the sweep's folder: what was asked, and why
+RECORD = "sweep.json"  # in the sweep's folder: its plan and its hypothesis
 
 
 def value_of(config: dict, flag: str) -> str:
-    """A config's value, as config.json holds it, under a flag's name, e.g. heal.barrier.lam-round-pow."""
+    """The value of a flag, e.g. heal.barrier.lam-round-pow, in a config as config.json holds it."""
     try:
         return str(reduce(lambda table, key: table[key], flag.replace("-", "_").split("."), config))
     except (KeyError, TypeError):
@@ -127,6 +130,6 @@ def value_of(config: dict, flag: str) -> str:
 
 
 def identity(config: dict, trait: dict | None) -> str:
-    """A run is its config and what its trait's file says."""
+    """The identity of a run: a hash of its config (without its preset) and its trait."""
     described = json.dumps([config | {"preset": None}, trait], sort_keys=True)
     return hashlib.blake2b(described.encode(), digest_size=12).hexdigest()

@@ -1,4 +1,4 @@
-"""Runs that differ in their seed alone as one page: the report's figures on means, with intervals over the seeds."""
+"""One page of runs that differ only in their seed: the report's figures, with means and intervals over seeds."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from steer_heal.runs.summary import Summary
 from steer_heal.sweep.disk import Found
 
 WHY = """Means over the seeds. Bars and bands: 95% intervals over seeds and items. Against plain steering: the base
-    steered by the first vector, dose by dose, and the student after every round; up is more trait, left is less
-    damage."""
+    steered by the first vector at each dose, and the student after every round; higher is more trait, further left is
+    less damage."""
 
-PATHS = """One line a group of runs, from the base through its rounds (larger dots are later); named by what sets it
-    apart from most others. Up is more trait, left is less of the answers that were asked for."""
+PATHS = """One line per group of runs, from the base through its rounds (larger dots are later rounds). Its name has the
+    flags that most groups do not share. Higher is more trait, further left is less answer mass."""
 
 
 def averaged(group: list[Found]) -> Summary:
-    """A summary as the figures read it, of the rounds that all runs of the group have done: means over the runs."""
+    """A summary for the figures: means over the runs of a group, for the rounds that all of them have done."""
     summaries = [run.summary for run in group]
 
     def arm(name: str, arms: list[ArmSummary], index: int = -1) -> ArmSummary:
@@ -48,14 +48,14 @@ def averaged(group: list[Found]) -> Summary:
 
 
 def _mean(arms: list[ArmSummary]) -> ArmSummary:
-    """The first arm with the means of its figures over all of them."""
+    """The first arm, with each float replaced by its mean over all arms."""
     of = {field.name: [getattr(arm, field.name) for arm in arms] for field in fields(ArmSummary)}
     figures = {name: values for name, values in of.items() if all(type(value) is float for value in values)}
     return replace(arms[0], **{name: float(np.mean(values)) for name, values in figures.items()})
 
 
 def names(groups: list[list[Found]]) -> list[str]:
-    """What sets every group apart: its flags that are not as in more than half of them."""
+    """A name for each group: its flags whose values at most half of the groups have."""
     flags = [
         {key: str(value) for key, value in flat(group[0].config) if key not in ("preset", "seed")} for group in groups
     ]
@@ -65,7 +65,7 @@ def names(groups: list[list[Found]]) -> list[str]:
 
 
 def page(groups: dict[str, tuple[list[Found], pl.DataFrame]]) -> str:
-    """The whole page: all groups in one figure, then a section a group with its figures and its table of rounds."""
+    """The whole page: all groups in one figure, then a section per group with its figures and its table of rounds."""
     summaries = {title: averaged(group) for title, (group, _) in groups.items()}
     sections = []
     if len(groups) > 1:

@@ -1,8 +1,8 @@
-"""The plan of a sweep: a grid over flags times seeds, and what of it the disk already holds.
+"""The plan of a sweep: a grid over flags times seeds, and the state of its runs on disk.
 
-The plan is a list of configs. A run is known by its config, not by its name: what the sweep's folder holds finished is
-skipped, what it holds unfinished is resumed, so the same command goes on with a broken sweep and a second engine goes
-on where the first stopped.
+The plan is a list of configs. A run is identified by its config, not by its name. Finished runs on disk are skipped and
+unfinished ones resumed. So the same command continues a broken sweep, and a second engine continues where the first
+stopped.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Planned:
     """One run of the plan."""
 
     arm: tuple[tuple[str, str], ...]
-    """flag and value, one pair a dimension of the grid"""
+    """flag and value, one pair per dimension of the grid"""
     seed: int
     argv: tuple[str, ...]
     """preset and flags of `steer-heal run`"""
@@ -42,7 +42,7 @@ class Planned:
 
 @dataclass(frozen=True)
 class Sweep:
-    """What was asked for."""
+    """A sweep as the user asked for it."""
 
     name: str
     hypothesis: str
@@ -60,7 +60,7 @@ def plan(
         grid: dimensions such as `heal.barrier.agg=mean,rmse`.
         argv: preset and flags that all runs share.
 
-    Raises UserError for a name that is no plain word, a dimension that cannot be read and a config that cannot work.
+    Raises UserError for a name that cannot name a folder, a dimension that cannot be read and an invalid config.
     """
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
         raise UserError(f"sweep name {name!r}: use letters, digits, '-', '_' and '.' (it names a folder)")
@@ -89,20 +89,20 @@ def _dimension(text: str) -> tuple[str, list[str]]:
 
 
 def _words(flag: str, value: str) -> list[str]:
-    """A flag and its value as the command line takes them; a switch is on or off by its name."""
+    """A flag and its value as command-line words. A switch takes no value: true is --flag, false is its no- form."""
     section, _, knob = flag.rpartition(".")
     switches = {"true": [f"--{flag}"], "false": [f"--{section}.no-{knob}"]}
     return switches.get(value.lower()) or [f"--{flag}", *value.split("+")]
 
 
 def parsed(words: tuple[str, ...], default: RunConfig | None = None) -> RunConfig:
-    """The config of a preset and flags, as `steer-heal run` reads them; `default` takes the place of the preset's."""
+    """The config of a preset and flags, as `steer-heal run` reads them; `default` replaces the preset."""
     return read(RunConfig, list(words[1:]), "steer-heal run", default or PRESETS[words[0]])
 
 
 def found(folder: Path) -> dict[str, Path]:
-    """The run folders of a sweep, and of all sweeps and runs beside it, by what they are a run of; the finished one if
-    there are several. An arm that several sweeps have in common is run once."""
+    """The run folders of a sweep, and of all sweeps and runs beside it, by identity: a finished one if there are
+    several. So an arm that several sweeps share is run once."""
     by_config: dict[str, Path] = {}
     logs = [*folder.parent.glob(f"[!.]*/{EVENTS}"), *folder.parent.glob(f"[!.]*/[!.]*/{EVENTS}")]
     for log in sorted(logs):
@@ -120,18 +120,18 @@ def _key_of(folder: Path) -> str:
 def key(planned: Planned) -> str:
     try:
         trait = asdict(load_trait(planned.config.trait))
-    except UserError:  # the run will say so
+    except UserError:  # the run itself reports it
         trait = None
     return identity(described(planned.config), trait)
 
 
 def states(runs: Iterable[Planned], folder: Path) -> dict[Planned, str]:
-    """finished, unfinished or waiting, as the disk has it."""
+    """The state of each run on disk: finished, unfinished or waiting."""
     return {run: how for run, (how, _) in progress(runs, folder).items()}
 
 
 def progress(runs: Iterable[Planned], folder: Path) -> dict[Planned, tuple[str, int]]:
-    """A run's state and how many of its rounds are left; of a finished one none, also when its loop ended early."""
+    """The state of each run and its rounds left. A finished run has none left, also when its loop ended early."""
     there = found(folder)
     return {run: _progress(run.config.rounds, there.get(key(run))) for run in runs}
 
@@ -144,7 +144,7 @@ def _progress(rounds: int, folder: Path | None) -> tuple[str, int]:
 
 
 def command(planned: Planned, folder: Path) -> list[str]:
-    """Arguments of `steer-heal` that do, or go on with, this run."""
+    """Arguments of `steer-heal` that start or resume this run."""
     there = found(folder).get(key(planned))
     return ["run", *planned.argv, *(["--resume", str(there)] if there else [])]
 
@@ -158,7 +158,7 @@ def seed_list(text: str) -> tuple[int, ...]:
 
 
 def same_place(planned: Planned, folder: Path) -> Planned:
-    """The run with its folder given absolutely, for a worker that starts elsewhere."""
+    """The run with an absolute --out, for a worker with another working directory."""
     words = list(planned.argv)
     words[words.index("--out") + 1] = str(folder.resolve())
     return replace(planned, argv=tuple(words))

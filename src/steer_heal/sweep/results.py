@@ -1,4 +1,4 @@
-"""All runs under a folder as tables: one row a run, or one row an arm with its mean and interval over seeds."""
+"""All runs under a folder as tables: one row per run, or one row per arm with mean and interval over seeds."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ ARMS = ("prompted", "steered", "equal_cost", "healed")
 
 
 def run_table(runs: list[Found], out: Path) -> pl.DataFrame:
-    """One row a finished run."""
+    """One row per finished run."""
     return pl.DataFrame([{"run": str(run.folder.relative_to(out)), **_measures([run])} for run in runs if run.summary])
 
 
@@ -35,8 +35,8 @@ def arm_table(runs: list[Found], flags: list[str]) -> pl.DataFrame:
 
 
 def difference_table(runs: list[Found], flags: list[str], arms: list[dict], every_round: bool = False) -> pl.DataFrame:
-    """Every arm's healed student minus the first arm's, seed by seed and item by item, after the last round that all
-    of these runs have done, or after each."""
+    """Every arm's healed student minus the first arm's, paired by seed and item, after the last round that all paired
+    runs have done, or after each."""
     groups = {tuple(group[0].value(flag) for flag in flags): group for group in grouped(runs)}
     ordered = [groups.get(tuple(arm[flag] for flag in flags)) for arm in arms]
     if ordered[:1] == [None] or len([group for group in ordered if group]) < 2:
@@ -56,7 +56,7 @@ def difference_table(runs: list[Found], flags: list[str], arms: list[dict], ever
 
 
 def round_table(group: list[Found]) -> pl.DataFrame:
-    """One row a round of runs that differ in their seed alone: the arms over base, the student against the others."""
+    """One row per round, for runs that differ only in their seed: arms over base, the student against other arms."""
     rows = []
     for index in range(min(len(run.summary.rounds) for run in group)):
         row = {"round": index, "dose": f"{np.mean([run.summary.rounds[index].dose for run in group]):.2f}"}
@@ -77,20 +77,20 @@ def _column(name: str, values: list[np.ndarray | None]) -> dict[str, str]:
 
 
 def _ratios(group: list[Found], index: int = -1) -> dict[str, str]:
-    """What the student keeps of the base's coherence, mean over the runs."""
+    """The student's coherence measures as shares of the base's, mean over the runs."""
     pairs = [(run.summary.rounds[index].healed, run.summary.base) for run in group]
     return {f"{one.short}/base": f"{np.mean([one.over(*pair) for pair in pairs]):.3f}" for one in COHERENCE}
 
 
 def _measures(group: list[Found]) -> dict:
-    """What a row says of runs that differ in their seed alone."""
+    """The columns of a row for runs that differ only in their seed."""
     row = {"model": group[0].config["model"]["path"].split("/")[-1], "trait": group[0].trait["name"]}
     row["rounds"] = ", ".join(dict.fromkeys(run.rounds for run in group))
     for arm in ARMS:
         changes = [run.changes(arm) for run in group]
         if changes[0] is not None:
             row[printed(arm)] = f"{np.mean(changes):+.3f}"
-    low, high = across_seeds(np.array(changes)).ci  # of the last arm, healed
+    low, high = across_seeds(np.array(changes)).ci  # changes of the last arm, healed
     row["95% interval"] = f"[{low:+.3f}, {high:+.3f}]"
     row |= _ratios(group)
     row["verdict"] = ", ".join(dict.fromkeys(run.summary.rounds[-1].verdict.word for run in group))
@@ -106,7 +106,7 @@ def _estimate(values: np.ndarray) -> str:
 
 @dataclass(frozen=True)
 class Files:
-    """Where tables are written besides the terminal."""
+    """The files that tables are also written to."""
 
     csv: str | None = None
     json: str | None = None
@@ -115,7 +115,7 @@ class Files:
 
 
 def show(out: Path, by: tuple[str, ...], rounds: bool, files: Files) -> None:
-    """Print the tables, sweeps under their hypotheses; trait columns are nats per token over base, last round."""
+    """Print the tables, each sweep under its hypothesis, and write them to files. Unfinished runs are listed last."""
     runs = scan(out)
     if not any(run.summary for run in runs):
         print(f"no finished run under {out}")
@@ -152,7 +152,7 @@ def _title(group: list[Found], flags: tuple[str, ...]) -> str:
 
 
 def _sweeps(runs: list[Found], out: Path) -> list[tuple[dict, list[Found]]]:
-    """What every sweep asked, and its runs. Sweeps of one name in two folders are told apart by the folder."""
+    """The record of each sweep, and its runs. The name of a sweep in a subfolder gets the folder added."""
     found = []
     for path in sorted(out.rglob(RECORD)):
         sweep, under = json.loads(path.read_text("utf-8")), path.parent.parent
@@ -191,7 +191,7 @@ def _printed(frame: pl.DataFrame, width: int = 200, cell: int = 80) -> str:
 
 
 def _write(tables: dict[str, pl.DataFrame], files: Files) -> None:
-    """Markdown has each table under its title; a row of the other two says in its first column which it is of."""
+    """Write the tables. Markdown has a title above each table; CSV and JSON have it in the column `table`."""
     titled = {title: [pl.lit(title).alias("table")] if title else [] for title in tables}
     together = pl.concat((frame.select(*titled[title], pl.all()) for title, frame in tables.items()), how="diagonal")
     if files.csv:

@@ -1,6 +1,6 @@
-"""Many runs of one hypothesis, on this machine or on a cluster: what is not finished is done, what is left is told.
+"""Do the unfinished runs of a sweep, on this machine or on a cluster, and report what is left.
 
-What is to be done is in `plan`. Scheduling, retrying and the nodes of a cluster are Ray's.
+The list of runs is made in `plan`. On a cluster Ray does the scheduling and the retries.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from steer_heal.terminal import MODULE
 
 
 def sweep(asked: Sweep, engine: str, cpus: int, gpus: float, address: str | None, workers: int | None) -> int:
-    """Do what is not finished; returns how many runs failed. The plan and the estimate come first."""
+    """Do the unfinished runs; returns how many failed. Prints the plan and a time estimate first."""
     asked.folder.mkdir(parents=True, exist_ok=True)
     _note(asked)
     before = states(asked.runs, asked.folder)
@@ -56,7 +56,7 @@ def sweep(asked: Sweep, engine: str, cpus: int, gpus: float, address: str | None
 
 
 def here(asked: Sweep, todo: list[Planned], cpus: int) -> dict[Planned, str]:
-    """One after another on this machine, each in a process of its own, so that one that breaks takes none along."""
+    """Do the runs one after another on this machine, each in its own process, so that a crash stops only its run."""
     outcome = {}
     for number, run in enumerate(todo, 1):
         logger.info(f"sweep {asked.name}: run {number} of {len(todo)}, {run.label}")
@@ -67,7 +67,7 @@ def here(asked: Sweep, todo: list[Planned], cpus: int) -> dict[Planned, str]:
 
 
 def _note(asked: Sweep) -> None:
-    """sweep.json: the hypothesis and the arms, for `results`; atomically, since another engine may read it."""
+    """Write sweep.json, the hypothesis and the arms, for `results`. Atomically: another engine may read it."""
     flags = list(dict.fromkeys(flag for run in asked.runs for flag, _ in run.arm))
     seeds = list(dict.fromkeys(run.seed for run in asked.runs))
     arms = {run.arm: json.loads(json.dumps(described(run.config))) for run in asked.runs}
@@ -96,7 +96,7 @@ def _table(asked: Sweep, now: dict[Planned, str]) -> str:
 
 
 def _estimate(asked: Sweep, todo: list[Planned], engine: str, workers: int | None) -> str:
-    """How long what is left will take, from runs of the same preset that are finished beside it."""
+    """The time that the runs left will take, estimated from finished runs of the same preset beside the sweep."""
     said = f"{len(todo)} of {len(asked.runs)} runs to do"
     seconds = []
     for summary in asked.folder.parent.rglob("summary.json"):
@@ -104,7 +104,7 @@ def _estimate(asked: Sweep, todo: list[Planned], engine: str, workers: int | Non
         if found["preset"] == asked.preset:
             seconds.append(found["seconds"] / len(found["rounds"]))
     if not seconds or not todo:
-        return said + ("; how long is known when the first is finished" if todo else "")
+        return said + ("; a time estimate needs one finished run" if todo else "")
     minutes = statistics.median(seconds) * sum(run.config.rounds for run in todo) / 60
     at_once = workers or 1
     return f"{said}, about {minutes / at_once:.0f} minutes" + (f" with {at_once} at once" if at_once > 1 else "")
