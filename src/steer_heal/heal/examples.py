@@ -92,9 +92,8 @@ def with_tau(lm: LM, examples: list[Example], config: HealConfig, before: list[H
     with torch.no_grad():
         _, kl = position_losses(lm.head, teacher, None, reference, barrier.reg)
     tau = barrier.tau_share * aggregate(kl, barrier.agg).item()
-    logger.info(
-        f"tau {tau:.3g} nats: {barrier.tau_share:g} of the {barrier.agg} divergence of the teacher ({config.target.kind})"
-    )
+    kind = "mirrored" if config.target.kind == "mirrored" else "steered"
+    logger.info(f"tau {tau:.3g} nats: {barrier.tau_share:g} of the {barrier.agg} divergence of the {kind} teacher")
     return replace(config, barrier=replace(barrier, tau=tau))
 
 

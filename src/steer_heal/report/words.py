@@ -78,6 +78,7 @@ def diary(run: Run) -> str:
     anchored = "" if run.config["heal"]["anchor"]["prompts"] == 0 else ", its anchor on {:.0%}"
     for r, arms in zip(run.rounds, run.summary.rounds, strict=True):
         steered, healed, base = arms.steered, arms.healed, run.summary.base
+        unit = run.summary.unit
         low, high = healed.trait_over_base_ci
         parts += [
             f"## Round {r.number}",
