@@ -5,6 +5,7 @@ set dotenv-load := false
 python := env("PYTHON", "python3")
 bin := ".venv/bin"
 github := env("STEER_HEAL_GITHUB", "https://github.com")
+export PYTHONDONTWRITEBYTECODE := "" # keep compiled modules: the checks start many processes
 
 default:
     @just --list --unsorted

@@ -152,11 +152,11 @@ QUOTED = re.compile(r"\"[^\"]*\"|\u201c[^\u201d]*\u201d")  # quoted speech of so
 class Surprise(NamedTuple):
     """A base model's NLL and entropy on a completion, per token in nats: [n] each."""
 
-    nll: Float[Tensor, "n"]
+    nll: Float[Tensor, " n"]
     """NLL of the token after the prompt"""
-    entropy: Float[Tensor, "n"]
+    entropy: Float[Tensor, " n"]
     """entropy of the distribution over the token, after the prompt"""
-    alone: Float[Tensor, "n"]
+    alone: Float[Tensor, " n"]
     """NLL of the token after a prompt that asks nothing"""
 
 
@@ -186,11 +186,11 @@ def score(text: str, surprise: Surprise, persona: re.Pattern[str] | None = None)
     )
 
 
-def _ppl(nll: Float[Tensor, "n"]) -> float:
+def _ppl(nll: Float[Tensor, " n"]) -> float:
     return math.exp(min(nll.mean().item(), 50.0))
 
 
-def _highest(nats: Float[Tensor, "n"]) -> float:
+def _highest(nats: Float[Tensor, " n"]) -> float:
     """Largest mean of WINDOW values in a row, or the mean of all values when there are fewer."""
     return nats.unfold(0, min(WINDOW, len(nats)), 1).mean(1).max().item()
 

@@ -44,7 +44,7 @@ class OperatorNorm:
         return torch.stack(squares).mean()
 
 
-def _unit(v: Float[Tensor, "n"]) -> Float[Tensor, "n"]:
+def _unit(v: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
     return v / v.norm().clamp(min=torch.finfo(v.dtype).tiny)
 
 

@@ -82,7 +82,7 @@ def iso_kl(lm: LM, vector: AnyVector, rows: list[Row], doses: list[float], targe
     return missed
 
 
-def p95(values: Float[Tensor, "n"]) -> float:
+def p95(values: Float[Tensor, " n"]) -> float:
     return values.quantile(0.95).item()
 
 

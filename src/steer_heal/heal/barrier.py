@@ -148,11 +148,11 @@ def _row_dot(a: Tensor, b: Tensor) -> Tensor:
 def position_losses(
     head: Head,
     states: Float[Tensor, "n d"],
-    targets: Int[Tensor, "n"] | None,
+    targets: Int[Tensor, " n"] | None,
     reference: Float[Tensor, "n d"] | None,
     reg: Reg,
     teacher: Float[Tensor, "n d"] | None = None,
-) -> tuple[Float[Tensor, "n"], Float[Tensor, "n"]]:
+) -> tuple[Float[Tensor, " n"], Float[Tensor, " n"]]:
     """Objective and divergence of every position, in nats, differentiable with respect to `states`.
 
     Args:
@@ -163,7 +163,7 @@ def position_losses(
     return _Fused.apply(states, head, targets, teacher, reference, reg)
 
 
-def aggregate(kl: Float[Tensor, "n"], agg: Agg) -> Float[Tensor, ""]:
+def aggregate(kl: Float[Tensor, " n"], agg: Agg) -> Float[Tensor, ""]:
     """Aggregate the per-position divergences into one, in nats."""
     match agg:
         case "mean":
@@ -176,7 +176,7 @@ def aggregate(kl: Float[Tensor, "n"], agg: Agg) -> Float[Tensor, ""]:
             return kl.max()
 
 
-def rmse(kl: Float[Tensor, "n"]) -> Float[Tensor, ""]:
+def rmse(kl: Float[Tensor, " n"]) -> Float[Tensor, ""]:
     """Root mean square of the per-position KL, in nats.
 
     Incoherence is concentrated in a few positions. The mean dilutes them; the rmse does not. Unlike the maximum, the

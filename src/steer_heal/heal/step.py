@@ -75,7 +75,7 @@ def micro_batches(batch: list[Example], size: int) -> list[list[Example]]:
     return [sorted(ordered[i : i + size], key=lambda e: e.anchor) for i in range(0, len(ordered), size)]
 
 
-def losses(lm: LM, part: list[Example], config: HealConfig) -> tuple[Float[Tensor, "n"], Float[Tensor, "n"]]:
+def losses(lm: LM, part: list[Example], config: HealConfig) -> tuple[Float[Tensor, " n"], Float[Tensor, " n"]]:
     """Return the objective and the divergence of every position; anchors come last and have no objective."""
     rows = [e.row for e in part]
     # Activations that are recomputed in the backward pass cannot use a prefix cache.
@@ -102,7 +102,7 @@ def _is_anchor(part: list[Example]) -> Tensor:
 
 
 def loss_terms(
-    objective: Float[Tensor, "n"], kl: Float[Tensor, "n"], anchor: Tensor, config: HealConfig, lam: Multipliers
+    objective: Float[Tensor, " n"], kl: Float[Tensor, " n"], anchor: Tensor, config: HealConfig, lam: Multipliers
 ) -> dict[str, Tensor]:
     """Return the step's loss and its terms: objective, D, the anchor's D, the barrier, the weighted penalty.
 

@@ -30,7 +30,7 @@ def choice_log_probs(
     choices: list[list[list[int]]],
     steering_: Steering | None = None,
     on_prompts: Callable[[int], None] = lambda prompts: None,
-) -> list[list[Float[Tensor, "n"]]]:
+) -> list[list[Float[Tensor, " n"]]]:
     """Log-probability in nats of each token of each answer: result[i][j] belongs to `choices[i][j]` after `prompts[i]`.
 
     Args:
@@ -58,7 +58,7 @@ class _Read(NamedTuple):
 
     cache: Cache
     mask: Int[Tensor, "b s"]
-    last: Int[Tensor, "b"]
+    last: Int[Tensor, " b"]
     """position of the last token"""
     doses: Doses
 

@@ -139,7 +139,7 @@ def free_memory(device: torch.device) -> int:
 class _Batch(NamedTuple):
     """Prompts that are decoded together."""
 
-    rows: Int[Tensor, "b"]
+    rows: Int[Tensor, " b"]
     """their indices among all prompts; the sampling noise depends on them"""
     shared: list[int]
     """tokens of the shared prefix"""
@@ -186,8 +186,8 @@ def _decode_batch(lm: LM, batch: _Batch, max_new_tokens: int, sampling: Sampling
 
 
 def choose(
-    logits: Float[Tensor, "b v"], rows: Int[Tensor, "b"], step: int, sampling: Sampling | None
-) -> Int[Tensor, "b"]:
+    logits: Float[Tensor, "b v"], rows: Int[Tensor, " b"], step: int, sampling: Sampling | None
+) -> Int[Tensor, " b"]:
     """Next token of each row: the largest logit, or one draw from the top-k, top-p truncated softmax.
 
     The draw inverts the cumulative distribution at one uniform number per (key, row, step).

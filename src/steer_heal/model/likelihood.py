@@ -29,7 +29,7 @@ def log_probs(head: Head, *models: Float[Tensor, "_ d"]) -> Iterator[tuple[slice
         yield at, [head(states[rows])[: at.stop - start].log_softmax(-1) for states in models]
 
 
-def row_surprise(lm: LM, rows: list[Row]) -> list[tuple[Float[Tensor, "n"], Float[Tensor, "n"]]]:
+def row_surprise(lm: LM, rows: list[Row]) -> list[tuple[Float[Tensor, " n"], Float[Tensor, " n"]]]:
     """NLL and predictive entropy in nats of every completion token of every row, on the CPU."""
     hidden = torch.cat(states(lm, rows))
     targets = torch.tensor([t for row in rows for t in row.completion], device=lm.device)
@@ -41,25 +41,25 @@ def row_surprise(lm: LM, rows: list[Row]) -> list[tuple[Float[Tensor, "n"], Floa
     return list(zip(*(torch.cat(nats).cpu().split(lengths) for nats in (nll, entropy)), strict=True))
 
 
-def row_nll(lm: LM, rows: list[Row], steering_: Steering | None = None) -> list[Float[Tensor, "n"]]:
+def row_nll(lm: LM, rows: list[Row], steering_: Steering | None = None) -> list[Float[Tensor, " n"]]:
     """NLL in nats of every completion token of every row under the current view and `steering_`."""
     hidden = torch.cat(states(lm, rows, steering_))
     targets = torch.tensor([t for row in rows for t in row.completion], device=lm.device)
     return list(token_nll(lm, hidden, targets).cpu().split([len(row.completion) for row in rows]))
 
 
-def token_nll(lm: LM, states: Float[Tensor, "n d"], targets: Int[Tensor, "n"]) -> Float[Tensor, "n"]:
+def token_nll(lm: LM, states: Float[Tensor, "n d"], targets: Int[Tensor, " n"]) -> Float[Tensor, " n"]:
     """NLL in nats of each target token, predicted from the hidden state of the same index."""
     return torch.cat([_of_targets(log_p, targets[at]) for at, (log_p,) in log_probs(lm.head, states)])
 
 
-def _of_targets(log_p: Float[Tensor, "n v"], targets: Int[Tensor, "n"]) -> Float[Tensor, "n"]:
+def _of_targets(log_p: Float[Tensor, "n v"], targets: Int[Tensor, " n"]) -> Float[Tensor, " n"]:
     return -log_p.gather(1, targets[:, None])[:, 0]
 
 
 def token_kl(
     head: Head, steered: list[Float[Tensor, "_ d"]], plain: list[Float[Tensor, "_ d"]]
-) -> list[Float[Tensor, "_"]]:
+) -> list[Float[Tensor, " _"]]:
     """KL(steered || plain) in nats at every position, from hidden states."""
     chunks = log_probs(head, torch.cat(steered), torch.cat(plain))
     kl = [torch.linalg.vecdot(log_p.exp(), log_p - log_q) for _, (log_p, log_q) in chunks]

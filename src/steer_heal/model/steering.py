@@ -43,16 +43,16 @@ class Steering:
     """A vector, and one dose per row of the call."""
 
     vector: AnyVector
-    dose: Float[Tensor, "rows"]
+    dose: Float[Tensor, " rows"]
 
 
 class Dial:
     """The state that the steering hooks read: doses and padding mask of the current batch."""
 
-    dose: Float[Tensor, "b"]
+    dose: Float[Tensor, " b"]
     real: Bool[Tensor, "b t"] | None
 
-    def turn(self, dose: Float[Tensor, "b"], real: Bool[Tensor, "b t"] | None = None) -> None:
+    def turn(self, dose: Float[Tensor, " b"], real: Bool[Tensor, "b t"] | None = None) -> None:
         self.dose, self.real = dose, real
 
 
@@ -61,14 +61,14 @@ class Doses:
     """The dose of each row of one batch, and the dial that passes it to the hooks. Without steering `dose` is None."""
 
     dial: Dial
-    dose: Float[Tensor, "b"] | None
+    dose: Float[Tensor, " b"] | None
 
     @classmethod
     def of_batch(cls, lm: LM, dial: Dial, steering_: Steering | None, rows: list[int]) -> Doses:
         """The doses of a batch that consists of these rows of the call."""
         return cls(dial, None if steering_ is None else steering_.dose[rows].to(lm.device))
 
-    def of(self, rows: Int[Tensor, "n"]) -> Doses:
+    def of(self, rows: Int[Tensor, " n"]) -> Doses:
         """The doses of these rows of the batch."""
         return self if self.dose is None else Doses(self.dial, self.dose[rows.to(self.dose.device)])
 
@@ -87,7 +87,7 @@ class OneDoseDial(Dial):
     def __init__(self, lm: LM, vector: ForeignVector, hooks: ExitStack) -> None:
         self.lm, self.vector, self.hooks, self.now = lm, vector, hooks, None
 
-    def turn(self, dose: Float[Tensor, "b"], real: Bool[Tensor, "b t"] | None = None) -> None:
+    def turn(self, dose: Float[Tensor, " b"], real: Bool[Tensor, "b t"] | None = None) -> None:
         (value,) = set(dose.tolist())
         if value != self.now:
             self.hooks.close()

@@ -155,7 +155,7 @@ def _report(lm: LM, layer: int, positive: Float[Tensor, "n d"], negative: Float[
     )
 
 
-def auc(high: Float[Tensor, "n"], low: Float[Tensor, "m"]) -> float:
+def auc(high: Float[Tensor, " n"], low: Float[Tensor, " m"]) -> float:
     """Probability that one of `high` exceeds one of `low`, ties counted half."""
     difference = high[:, None] - low[None, :]
     return ((difference > 0).double().mean() + (difference == 0).double().mean() / 2).item()
