@@ -3,11 +3,13 @@
 import logging
 import os
 
+from steer_heal.processor import processor
+
 VERSION = "0.2.0"  # a run folder is read by versions that share its first two numbers
 
 # A sum must come out the same wherever its numbers lie in memory and whatever else is in the batch. Intel's library
 # promises that for matrix products on x86 in this mode only; it is read at the first product.
-os.environ.setdefault("MKL_CBWR", "AVX2,STRICT")
+os.environ.setdefault("MKL_CBWR", processor().mkl_mode)
 # Large tensors on a CPU in large pages; torch reads it at the first one.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 

@@ -234,7 +234,7 @@ class Eval:
     """for an adapter: the base model to load instead of the one that the adapter names"""
     quant: Literal["none", "nf4"] = "none"
     """for a model or adapter: nf4 holds the base in 4 bits. A run is loaded as it was made"""
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """for a model or adapter: type of the weights that are not quantised"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """for a model or adapter"""

@@ -50,8 +50,9 @@ class ModelConfig:
     """hub id, folder, .gguf file, `smollm2-135m` (packaged weights) or `random:ARCHITECTURE`"""
     quant: Annotated[Literal["none", "nf4"], COMMON] = "nf4"
     """nf4: 4-bit base weights with double quantisation and bf16 compute (QLoRA)"""
-    dtype: Annotated[Literal["float32", "bfloat16"], COMMON] = "bfloat16"
-    """type of the weights that are not quantised"""
+    dtype: Annotated[Literal["auto", "float32", "bfloat16"], COMMON] = "auto"
+    """type of the weights that are not quantised; auto: bfloat16 on a GPU, beside 4-bit weights and on a processor with
+    instructions for it, else float32"""
     device: Annotated[Literal["auto", "cpu", "cuda"], COMMON] = "auto"
     """auto: CUDA when there is one"""
     decode_rows: Annotated[int | Literal["auto"], COUNT] = "auto"

@@ -36,7 +36,7 @@ PRESETS: dict[str, RunConfig] = {
     "gemma-3-1b-anchored": replace(GEMMA_1B, heal=replace(ANCHORED, barrier=replace(BUDGET, tau=1.0))),
     "gemma-3-4b": replace(GEMMA_1B, model=replace(GEMMA_1B.model, path="google/gemma-3-4b-it")),
     "smollm2-135m": RunConfig(
-        model=ModelConfig(path="smollm2-135m", quant="none", dtype="float32", device="cpu"),
+        model=ModelConfig(path="smollm2-135m", quant="none", device="cpu"),
         trait="love",
         rounds=3,
         steer=SteerConfig(n_contexts=32, band=(0.3, 0.7)),

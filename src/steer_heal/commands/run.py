@@ -8,6 +8,7 @@ import traceback
 from pathlib import Path
 
 import torch
+from loguru import logger
 
 from steer_heal import data, loop
 from steer_heal.config import ModelConfig, RunConfig, UserError, check
@@ -15,7 +16,7 @@ from steer_heal.eval.foundations import check_profile
 from steer_heal.heal.train import check_optimiser
 from steer_heal.model.lm import LM
 from steer_heal.model.loading import load
-from steer_heal.runs.environment import block_network, environment
+from steer_heal.runs.environment import as_recorded, block_network, environment
 from steer_heal.runs.folder import Damaged, RunDir
 from steer_heal.runs.resume import check_place, create, described, reopened, require_surroundings, trait_of
 from steer_heal.runs.summary import Summary
@@ -53,9 +54,12 @@ def run(config: RunConfig, preset: str, argv: list[str]) -> tuple[RunDir, Summar
     given = data.load_trait(config.trait) if here else None
     with reopened(config, preset) as folder:
         trait = trait_of(folder, config, given)
+        model = config.model
         if "env.json" not in config.recompute:
-            torch.set_num_threads(folder.read("env.json")["threads"])  # another number changes how sums are rounded
-        lm = loaded(config.model)
+            env = folder.read("env.json")
+            torch.set_num_threads(env["threads"])  # another number changes how sums are rounded
+            model = as_recorded(model, env)
+        lm = loaded(model)
         check_optimiser(config.heal.training, lm.device)
         require_surroundings(folder, config, environment(lm))
         folder.event("resume", argv=argv)
@@ -64,7 +68,9 @@ def run(config: RunConfig, preset: str, argv: list[str]) -> tuple[RunDir, Summar
 
 def loaded(config: ModelConfig) -> LM:
     try:
-        return load(config)
+        lm = load(config)
+        logger.info(f"weights in {str(lm.head.weight.dtype).removeprefix('torch.')}: {lm.why_dtype}")
+        return lm
     except (torch.OutOfMemoryError, RuntimeError) as error:
         if (wanted := _wanted(error)) is None:
             raise

@@ -26,12 +26,15 @@ from steer_heal.gate.conftest import turned
 from steer_heal.gate.folders import cut, seal
 from steer_heal.gate.soak import WORDS, result
 from steer_heal.model import decode as generate
+from steer_heal.model import dtype as dtype_module
 from steer_heal.model.loading import load
 from steer_heal.presets import PRESETS
+from steer_heal.processor import Processor
 from steer_heal.report.page import build
 from steer_heal.runs.environment import commit, environment
 from steer_heal.runs.folder import EVENTS, RunDir
 from steer_heal.runs.resume import create
+from steer_heal.runs.student import student_after
 from steer_heal.stages import round as round_stages
 from steer_heal.terminal import MODULE
 
@@ -235,7 +238,7 @@ def test_another_model_is_refused_and_other_software_must_be_allowed(folder, cap
 
     monkeypatch.setattr(runner, "loaded", other)
     assert "model.sha256: " in refused(again, capsys)
-    assert "another run" in refused([*again, "--allow-change", "model.sha256"], capsys)
+    assert "a different run" in refused([*again, "--allow-change", "model.sha256"], capsys)
     monkeypatch.setattr(runner, "loaded", loaded)
 
     now = environment(loaded(PRESETS["tiny-random"].model))
@@ -261,6 +264,25 @@ def test_a_changed_trait_file_is_refused_and_a_lost_one_is_not_needed(tmp_path, 
     file.unlink()
     main(["run", "--resume", str(folder)])
     assert (folder / "summary.json").exists()
+
+
+def test_the_type_of_the_weights_is_chosen_once(tmp_path, monkeypatch):
+    """The machine that starts the run chooses. Other machines and `student_after` keep its choice."""
+    words = ["run", "tiny-random", "--model.dtype", "auto", "--rounds", "1", "--distil.n-keep", "8"]
+    words += ["--eval.leave-out", "profile", "plain", "off_target", "canary"]
+    with monkeypatch.context() as native:
+        native.setattr(dtype_module, "processor", lambda: Processor("fast", frozenset({"amx_bf16"})))
+        native.setattr(dtype_module, "speed_up", lambda: 4.0)
+        main([*words, "--out", str(tmp_path)])
+    (folder,) = tmp_path.iterdir()
+    env, made = json.loads((folder / "env.json").read_text()), result(folder)
+    assert env["dtype"] == {"weights": "bfloat16", "why": "this processor multiplies it with amx_bf16"}
+    assert json.loads((folder / "config.json").read_text())["model"]["dtype"] == "auto"
+    monkeypatch.setattr(dtype_module, "processor", lambda: Processor("slow", frozenset()))
+    assert student_after(folder, RunDir(folder).read("config.json"), 1).lm.head.weight.dtype == torch.bfloat16
+    cut(folder, "r00/adapter")
+    main(["run", "--resume", str(folder)])
+    assert result(folder) == made
 
 
 def test_what_env_json_says(monkeypatch, whole):

@@ -81,6 +81,8 @@ class LM:
     tokenizer: PreTrainedTokenizerBase
     name: str
     end_tokens: frozenset[int]
+    why_dtype: str = ""
+    """why the weights have their type, see `dtype.chosen`"""
     head_product: Callable[[Tensor], Tensor] | None = None
     """`Head.product`"""
     read_rows: int = 32

@@ -9,6 +9,7 @@ import os
 import shutil
 import struct
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -29,6 +30,7 @@ from transformers.utils import logging as transformers_logging
 
 from steer_heal.config import ModelConfig, UserError, nearest
 from steer_heal.files import writing
+from steer_heal.model.dtype import chosen
 from steer_heal.model.lm import LM
 from steer_heal.model.memory import keep_freed_memory
 from steer_heal.model.random_weights import RANDOM_ARCHITECTURES, build_random
@@ -52,7 +54,8 @@ def load(config: ModelConfig) -> LM:
         )
     if device == "cpu":
         keep_freed_memory()
-    source = config.path
+    dtype, why_dtype = chosen(config, device)
+    config, source = replace(config, dtype=dtype), config.path
     with tempfile.TemporaryDirectory() as scratch:
         if source.startswith("random:"):
             build_random(_known_architecture(source), Path(scratch))
@@ -68,7 +71,8 @@ def load(config: ModelConfig) -> LM:
             module.support_avx512bf16_for_cpu = False
     model.requires_grad_(False)
     model.eval()
-    return LM(model, tokenizer, config.path, frozenset(_end_tokens(model, tokenizer)), read_rows=config.read_rows)
+    end = frozenset(_end_tokens(model, tokenizer))
+    return LM(model, tokenizer, config.path, end, why_dtype, read_rows=config.read_rows)
 
 
 def _require_chat(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: str) -> None:

@@ -8,13 +8,16 @@ import os
 import platform
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 import steer_heal
 from steer_heal import VERSION
+from steer_heal.config import ModelConfig
 from steer_heal.model.lm import LM
+from steer_heal.processor import processor
 
 PACKAGES = ("torch", "transformers", "tokenizers", "peft", "bitsandbytes", "accelerate", "safetensors")
 
@@ -29,8 +32,16 @@ def environment(lm: LM) -> dict:
         "cpus": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "processor": processor().name,
+        "mkl_cbwr": os.environ["MKL_CBWR"],
+        "dtype": {"weights": str(lm.head.weight.dtype).removeprefix("torch."), "why": lm.why_dtype},
         "model": {"name": lm.name, "sha256": checksum(lm)},
     }
+
+
+def as_recorded(config: ModelConfig, env: dict) -> ModelConfig:
+    """The model of a run with the type of weights that the run chose, also on a machine that would choose another."""
+    return replace(config, dtype=env["dtype"]["weights"]) if config.dtype == "auto" else config
 
 
 def commit() -> str | None:

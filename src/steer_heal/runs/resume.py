@@ -27,6 +27,8 @@ ROUNDING = (
     "heal.training.pass_rows",
     "heal.training.checkpointing",
 )
+# Noted at the start and not compared: the number of threads is set again, and so is the type of the weights.
+NO_MATTER = ("cpus", "threads", "processor", "mkl_cbwr", "dtype.why", "model.name")
 SURROUNDINGS = ("python", "platform", "gpu", "git", "packages.")
 
 
@@ -205,7 +207,7 @@ def require_surroundings(run: RunDir, config: RunConfig, env: dict) -> None:
     if "env.json" in config.recompute:
         run.put_back("env.json", env, "this is not the machine, or not the software, that the run was started with")
     then = run.read("env.json")
-    changes = [d for d in _differences(then, env) if d.key not in ("cpus", "threads", "model.name")]
+    changes = [d for d in _differences(then, env) if d.key not in NO_MATTER]
     _require(run, changes, config)
     if changes:
         run.replace_json("env.json", env)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from steer_heal.bake.student import Student
 from steer_heal.config import ModelConfig, UserError
 from steer_heal.model.loading import load
+from steer_heal.runs.environment import as_recorded
 from steer_heal.runs.resume import opened
 from steer_heal.runs.rounds import InRound, rounds_done
 
@@ -22,8 +24,8 @@ def finished_rounds(folder: Path, planned: int, round_: int | None) -> int:
 
 def student_after(folder: Path, config: dict, rounds: int, float_weights: bool = False) -> Student:
     """The model of a run with its first `rounds` rounds folded, as in the run; `float_weights` loads it unquantised."""
-    model = ModelConfig(**config["model"])
-    student = Student(load(ModelConfig(model.path, "none", model.dtype, model.device) if float_weights else model))
+    model = as_recorded(ModelConfig(**config["model"]), opened(folder).read("env.json"))
+    student = Student(load(replace(model, quant="none") if float_weights else model))
     for index in range(rounds):
         student.load_round(opened(folder).find(InRound.ADAPTER.of(index)))
         student.fold(config["heal"]["lora"]["fold_rank"])

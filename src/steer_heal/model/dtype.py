@@ -1,0 +1,53 @@
+"""The type of a model's weights: bfloat16 where the hardware multiplies it natively, else float32."""
+
+from __future__ import annotations
+
+import time
+from typing import NamedTuple
+
+import torch
+
+from steer_heal.config import ModelConfig
+from steer_heal.processor import Processor, processor
+
+TRIED = (256, 1024, 1024)  # rows, columns and sums of the product that is timed, a few milliseconds
+TURNS = 7
+FASTER = 1.5  # times; below it bfloat16 is not worth its rounding
+
+
+class Chosen(NamedTuple):
+    dtype: str
+    why: str
+
+
+def chosen(config: ModelConfig, device: str, found: Processor | None = None) -> Chosen:
+    """The type that `model.dtype` asks for; with `auto` the one that suits the device, and why."""
+    found = found or processor()
+    if config.dtype != "auto":
+        return Chosen(config.dtype, "as asked for")
+    if config.quant != "none":
+        return Chosen("bfloat16", "4-bit weights are multiplied in it")
+    if device != "cpu":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+        return Chosen(*(("bfloat16", "this GPU multiplies it") if native else ("float32", "this GPU has no bfloat16")))
+    if not found.bfloat16:
+        return Chosen("float32", "this processor has no instruction that multiplies bfloat16")
+    if (faster := speed_up()) < FASTER:
+        why = f"this processor's {found.bfloat16} is only {faster:.1f} times as fast in a product tried just now"
+        return Chosen("float32", why)
+    return Chosen("bfloat16", f"this processor multiplies it with {found.bfloat16}")
+
+
+def speed_up() -> float:
+    """How many times as fast as float32 a matrix product in bfloat16 is on this CPU; the fastest of some turns each."""
+    rows, columns, sums = TRIED
+    seconds = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        a, b = torch.ones(rows, sums, dtype=dtype), torch.ones(columns, sums, dtype=dtype)
+        took = []
+        for _ in range(TURNS):
+            began = time.perf_counter()
+            torch.nn.functional.linear(a, b)
+            took.append(time.perf_counter() - began)
+        seconds[dtype] = min(took)
+    return seconds[torch.float32] / seconds[torch.bfloat16]
