@@ -19,6 +19,7 @@ from tyro.conf import Positional, UseAppendAction, arg, subcommand
 from steer_heal import VERSION, flags
 from steer_heal.config import EvalConfig, ModelConfig, RunConfig, UserError, check, nearest
 from steer_heal.presets import DEFAULT_PRESET, PRESETS
+from steer_heal.processor import processor
 from steer_heal.terminal import harmless, program
 
 INTERRUPTED = 130  # the shell's code for Ctrl-C
@@ -365,12 +366,15 @@ class Bench:
     Example: steer-heal bench heal --json heal.json
     """
 
-    what: Positional[Literal["generate", "heal", "filter", "eval"]]
-    """generate: steered sampling, one row at a time against one batch. heal: a training step with full logits, plain
-    fine-tuning and ours, and the cost of folded rounds. eval: the instruments against a plain loop with one forward
-    pass per item and answer. filter: precision and recall on labelled completions"""
+    what: Positional[Literal["demo", "generate", "heal", "filter", "eval"]]
+    """demo: a whole run, its seconds until something is to be seen and of each stage. generate: steered sampling, one
+    row at a time against one batch. heal: a training step with full logits, plain fine-tuning and ours, and the cost of
+    folded rounds. eval: the instruments against a plain loop with one forward pass per item and answer. filter:
+    precision and recall on labelled completions"""
     preset: str = "smollm2-135m"
     """preset whose model is measured (heal has its own models)"""
+    rounds: int | None = None
+    """demo: number of rounds; default: the preset's"""
     rows: int = 64
     """generate: number of completions"""
     tokens: int = 64
@@ -387,7 +391,7 @@ def bench(asked: Bench) -> None:
     if asked.rows < 1 or asked.tokens < 1:
         raise UserError(f"--rows is {asked.rows} and --tokens {asked.tokens}: both must be 1 or more")
     _check_files(json=asked.json, figure=asked.figure)
-    measured = _measured(asked)
+    measured = _machine() | _measured(asked)
     if asked.json is not None:
         Path(asked.json).write_text(dumps(measured, indent=1), "utf-8")
     if asked.figure is not None and asked.what == "filter":
@@ -397,11 +401,26 @@ def bench(asked: Bench) -> None:
     print(dumps({key: value for key, value in measured.items() if key != "sweep"}, indent=1))
 
 
+def _machine() -> dict:
+    """What a figure must be read with: the processor, its threads and the mode of its matrix products."""
+    import torch
+
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {
+        "processor": processor().name,
+        "gpu": gpu,
+        "threads": torch.get_num_threads(),
+        "mkl_cbwr": os.environ["MKL_CBWR"],
+    }
+
+
 def _measured(asked: Bench) -> dict:
-    from steer_heal.bench import decode, filter, heal
+    from steer_heal.bench import decode, demo, filter, heal
     from steer_heal.bench import eval as instruments
 
     match asked.what:
+        case "demo":
+            return demo.demo(asked.preset, asked.rounds)
         case "generate":
             return decode.generate(asked.preset, asked.rows, asked.tokens)
         case "heal":

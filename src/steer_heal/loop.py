@@ -14,7 +14,7 @@ from steer_heal.distil.sample import Exhausted
 from steer_heal.eval.reading import ArmReading
 from steer_heal.heal.steps import barrier_warning
 from steer_heal.report.card import model_card
-from steer_heal.report.tables import arm_table, verdict_line
+from steer_heal.report.tables import arm_table, first_look, verdict_line
 from steer_heal.runs.rounds import Round
 from steer_heal.runs.summary import Baselines, Summary, verdict_of
 from steer_heal.stages.round import RoundStages
@@ -23,7 +23,9 @@ from steer_heal.stages.run import Work
 
 def run(work: Work) -> Summary:
     """Do all rounds of a run; return the summary that is also in summary.json."""
-    arms, anchors = work.baselines(), work.anchors()
+    first = work.first_look()
+    print(f"\n{first_look(work.trait, first)}\n")
+    arms, anchors = work.baselines(first), work.anchors()
     rounds: list[Round] = []
     stopped = ""
     for number in range(work.config.rounds):
@@ -57,10 +59,14 @@ def run(work: Work) -> Summary:
             equal_cost=stage.steer_at_equal_cost(arms, healed),
             equal_trait=None,
         )
-        rounds.append(stage.read_fully(done, arms) if stage.last else done)
+        if stage.last:
+            arms = work.baselines_in_full(arms)
+            done = stage.read_fully(done, arms)
+        rounds.append(done)
         stage.note_demos(arms.base, steered, healed)
         announce(work, arms, rounds)
     if stopped:
+        arms = work.baselines_in_full(arms)
         rounds[-1] = RoundStages(work, len(rounds) - 1, rounds[:-1]).read_fully(rounds[-1], arms)
     return finish(work, arms, rounds, stopped)
 

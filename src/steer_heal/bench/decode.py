@@ -10,6 +10,7 @@ import torch
 
 from steer_heal import data
 from steer_heal.model.decode import Sampling, decode
+from steer_heal.model.dtype import dtype_of
 from steer_heal.model.lm import LM
 from steer_heal.model.loading import load
 from steer_heal.model.packing import packed
@@ -61,6 +62,7 @@ def generate(preset: str, rows: int, tokens: int) -> dict:
     batched = rows * tokens / seconds["batched"]
     return {
         "model": config.model.path,
+        "dtype": dtype_of(lm),
         "rows": rows,
         "tokens": tokens,
         "single_tokens_per_s": single,

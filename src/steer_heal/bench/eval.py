@@ -14,6 +14,7 @@ from steer_heal.config import EvalConfig
 from steer_heal.eval.arms import Arm
 from steer_heal.eval.foundations import BEGUN, question
 from steer_heal.eval.instruments import NO, YES, YES_NO_FORM, evaluate, instruments, spread
+from steer_heal.model.dtype import dtype_of
 from steer_heal.model.lm import LM
 from steer_heal.model.loading import load
 from steer_heal.presets import PRESETS
@@ -45,7 +46,13 @@ def instruments_bench(preset: str) -> dict:
         evaluate(student, arm, trait, config, [name])
 
     ours("yes_no")  # warm-up: the first pass also does one-time setup
-    found: dict = {"model": PRESETS[preset].model.path, "items": {}, "seconds": {}, "ratios": {}}
+    found: dict = {
+        "model": PRESETS[preset].model.path,
+        "dtype": dtype_of(lm),
+        "items": {},
+        "seconds": {},
+        "ratios": {},
+    }
     plain_total = 0.0
     for name in instruments(config, at_end=True):
         found["seconds"][name] = _seconds(lambda name=name: ours(name))

@@ -62,7 +62,7 @@ def heal() -> dict:
     """Return each alternative's seconds per step and peak bytes above the loaded model, and folded rounds' cost."""
     measured = []
     for case in cases():
-        row: dict = {"model": case.model.path}
+        row: dict = {"model": case.model.path, "dtype": case.model.dtype}
         turns = {how: [_apart(_step, case, how) for _ in range(TURNS)] for how in ALTERNATIVES}
         for how, found in turns.items():
             row[f"{how}_step_s"] = min(seconds for seconds, _ in found)

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from steer_heal import data
 from steer_heal.bake.student import Student
+from steer_heal.bench import demo
 from steer_heal.commands import chat
 from steer_heal.commands.evaluate import evaluate_alone
 from steer_heal.commands.export import export
@@ -19,6 +20,7 @@ from steer_heal.gate.soak import WORDS
 from steer_heal.model.loading import load
 from steer_heal.presets import PRESETS
 from steer_heal.report.card import command
+from steer_heal.runs.folder import RunDir
 from steer_heal.terminal import harmless
 
 pytestmark = pytest.mark.run
@@ -134,6 +136,18 @@ def test_the_instruments_alone_see_what_the_run_saw(finished, tmp_path):
     bare = read(TINY.model.path, trait="authority")
     assert bare.student is None and bare.verdict is None and math.isfinite(bare.validity[0].reliability)
     assert bare.prompted.trait_nats != of_run.prompted.trait_nats  # another trait
+
+
+def test_the_demo_benchmark_reads_a_runs_seconds(whole):
+    run = RunDir(whole)
+    began = run.events()[0]["time"]
+    until, found = demo._until(run, began), demo._stages(run)
+    assert 0 < until["first_look"] < until["table"] < run.events()[-1]["time"] - began
+    assert sum(found["stages"].values()) == pytest.approx(found["stages_together"])
+    assert {*found["stages"]} == {*demo.KINDS, "other"}
+    unnamed = [name for name in ("decode_rows.json", "adapter") if name in run.stage_seconds()]
+    assert found["stages"]["other"] == pytest.approx(sum(run.stage_seconds()[name] for name in unnamed), rel=1e-3)
+    assert len(found["tokens_per_s"]) == 2 and all(v > 0 for row in found["tokens_per_s"] for v in row.values())
 
 
 def test_chat_dials_the_gate_the_round_and_the_dose(finished, tmp_path, capsys):

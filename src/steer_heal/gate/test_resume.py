@@ -130,6 +130,7 @@ DAMAGE = [
     (empty, "r00/heal.jsonl", "r00/adapter"),
     (empty, "env.json", "env.json"),
     (lose, "plain/d0.json", "plain/d0.json"),
+    (flip, "first_look.json", "first_look.json"),
     (lose, "r00/vector/layers.json", "r00/vector"),
     (lose, "r00/healed.json", "r00/healed.json"),
     (lose, "r00/adapter", "r00/adapter"),
@@ -142,7 +143,16 @@ DAMAGE = [
     (flatten, "r00/vector", "r00/vector"),
     (add, "r00/adapter", "r00/adapter"),
 ]
-MENDED = {"base.json", "r00/vector", "r00/adapter", "r01/adapter", "config.json", "trait.json", "env.json"}
+MENDED = {
+    "base.json",
+    "first_look.json",
+    "r00/vector",
+    "r00/adapter",
+    "r01/adapter",
+    "config.json",
+    "trait.json",
+    "env.json",
+}
 
 
 @pytest.mark.parametrize(("damage", "name", "artefact"), DAMAGE, ids=[f"{d.__name__} {n}" for d, n, _ in DAMAGE])

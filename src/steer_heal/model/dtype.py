@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 
 from steer_heal.config import ModelConfig
+from steer_heal.model.lm import LM
 from steer_heal.processor import Processor, processor
 
 TRIED = (256, 1024, 1024)  # rows, columns and sums of the product that is timed, a few milliseconds
@@ -36,6 +37,11 @@ def chosen(config: ModelConfig, device: str, found: Processor | None = None) -> 
         why = f"this processor's {found.bfloat16} is only {faster:.1f} times as fast in a product tried just now"
         return Chosen("float32", why)
     return Chosen("bfloat16", f"this processor multiplies it with {found.bfloat16}")
+
+
+def dtype_of(lm: LM) -> str:
+    """The type of the weights that are not quantised, e.g. "bfloat16"."""
+    return str(lm.head.weight.dtype).removeprefix("torch.")
 
 
 def speed_up() -> float:

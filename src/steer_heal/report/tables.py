@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import textwrap
+
 import polars as pl
 
+from steer_heal.data import Trait
 from steer_heal.eval.catalogue import UNITS
 from steer_heal.eval.reading import ArmReading, trait_over
-from steer_heal.eval.verdict import Validity, Verdict
+from steer_heal.eval.verdict import Validity, Verdict, validity
+from steer_heal.terminal import harmless
+
+SHOWN_ANSWERS = 2
+ANSWER_WIDTH = 300  # characters
 
 
 def arm_table(*arms: ArmReading) -> str:
@@ -25,6 +32,20 @@ def arm_table(*arms: ArmReading) -> str:
     )
     with pl.Config(tbl_hide_dataframe_shape=True, tbl_hide_column_data_types=True, tbl_width_chars=120):
         return str(frame)
+
+
+def first_look(trait: Trait, arms: list[ArmReading]) -> str:
+    """Whether the instruments tell the personas apart on this model, and the first answers of base and prompted."""
+    base, prompted, _ = arms
+    parts = [f"Can {trait.title!r} be measured on this model? The two personas as prompts, before any training:"]
+    parts.append(validity_table(validity(arms)))
+    for one, other in list(zip(base.demos, prompted.demos, strict=True))[:SHOWN_ANSWERS]:
+        parts += [f"> {_line(one.prompt)}", f"  base: {_line(one.text)}", f"  prompted: {_line(other.text)}"]
+    return "\n".join(parts)
+
+
+def _line(text: str) -> str:
+    return textwrap.shorten(harmless(text), ANSWER_WIDTH, placeholder=" ...")
 
 
 def validity_table(rows: list[Validity]) -> str:

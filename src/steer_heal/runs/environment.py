@@ -16,6 +16,7 @@ import torch
 import steer_heal
 from steer_heal import VERSION
 from steer_heal.config import ModelConfig
+from steer_heal.model.dtype import dtype_of
 from steer_heal.model.lm import LM
 from steer_heal.processor import processor
 
@@ -34,7 +35,7 @@ def environment(lm: LM) -> dict:
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "processor": processor().name,
         "mkl_cbwr": os.environ["MKL_CBWR"],
-        "dtype": {"weights": str(lm.head.weight.dtype).removeprefix("torch."), "why": lm.why_dtype},
+        "dtype": {"weights": dtype_of(lm), "why": lm.why_dtype},
         "model": {"name": lm.name, "sha256": checksum(lm)},
     }
 

@@ -142,7 +142,7 @@ class RunDir:
             sync(target.parent)
         return value
 
-    def artefact(self, kind: type[T], name: str, compute: Callable[[], T]) -> T:
+    def artefact(self, kind: Any, name: str, compute: Callable[[], T]) -> T:
         """An artefact of this kind, stored as a JSON file."""
 
         def write(path: Path, value: T) -> None:
@@ -209,16 +209,16 @@ class RunDir:
     def write_jsonl(self, name: str, rows: list) -> None:
         self.replace_text(name, jsonl_text(unstructured(rows)))
 
-    def replace_json(self, name: str, value: Any) -> None:
-        self.replace_text(name, json_text(unstructured(value)))
+    def replace_json(self, name: str, value: Any, **noted: Any) -> None:
+        self.replace_text(name, json_text(unstructured(value)), **noted)
 
-    def replace_text(self, name: str, text: str) -> None:
-        """Write a file, or overwrite it, and note its checksum in events.jsonl."""
+    def replace_text(self, name: str, text: str, **noted: Any) -> None:
+        """Write a file, or overwrite it, and note its checksum, and what else is given, in events.jsonl."""
 
         def note(scratch: Path) -> None:
             sha = sha256(scratch)
             if sha not in self.record.sums.get(name, ()):
-                self.event("file", artefact=name, sha256={name: sha})
+                self.event("file", artefact=name, sha256={name: sha}, **noted)
 
         write_text(self.path / name, text, note)
 
@@ -287,8 +287,14 @@ class RunDir:
         return events
 
     def stage_seconds(self) -> dict[str, float]:
-        """Seconds that computing each artefact took, also before the run was resumed."""
-        return {e["artefact"]: e["seconds"] for e in self.events() if e["event"] == "stage"}
+        """Seconds that computing each artefact took, and adding to it, also before the run was resumed."""
+        seconds: dict[str, float] = {}
+        for event in self.events():
+            if event["event"] == "stage":
+                seconds[event["artefact"]] = event["seconds"]
+            elif event["event"] == "file" and "seconds" in event:
+                seconds[event["artefact"]] += event["seconds"]
+        return seconds
 
     @property
     def first_argv(self) -> list[str]:

@@ -231,21 +231,12 @@ class RoundStages:
     def read_fully(self, done: Round, arms: Baselines) -> Round:
         """The last round, `done`, with all readings of the end. A loop that ends early learns late which it is."""
         everything = instruments(self.work.config.eval, at_end=True)
-        healed = self.completed(InRound.HEALED, done.healed, Arm("healed"), everything)
+        healed = self.work.completed(self.file(InRound.HEALED), done.healed, Arm("healed"), everything)
         if not arms.plain:
             return replace(done, healed=healed)
         arm = plainly("equal_cost", self.work.first_vector(), done.equal_cost.dose)
-        cost = self.completed(InRound.EQUAL_COST, done.equal_cost, arm, self.opponents_read)
+        cost = self.work.completed(self.file(InRound.EQUAL_COST), done.equal_cost, arm, self.opponents_read)
         return replace(done, healed=healed, equal_cost=cost, equal_trait=self.steer_at_equal_trait(arms, healed))
-
-    def completed(self, artefact: InRound, reading: ArmReading, arm: Arm, which: tuple[str, ...]) -> ArmReading:
-        """The reading, with the missing ones of the instruments `which` added."""
-        lacking, name = tuple(one for one in which if one not in reading.read), self.file(artefact)
-        if not lacking:
-            return reading
-        whole = reading.joined(self.work.read_arm(f"eval {name.removesuffix('.json')}", arm, lacking))
-        self.work.folder.replace_json(name, whole)
-        return whole
 
     def note_demos(self, base: ArmReading, steered: ArmReading, healed: ArmReading) -> None:
         """Write the free-text answers of the round's arms side by side."""

@@ -54,6 +54,14 @@ def freeing(compute: Callable[[], T]) -> Callable[[], T]:
     return computed
 
 
+FIRST = ("contrast", "yes_no", "demos")  # what the first look reads; of the negative persona no demos
+
+
+def lacks(reading: ArmReading, which: tuple[str, ...]) -> tuple[str, ...]:
+    """The instruments of `which` that the reading does not have."""
+    return tuple(name for name in which if name not in reading.read)
+
+
 def plainly(name: str, first: AnyVector, dose: float) -> Arm:
     """The arm of the base steered by the first round's vector."""
     return Arm(name, history=0.0, now=0.0, vector=first, dose=dose)
@@ -95,17 +103,54 @@ class Work:
         label = f"eval {name.removesuffix('.json')}"
         return self.folder.artefact(ArmReading, name, freeing(lambda: self.read_arm(label, arm, which)))
 
-    def baselines(self) -> Baselines:
-        everything = instruments(self.config.eval, at_end=True)
-        arms = {"base": None, "prompted": self.trait.positive, "negative": self.trait.negative}
-        which = {name: everything for name in ("base", "prompted")}
-        which["negative"] = (*PLAIN, *(("profile",) if "profile" in everything else ()))
-        read = {
-            name: self.measured(f"{name}.json", Arm(name, history=0.0, now=0.0, system=system), which[name])
-            for name, system in arms.items()
-        }
+    def completed(self, name: str, reading: ArmReading, arm: Arm, which: tuple[str, ...]) -> ArmReading:
+        """The reading stored as `name`, with the missing ones of the instruments `which` added."""
+        if not (lacking := lacks(reading, which)):
+            return reading
+        began = time.perf_counter()
+        whole = reading.joined(self.read_arm(f"eval {name.removesuffix('.json')}", arm, lacking))
+        self.folder.replace_json(name, whole, seconds=time.perf_counter() - began)
+        return whole
+
+    @property
+    def prompted_arms(self) -> tuple[Arm, Arm, Arm]:
+        """The base as it is, under the positive persona, and under the negative one."""
+        systems = {"base": None, "prompted": self.trait.positive, "negative": self.trait.negative}
+        return tuple(Arm(name, history=0.0, now=0.0, system=system) for name, system in systems.items())
+
+    def first_look(self) -> list[ArmReading]:
+        """The instruments that show whether the trait can be measured on this model, and the base's first answers."""
+
+        def compute() -> list[ArmReading]:
+            which = {"base": FIRST, "prompted": FIRST, "negative": FIRST[:2]}
+            return [self.read_arm(f"first look, {arm.name}", arm, which[arm.name]) for arm in self.prompted_arms]
+
+        return self.folder.artefact(list[ArmReading], "first_look.json", freeing(compute))
+
+    def baselines(self, first: list[ArmReading]) -> Baselines:
+        """The arms that need no training, with the instruments that every round reads."""
+        early = instruments(self.config.eval, at_end=False)
+        read = {}
+        for arm, begun in zip(self.prompted_arms, first, strict=True):
+            which = lacks(begun, PLAIN if arm.name == "negative" else early)
+            compute = freeing(lambda arm=arm, begun=begun, which=which: self._joined(arm, begun, which))
+            read[arm.name] = self.folder.artefact(ArmReading, f"{arm.name}.json", compute)
         self.folder.write_jsonl("demos.jsonl", side_by_side(base=read["base"], prompted=read["prompted"]))
         return Baselines(**read, plain=[])
+
+    def _joined(self, arm: Arm, begun: ArmReading, which: tuple[str, ...]) -> ArmReading:
+        return begun.joined(self.read_arm(f"eval {arm.name}", arm, which)) if which else begun
+
+    def baselines_in_full(self, arms: Baselines) -> Baselines:
+        """The baselines, with the instruments added that only the last round is compared on."""
+        everything = instruments(self.config.eval, at_end=True)
+        profile = tuple(name for name in everything if name == "profile")
+        which = {"base": everything, "prompted": everything, "negative": (*PLAIN, *profile)}
+        read = {
+            arm.name: self.completed(f"{arm.name}.json", getattr(arms, arm.name), arm, which[arm.name])
+            for arm in self.prompted_arms
+        }
+        return replace(arms, **read)
 
     def anchors(self) -> Callable[[], list[Example]]:
         """Complete mundane prompts with the base. The returned function computes their states at its first call."""
