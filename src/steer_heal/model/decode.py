@@ -34,7 +34,7 @@ MEMORY_SHARE = 0.5  # share of the free memory for the rows; the rest is for tem
 MOST_ROWS = {"cpu": 96, "cuda": 512}  # a larger batch is not faster
 
 
-class Completion(NamedTuple):
+class Decoded(NamedTuple):
     """Token ids. When the model ended by itself within the limit, the last one is the end token."""
 
     ids: list[int]
@@ -89,7 +89,7 @@ def decode(
     steering_: Steering | None = None,
     sampling: Sampling | None = None,
     on_batch: Callable[[int], None] = lambda rows: None,
-) -> list[Completion]:
+) -> list[Decoded]:
     """Complete every prompt; greedy without `sampling`.
 
     Args:
@@ -97,7 +97,7 @@ def decode(
         steering_: vector and one dose per prompt.
         on_batch: called with the number of rows just finished, for progress.
     """
-    out: list[Completion | None] = [None] * len(prompts)
+    out: list[Decoded | None] = [None] * len(prompts)
     shared = shared_left_padded(lm, prompts)
     width = rounded(max(map(len, prompts)) - shared)  # one for all batches, so that many rows are decoded together
     with torch.no_grad(), steering(lm, steering_) as dial, packed(lm, len(prompts) * max_new_tokens) as lm:
@@ -147,7 +147,7 @@ class _Batch(NamedTuple):
     doses: Doses
 
 
-def _decode_batch(lm: LM, batch: _Batch, max_new_tokens: int, sampling: Sampling | None) -> list[Completion]:
+def _decode_batch(lm: LM, batch: _Batch, max_new_tokens: int, sampling: Sampling | None) -> list[Decoded]:
     shared, ids, mask, position = batch.padded
     rows = batch.rows
     slots = torch.tensor(filled(range(len(rows))))  # the prompt of each row of the shrinking batch
@@ -182,7 +182,7 @@ def _decode_batch(lm: LM, batch: _Batch, max_new_tokens: int, sampling: Sampling
             ids, mask, position = ids[stay], mask[stay], position[stay]
             doses = doses.of(stay)
             cache.batch_select_indices(stay)
-    return [Completion(w, e) for w, e in zip(written, ended, strict=True)]
+    return [Decoded(w, e) for w, e in zip(written, ended, strict=True)]
 
 
 def choose(
