@@ -8,13 +8,11 @@ import traceback
 from pathlib import Path
 
 import torch
-from loguru import logger
 
 from steer_heal import data, loop
 from steer_heal.config import ModelConfig, RunConfig, UserError, check
 from steer_heal.eval.foundations import check_profile
 from steer_heal.heal.train import check_optimiser
-from steer_heal.model.dtype import dtype_of
 from steer_heal.model.lm import LM
 from steer_heal.model.loading import load
 from steer_heal.runs.environment import as_recorded, block_network, environment
@@ -69,9 +67,7 @@ def run(config: RunConfig, preset: str, argv: list[str]) -> tuple[RunDir, Summar
 
 def loaded(config: ModelConfig) -> LM:
     try:
-        lm = load(config)
-        logger.info(f"weights in {dtype_of(lm)}: {lm.why_dtype}")
-        return lm
+        return load(config)
     except (torch.OutOfMemoryError, RuntimeError) as error:
         if (wanted := _wanted(error)) is None:
             raise

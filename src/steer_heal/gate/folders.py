@@ -38,7 +38,9 @@ def cut(folder: Path, artefact: str) -> None:
     """Leave the folder as after a kill before `artefact` was made: remove it and all later artefacts."""
     events = RunDir(folder).events()
     before = next(i for i, event in enumerate(events) if event.get("artefact") == artefact)
-    write_events(folder, events[:before])
+    made = {file for event in events[:before] for file in event.get("sha256", {})}
+    added_to = [e for e in events[before:] if e["event"] == "file" and e["sha256"].keys() <= made]  # as it lies there
+    write_events(folder, [*events[:before], *added_to])
     kept = RunDir(folder).record.sums
     for event in events[before:]:
         for file in event.get("sha256", {}):

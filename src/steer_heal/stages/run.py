@@ -28,6 +28,7 @@ from steer_heal.eval.opponents import (
 from steer_heal.eval.reading import ArmReading, side_by_side
 from steer_heal.heal.examples import Example, prepare_anchors
 from steer_heal.model.decode import MOST_ROWS, rows_that_fit
+from steer_heal.model.dtype import dtype_of
 from steer_heal.model.lm import LM
 from steer_heal.model.memory import give_back_freed_memory, peak_memory
 from steer_heal.model.steering import AnyVector
@@ -82,6 +83,7 @@ class Work:
     def begun(cls, config: RunConfig, preset: str, folder: RunDir, trait: data.Trait, lm: LM) -> Work:
         """Start the work. "auto" for `model.decode_rows` becomes a number, which a resumed run takes again."""
         logger.info(f"model {config.model.path}, trait {trait.name!r}, {config.rounds} rounds, folder {folder.path}")
+        logger.info(f"weights in {dtype_of(lm)}: {lm.why_dtype}")
         rows = config.model.decode_rows
         if rows == "auto":
 
