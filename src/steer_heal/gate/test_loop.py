@@ -96,7 +96,12 @@ def test_a_loop_that_steering_exhausts_ends_with_what_it_has(tmp_path, monkeypat
     at_end = ("off_target", "canary", "profile")
     folder, summary = do(TINY, out=str(tmp_path), eval=replace(TINY.eval, ends_only=at_end))
     printed = capsys.readouterr().out
-    assert 0 < printed.index("Can 'loves humanity' be measured") < printed.index("base: ") < printed.index("round 0")
+    assert (
+        0
+        < printed.index("Can 'loves humanity' be measured")
+        < printed.index("The base answers:")
+        < printed.index("round 0")
+    )
     added = [e["seconds"] for e in folder.events() if e.get("artefact") == "base.json"]
     assert len(added) == 2 and folder.stage_seconds()["base.json"] == pytest.approx(sum(added))
     assert {*at_end} <= {*folder.read("base.json")["read"]}  # read at the end, when it is the end

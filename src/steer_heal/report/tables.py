@@ -8,8 +8,9 @@ import polars as pl
 
 from steer_heal.data import Trait
 from steer_heal.eval.catalogue import UNITS
-from steer_heal.eval.reading import ArmReading, trait_over
-from steer_heal.eval.verdict import Validity, Verdict, validity
+from steer_heal.eval.intervals import interval
+from steer_heal.eval.reading import ArmReading, paired, trait_over
+from steer_heal.eval.verdict import Validity, Verdict
 from steer_heal.terminal import harmless
 
 SHOWN_ANSWERS = 2
@@ -35,12 +36,19 @@ def arm_table(*arms: ArmReading) -> str:
 
 
 def first_look(trait: Trait, arms: list[ArmReading]) -> str:
-    """Whether the instruments tell the personas apart on this model, and the first answers of base and prompted."""
-    base, prompted, _ = arms
-    parts = [f"Can {trait.title!r} be measured on this model? The two personas as prompts, before any training:"]
-    parts.append(validity_table(validity(arms)))
-    for one, other in list(zip(base.demos, prompted.demos, strict=True))[:SHOWN_ANSWERS]:
-        parts += [f"> {_line(one.prompt)}", f"  base: {_line(one.text)}", f"  prompted: {_line(other.text)}"]
+    """Whether the trait's instrument tells the personas apart on this model, and the base's first answers."""
+    base, positive, negative = arms
+    change = paired(positive, negative, trait.instrument)
+    low, high = interval(change)
+    told = "yes" if low > 0 else "not with this instrument; the verdict will be 'unreadable'"
+    parts = [
+        f"Can {trait.title!r} be measured on this model? {told}. The positive persona as a prompt scores "
+        f"{change.mean():+.3f} [{low:+.3f}, {high:+.3f}] {UNITS[trait.instrument]} above the negative one "
+        f"({trait.instrument}, {len(change)} probes).",
+        "The base answers:",
+    ]
+    for one in base.demos[:SHOWN_ANSWERS]:
+        parts += [f"  > {_line(one.prompt)}", f"    {_line(one.text)}"]
     return "\n".join(parts)
 
 

@@ -55,9 +55,6 @@ def freeing(compute: Callable[[], T]) -> Callable[[], T]:
     return computed
 
 
-FIRST = ("contrast", "yes_no", "demos")  # what the first look reads; of the negative persona no demos
-
-
 def lacks(reading: ArmReading, which: tuple[str, ...]) -> tuple[str, ...]:
     """The instruments of `which` that the reading does not have."""
     return tuple(name for name in which if name not in reading.read)
@@ -121,11 +118,15 @@ class Work:
         return tuple(Arm(name, history=0.0, now=0.0, system=system) for name, system in systems.items())
 
     def first_look(self) -> list[ArmReading]:
-        """The instruments that show whether the trait can be measured on this model, and the base's first answers."""
+        """The trait's instrument on base and both personas, which shows whether it works on this model, and the base's
+        answers."""
 
         def compute() -> list[ArmReading]:
-            which = {"base": FIRST, "prompted": FIRST, "negative": FIRST[:2]}
-            return [self.read_arm(f"first look, {arm.name}", arm, which[arm.name]) for arm in self.prompted_arms]
+            which = {"base": (self.trait.instrument, "demos")}
+            return [
+                self.read_arm(f"first look, {arm.name}", arm, which.get(arm.name, (self.trait.instrument,)))
+                for arm in self.prompted_arms
+            ]
 
         return self.folder.artefact(list[ArmReading], "first_look.json", freeing(compute))
 
