@@ -112,7 +112,7 @@ alone := "--heal.anchor.prompts 0 --heal.barrier.reference prev --heal.barrier.t
 
 # the numbers of the README, from nothing: two traits, three seeds, 8 rounds on a CPU (about 3 hours on 2 cores)
 reproduce: setup
-    {{bin}}/steer-heal sweep headline --grid trait=love,calm --seeds 41,42,43 --out outputs/headline --hypothesis "after 8 rounds the trait stands at least four times as far as a prompt moves it, and coherence holds" -- smollm2-135m --rounds 8
+    {{bin}}/steer-heal sweep headline --grid trait=love,calm --seeds 41,42,43 --out outputs/headline --hypothesis "after 8 rounds the trait stands at least four times as far as a prompt moves it, and coherence holds" -- smollm2-135m --rounds 8 --model.dtype float32
     {{bin}}/steer-heal results --out outputs/headline
     {{bin}}/steer-heal results --out outputs/headline --rounds --html outputs/headline/headline.html
 

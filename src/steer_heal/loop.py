@@ -14,7 +14,7 @@ from steer_heal.distil.sample import Exhausted
 from steer_heal.eval.reading import ArmReading
 from steer_heal.heal.steps import barrier_warning
 from steer_heal.report.card import model_card
-from steer_heal.report.tables import arm_table, first_look, verdict_line
+from steer_heal.report.tables import arm_table, first_look_text, verdict_line
 from steer_heal.runs.rounds import Round
 from steer_heal.runs.summary import Baselines, Summary, verdict_of
 from steer_heal.stages.round import RoundStages
@@ -24,7 +24,7 @@ from steer_heal.stages.run import Work
 def run(work: Work) -> Summary:
     """Do all rounds of a run; return the summary that is also in summary.json."""
     first = work.first_look()
-    print(f"\n{first_look(work.trait, first)}\n")
+    print(f"\n{first_look_text(work.trait, first)}\n")
     arms, anchors = work.baselines(first), work.anchors()
     rounds: list[Round] = []
     stopped = ""

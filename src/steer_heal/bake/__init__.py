@@ -1,3 +1,3 @@
 """The student: gated adapters and their history."""
 
-import steer_heal.model  # noqa: F401  before peft, which imports bitsandbytes: see there
+import steer_heal.model  # noqa: F401  must precede peft, see there

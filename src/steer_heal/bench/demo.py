@@ -1,37 +1,33 @@
-"""Benchmark of a whole run as a user starts it: seconds until something is to be seen, and seconds of each stage."""
+"""Benchmark of a whole run as a user starts it: seconds until there is something to see, and seconds of each stage."""
 
 from __future__ import annotations
 
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections import defaultdict
 from pathlib import Path
 
 from steer_heal.runs.folder import RunDir
 from steer_heal.runs.rounds import InRound, read_round
+from steer_heal.runs.summary import STAGES, SUMMARY, Summary
 from steer_heal.terminal import MODULE
 
-KINDS = {  # artefacts of the stages, by what a user would call them
+AROUND = {  # artefacts outside the rounds
     "first look": ("first_look.json",),
     "baselines": ("base.json", "prompted.json", "negative.json"),
-    "anchors": ("anchor.jsonl",),
-    "plain steering": ("plain", InRound.EQUAL_COST, InRound.EQUAL_TRAIT),
-    "vector": (InRound.VECTOR,),
-    "dose": (InRound.DOSE,),
-    "completions": (InRound.COMPLETIONS,),
-    "training": ("r/adapter",),
-    "arms of the rounds": (InRound.STEERED, InRound.HEALED, InRound.GEOMETRY),
+    "anchor": ("anchor.jsonl",),
+    "plain steering": ("plain/",),
 }
 
 
 def demo(preset: str, rounds: int | None) -> dict:
     """Run a preset in a process of its own and return its seconds.
 
-    `until` counts from the start of the process: to the first look (validity of the instruments and the first
-    answers), to the first round's table and to the end. `stages` adds up over the rounds. `tokens_per_s` are those of
-    the completions and of a training step, round by round.
+    `until` counts from the start of the process: to the first look, to the first round's table and to the end.
+    `stages` has the stages of all rounds together, named as in summary.json, and those around the rounds.
+    `tokens_per_s` has one entry per round: tokens of the completions, and of the median training step.
     """
     with tempfile.TemporaryDirectory() as out:
         words = [sys.executable, "-m", MODULE, "run", preset, "--out", out]
@@ -39,29 +35,39 @@ def demo(preset: str, rounds: int | None) -> dict:
         began = time.time()
         subprocess.run(words, stdout=sys.stderr, check=True)
         wall = time.time() - began
-        (folder,) = (path for path in Path(out).iterdir() if path.is_dir())
-        return {"preset": preset, "until": _until(RunDir(folder), began) | {"end": wall}} | _stages(RunDir(folder))
+        run = RunDir(next(path for path in Path(out).iterdir() if path.is_dir()))
+        until = until_seen(run, began) | {"end": wall}
+        return {"preset": preset, "dtype": run.read("env.json")["dtype"]["weights"], "until": until} | stages(run)
 
 
-def _until(run: RunDir, began: float) -> dict[str, float]:
-    seen = {"first_look": lambda e: e.get("artefact") == "first_look.json", "table": lambda e: e["event"] == "round"}
-    return {name: next(e["time"] for e in run.events() if found(e)) - began for name, found in seen.items()}
+def until_seen(run: RunDir, began: float) -> dict[str, float]:
+    """Seconds from `began` to the first look and to the first round's table."""
+    seen = {"first_look": ("artefact", "first_look.json"), "table": ("event", "round")}
+    return {
+        name: next(event["time"] for event in run.events() if event.get(key) == value) - began
+        for name, (key, value) in seen.items()
+    }
 
 
-def _stages(run: RunDir) -> dict:
-    seconds = run.stage_seconds()
-    kinds: dict[str, float] = defaultdict(float)
-    for artefact, spent in seconds.items():
-        name = "plain" if artefact.startswith("plain/") else Path(artefact).name
-        name = "r/adapter" if artefact.endswith("/adapter") else name  # "adapter" alone holds all rounds
-        kinds[next((kind for kind, files in KINDS.items() if name in files), "other")] += spent
-    rounds = [read_round(run, number) for number in range(run.read("config.json")["rounds"])]
-    speeds = [
-        {
-            "completions": sum(len(c.ids) for c in done.completions) / seconds[InRound.COMPLETIONS.of(done.number)],
-            "training": sorted(step.tokens_per_s for step in done.steps)[len(done.steps) // 2],
-        }
-        for done in rounds
-        if done is not None
-    ]
-    return {"stages": dict(kinds), "stages_together": sum(seconds.values()), "tokens_per_s": speeds}
+def stages(run: RunDir) -> dict:
+    """Seconds of each stage, of all together, and the tokens per second of each round."""
+    seconds, summary = run.stage_seconds(), run.load(Summary, SUMMARY)
+    found = {stage: sum(round_.stage_seconds[stage] for round_ in summary.rounds) for stage in STAGES}
+    for name, artefacts in AROUND.items():
+        found[name] = sum(spent for artefact, spent in seconds.items() if artefact.startswith(artefacts))
+    together = sum(seconds.values())
+    return {
+        "stages": found | {"other": together - sum(found.values())},
+        "stages_together": together,
+        "tokens_per_s": [speed(run, seconds, number) for number in range(len(summary.rounds))],
+    }
+
+
+def speed(run: RunDir, seconds: dict[str, float], number: int) -> dict[str, float]:
+    """Tokens per second of a round."""
+    done = read_round(run, number)
+    written = sum(len(completion.ids) for completion in done.completions)
+    return {
+        "completions": written / seconds[InRound.COMPLETIONS.of(number)],
+        "training": statistics.median(step.tokens_per_s for step in done.steps),
+    }

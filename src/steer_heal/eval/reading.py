@@ -95,6 +95,10 @@ class ArmReading(Measures):
         """The arm's name as printed."""
         return printed(self.arm)
 
+    def missing(self, which: tuple[str, ...]) -> tuple[str, ...]:
+        """The instruments of `which` that were not read."""
+        return tuple(name for name in which if name not in self.read)
+
     def joined(self, other: ArmReading) -> ArmReading:
         """Merge this reading with another reading of the same arm by other instruments."""
         own = {key: value for key, value in vars(other).items() if value is not None}

@@ -25,6 +25,8 @@ from pathlib import Path
 
 import torch
 
+from steer_heal.runs.folder import RunDir
+
 GEMMA = "gemma-3-1b"
 DECODED_ROWS = (1, 8, 32, 128, 256)
 DECODED_TOKENS = 64
@@ -37,7 +39,7 @@ SMALL_ROUND = (
 WHOLE_ROUND_OVER_SMALL = {"r00/dose.json": 256 / 128, "r00/completions.jsonl": 256 / 128, "r00/adapter": 128 / 48}
 KILL_AFTER = 5.0  # seconds after the artefact `kill_at`, at most
 # The demo on a CPU, round 2 (docs/results.md): change over base with its 95% interval, then shares of base.
-DEMO_TRAIT, DEMO_ANSWER_MASS, DEMO_PERPLEXITY = (0.254, 0.362), 1.02, 0.997
+DEMO_TRAIT, DEMO_ANSWER_MASS, DEMO_PERPLEXITY = (0.251, 0.359), 0.994, 0.997
 SHARE_TOLERANCE = 0.1
 LAYERS_4B_OVER_1B, WEIGHTS_4B_OVER_1B = 34 / 26, 3.9
 ROUNDS = 8
@@ -228,7 +230,7 @@ def _heal_stage(lm) -> dict:
 
 def demo(found: Found, work: Path) -> None:
     """The demo's three rounds of a real model on the card; its figures must agree with those of a CPU."""
-    summary = _run(found, work, "smollm2-135m --model.device cuda --eval.leave-out plain")
+    summary = _run(found, work, "smollm2-135m --model.device cuda --model.dtype float32 --eval.leave-out plain")
     base, healed = summary["base"], summary["rounds"][-1]["healed"]
     low, high = DEMO_TRAIT
     shares = {
@@ -305,8 +307,7 @@ def _run(found: Found, work: Path, flags: str, kill_at: str | None = None) -> di
         raise RuntimeError(f"{flags}: exit code {done.returncode}: {done.stderr[-3000:]}")
     (folder,) = [path for path in out.iterdir() if path.is_dir()]
     summary = json.loads((folder / "summary.json").read_text("utf-8"))
-    events = [json.loads(line) for line in (folder / "events.jsonl").read_text("utf-8").splitlines()]
-    summary["seconds_by_stage"] = {e["artefact"]: e["seconds"] for e in events if e["event"] == "stage"}
+    summary["seconds_by_stage"] = RunDir(folder).stage_seconds()
     found.note(folder=str(folder), stage_seconds=summary["seconds_by_stage"], table=done.stdout[-3000:])
     return summary
 

@@ -263,7 +263,7 @@ NUMBERS = st.one_of(
 )
 
 
-@settings(max_examples=80, derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=150, derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     st.sampled_from([flag(knob.name) for knob in knobs(RunConfig())]),
     st.lists(st.one_of(NUMBERS.map(str), st.text(max_size=6)), max_size=3),
@@ -325,7 +325,7 @@ SANE = {  # values that a user may choose, extremes included
 }
 
 
-@settings(max_examples=25, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=40, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))
 @given(st.data())
 def test_what_is_accepted_runs_or_is_refused(tmp_path_factory, least, drawn):
     out = tmp_path_factory.mktemp("any")

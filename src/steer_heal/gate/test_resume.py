@@ -426,6 +426,9 @@ def test_an_artefact_that_cannot_be_written_leaves_no_half(folder, tmp_path):
 
 
 LESS_ROWS = "--model.read-rows 16 --allow-change model.read_rows"
+DECODE_ROWS = "--model.decode-rows 48 --allow-change model.decode_rows"
+PASS_ROWS = "--heal.training.pass-rows 2 --allow-change heal.training.pass_rows"
+NO_ROWS = "no batch is left to make smaller"
 
 
 @pytest.mark.parametrize(
@@ -433,11 +436,11 @@ LESS_ROWS = "--model.read-rows 16 --allow-change model.read_rows"
     [
         ("r00/vector", "model.forward.forward", "reading", LESS_ROWS),
         ("r00/dose.json", "model.likelihood.states", "reading", LESS_ROWS),
-        ("r00/completions.jsonl", "model.decode.choose", "decoding", "--model.decode-rows 48 --allow-change"),
+        ("r00/completions.jsonl", "model.decode.choose", "decoding", DECODE_ROWS),
         ("r01/adapter", "heal.examples.states", "reading", LESS_ROWS),
-        ("r01/adapter", "heal.train.accumulate", "training", "--heal.training.pass-rows 2 --allow-change"),
+        ("r01/adapter", "heal.train.accumulate", "training", PASS_ROWS),
         ("r01/healed.json", "model.answers.left_padded", "reading", LESS_ROWS),
-        ("adapter", None, None, "no batch is left to make smaller"),
+        ("adapter", None, None, NO_ROWS),
     ],
 )
 def test_out_of_memory_names_the_part_and_its_knob(folder, capsys, monkeypatch, artefact, function, part, flags):
@@ -453,7 +456,8 @@ def test_out_of_memory_names_the_part_and_its_knob(folder, capsys, monkeypatch, 
             patched.setattr(f"steer_heal.{function}", fail)
         said = refused(["run", "--resume", str(folder)], capsys)
     where = f"{artefact}, {part}" if part else artefact
-    assert f"out of memory while making {where} (2.00 GiB more were wanted)" in said and flags in said
+    assert f"out of memory while making {where} (2.00 GiB more were wanted)" in said
+    assert NO_ROWS in said if flags == NO_ROWS else said.endswith(flags)
     if artefact == "r01/healed.json":  # the command in the message resumes the run
         main(mend(said))
         assert (folder / "summary.json").exists()

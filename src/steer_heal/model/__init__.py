@@ -1,8 +1,8 @@
 """The model: weights, forward passes, decoding and steering hooks.
 
-At its import bitsandbytes asks torch to compile four functions. The compiler alone takes seconds to import, on a CPU
-nothing here calls them, and peft imports bitsandbytes in every process. So it is imported here first, with them as they
-are.
+At its import bitsandbytes asks torch to compile four functions, and importing the compiler takes seconds. peft imports
+bitsandbytes in every process. So it is imported here first, and the four functions stay uncompiled. They are fallbacks:
+of 4-bit weights of an odd width on a CPU, and of devices without kernels of their own.
 """
 
 import torch

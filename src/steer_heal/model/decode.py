@@ -141,8 +141,8 @@ class _Batch(NamedTuple):
 
     rows: Int[Tensor, " b"]
     """their indices among all prompts; the sampling noise depends on them"""
-    shared: list[int]
-    """tokens of the shared prefix"""
+    beginning: list[int]
+    """tokens that all prompts of the call share at their beginning"""
     padded: Padded
     doses: Doses
 
@@ -154,7 +154,7 @@ def _decode_batch(lm: LM, batch: _Batch, max_new_tokens: int, sampling: Sampling
     doses = batch.doses.of(slots)
     cache = Cache(layers=[_Buffer(mask.shape[1] + max_new_tokens) for _ in lm.blocks])
     if shared:
-        start = prefix(lm, batch.shared, doses)
+        start = prefix(lm, batch.beginning, doses)
         for layer, begun in zip(cache.layers, start.layers, strict=True):
             layer.update(*(x.expand(len(slots), -1, -1, -1) for x in (begun.keys, begun.values)))
     written: list[list[int]] = [[] for _ in rows]

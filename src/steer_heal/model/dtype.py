@@ -13,7 +13,7 @@ from steer_heal.processor import Processor, processor
 
 TRIED = (256, 1024, 1024)  # rows, columns and sums of the product that is timed, a few milliseconds
 TURNS = 7
-FASTER = 1.5  # times; below it bfloat16 is not worth its rounding
+FASTER = 1.5  # times; below it bfloat16 is not worth its coarser rounding
 
 
 class Chosen(NamedTuple):
@@ -29,13 +29,13 @@ def chosen(config: ModelConfig, device: str, found: Processor | None = None) -> 
     if config.quant != "none":
         return Chosen("bfloat16", "4-bit weights are multiplied in it")
     if device != "cpu":
-        native = torch.cuda.is_bf16_supported(including_emulation=False)
-        return Chosen(*(("bfloat16", "this GPU multiplies it") if native else ("float32", "this GPU has no bfloat16")))
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            return Chosen("bfloat16", "this GPU multiplies it")
+        return Chosen("float32", "this GPU does not multiply bfloat16")
     if not found.bfloat16:
         return Chosen("float32", "this processor has no instruction that multiplies bfloat16")
-    if (faster := speed_up()) < FASTER:
-        why = f"this processor's {found.bfloat16} is only {faster:.1f} times as fast in a product tried just now"
-        return Chosen("float32", why)
+    if speed_up() < FASTER:
+        return Chosen("float32", f"this processor's {found.bfloat16} was hardly faster in a product tried at the start")
     return Chosen("bfloat16", f"this processor multiplies it with {found.bfloat16}")
 
 

@@ -35,7 +35,7 @@ def arm_table(*arms: ArmReading) -> str:
         return str(frame)
 
 
-def first_look(trait: Trait, arms: list[ArmReading]) -> str:
+def first_look_text(trait: Trait, arms: list[ArmReading]) -> str:
     """Whether the trait's instrument tells the personas apart on this model, and the base's first answers."""
     base, positive, negative = arms
     change = paired(positive, negative, trait.instrument)

@@ -27,8 +27,8 @@ ROUNDING = (
     "heal.training.pass_rows",
     "heal.training.checkpointing",
 )
-# Noted at the start and not compared: the number of threads is set again, and so is the type of the weights.
-NO_MATTER = ("cpus", "threads", "processor", "mkl_cbwr", "dtype.why", "model.name")
+# Of env.json. A resumed run takes the threads and the type of the weights from there; the others change no result.
+NOT_COMPARED = ("cpus", "threads", "processor", "mkl_cbwr", "dtype.why", "model.name")
 SURROUNDINGS = ("python", "platform", "gpu", "git", "packages.")
 
 
@@ -207,7 +207,7 @@ def require_surroundings(run: RunDir, config: RunConfig, env: dict) -> None:
     if "env.json" in config.recompute:
         run.put_back("env.json", env, "this is not the machine, or not the software, that the run was started with")
     then = run.read("env.json")
-    changes = [d for d in _differences(then, env) if d.key not in NO_MATTER]
+    changes = [d for d in _differences(then, env) if d.key not in NOT_COMPARED]
     _require(run, changes, config)
     if changes:
         run.replace_json("env.json", env)

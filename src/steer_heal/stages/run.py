@@ -55,11 +55,6 @@ def freeing(compute: Callable[[], T]) -> Callable[[], T]:
     return computed
 
 
-def lacks(reading: ArmReading, which: tuple[str, ...]) -> tuple[str, ...]:
-    """The instruments of `which` that the reading does not have."""
-    return tuple(name for name in which if name not in reading.read)
-
-
 def plainly(name: str, first: AnyVector, dose: float) -> Arm:
     """The arm of the base steered by the first round's vector."""
     return Arm(name, history=0.0, now=0.0, vector=first, dose=dose)
@@ -103,13 +98,18 @@ class Work:
         return self.folder.artefact(ArmReading, name, freeing(lambda: self.read_arm(label, arm, which)))
 
     def completed(self, name: str, reading: ArmReading, arm: Arm, which: tuple[str, ...]) -> ArmReading:
-        """The reading stored as `name`, with the missing ones of the instruments `which` added."""
-        if not (lacking := lacks(reading, which)):
+        """The reading stored as `name`, with the missing ones of the instruments `which` added there."""
+        if not reading.missing(which):
             return reading
         began = time.perf_counter()
-        whole = reading.joined(self.read_arm(f"eval {name.removesuffix('.json')}", arm, lacking))
+        whole = freeing(lambda: self.widened(f"eval {name.removesuffix('.json')}", reading, arm, which))()
         self.folder.replace_json(name, whole, seconds=time.perf_counter() - began)
         return whole
+
+    def widened(self, label: str, reading: ArmReading, arm: Arm, which: tuple[str, ...]) -> ArmReading:
+        """The reading of an arm, with the missing ones of the instruments `which`."""
+        missing = reading.missing(which)
+        return reading.joined(self.read_arm(label, arm, missing)) if missing else reading
 
     @property
     def prompted_arms(self) -> tuple[Arm, Arm, Arm]:
@@ -118,15 +118,12 @@ class Work:
         return tuple(Arm(name, history=0.0, now=0.0, system=system) for name, system in systems.items())
 
     def first_look(self) -> list[ArmReading]:
-        """The trait's instrument on base and both personas, which shows whether it works on this model, and the base's
-        answers."""
+        """The trait's instrument on base and both personas, and the base's answers: what `loop.run` shows first."""
 
         def compute() -> list[ArmReading]:
-            which = {"base": (self.trait.instrument, "demos")}
-            return [
-                self.read_arm(f"first look, {arm.name}", arm, which.get(arm.name, (self.trait.instrument,)))
-                for arm in self.prompted_arms
-            ]
+            which = {arm.name: (self.trait.instrument,) for arm in self.prompted_arms}
+            which["base"] += ("demos",)
+            return [self.read_arm(f"first look, {arm.name}", arm, which[arm.name]) for arm in self.prompted_arms]
 
         return self.folder.artefact(list[ArmReading], "first_look.json", freeing(compute))
 
@@ -135,14 +132,11 @@ class Work:
         early = instruments(self.config.eval, at_end=False)
         read = {}
         for arm, begun in zip(self.prompted_arms, first, strict=True):
-            which = lacks(begun, PLAIN if arm.name == "negative" else early)
-            compute = freeing(lambda arm=arm, begun=begun, which=which: self._joined(arm, begun, which))
+            which = PLAIN if arm.name == "negative" else early
+            compute = freeing(partial(self.widened, f"eval {arm.name}", begun, arm, which))
             read[arm.name] = self.folder.artefact(ArmReading, f"{arm.name}.json", compute)
         self.folder.write_jsonl("demos.jsonl", side_by_side(base=read["base"], prompted=read["prompted"]))
         return Baselines(**read, plain=[])
-
-    def _joined(self, arm: Arm, begun: ArmReading, which: tuple[str, ...]) -> ArmReading:
-        return begun.joined(self.read_arm(f"eval {arm.name}", arm, which)) if which else begun
 
     def baselines_in_full(self, arms: Baselines) -> Baselines:
         """The baselines, with the instruments added that only the last round is compared on."""
