@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, fields, is_dataclass, replace
+from datetime import date
 from functools import cache
 from typing import Annotated, Any, Literal, NamedTuple, get_type_hints
 
@@ -57,6 +58,10 @@ class ModelConfig:
     """auto: CUDA when there is one"""
     decode_rows: Annotated[int | Literal["auto"], COUNT] = "auto"
     """completions decoded together; auto: as many as fit in free memory, chosen once per run; changes no result"""
+    thinking: bool = False
+    """whether the model thinks before it answers, where its chat template lets one choose (Qwen3)"""
+    date: str = "auto"
+    """the day that the chat template shows, YYYY-MM-DD, where it asks for one; auto: the day the run begins"""
     read_rows: Annotated[int, COUNT] = 32
     """sequences in a forward pass without gradient (vectors, scores, reference states); changes no result"""
 
@@ -377,6 +382,10 @@ def _demands(config: RunConfig) -> list[tuple[bool, str]]:
             f"steer.method {method!r} is not known{nearest(method, STEER_METHODS)}: "
             f"choose {', '.join(STEER_METHODS)} or lite:NAME",
         ),
+        (
+            config.model.date == "auto" or _is_day(config.model.date),
+            f"model.date {config.model.date!r} is no day: write YYYY-MM-DD, or auto",
+        ),
         *(
             (low < high, f"{name} is {low} {high}: the first number must be below the second")
             for name, (low, high) in ranges.items()
@@ -396,6 +405,13 @@ def _demands(config: RunConfig) -> list[tuple[bool, str]]:
             "--recompute and --allow-change need a run to resume: give its folder with --resume",
         ),
     ]
+
+
+def _is_day(text: str) -> bool:
+    try:
+        return date.fromisoformat(text).isoformat() == text
+    except ValueError:
+        return False
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -34,7 +34,7 @@ def generate(preset: str, rows: int, tokens: int) -> dict:
     """
     config = PRESETS[preset]
     lm, trait = load(config.model), data.load_trait("love")
-    lm = LM(lm.model, lm.tokenizer, lm.name, frozenset(), decode_rows=rows)  # no end token: both write all tokens
+    lm = replace(lm, end_tokens=frozenset(), decode_rows=rows)  # no end token: both write all tokens
     steer = replace(config.steer, n_contexts=16)
     vector = extract(lm, Personas(trait.positive, trait.negative, list(data.contexts()[:16])), steer).vector
     prompts = [lm.prompt(trait.generation_prompts[i % len(trait.generation_prompts)]) for i in range(rows)]

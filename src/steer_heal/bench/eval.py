@@ -78,7 +78,7 @@ def questions(lm: LM, trait: data.Trait, config: EvalConfig, arm: Arm, name: str
             for probe in (probe for group in groups.values() for probe in group):
                 yield Item(lm.prompt(probe.question, arm.system), [lm.answer(probe.trait), lm.answer(probe.opposite)])
         case "yes_no":
-            spelled = [list(ids) for ids in dict.fromkeys(tuple(lm.answer(s)) for s in (*YES, *NO))]
+            spelled = lm.template.spellings((*YES, *NO))
             for probe in trait.yes_no[: config.counts.yes_no]:
                 yield Item(lm.prompt(YES_NO_FORM.format(question=probe.question), arm.system), spelled)
         case "canary":
@@ -86,7 +86,7 @@ def questions(lm: LM, trait: data.Trait, config: EvalConfig, arm: Arm, name: str
                 yield Item(lm.prompt(q["question"], arm.system), [lm.answer(a) for a in (q["right"], *q["wrong"])])
         case "profile":
             names = tuple(data.FOUNDATIONS)
-            labels = [lm.answer(f" {label}") for label in names]
+            labels = [lm.answer(f" {label}", BEGUN) for label in names]
             for row in data.vignettes():
                 for order in (names, names[::-1]):
                     yield Item(lm.prompt(question(row["see"], order), arm.system) + lm.answer(BEGUN), labels)

@@ -86,7 +86,7 @@ def opened(target: str, round_: int | None, trait: str | None, model: ModelConfi
             raise UserError(f"{str(described)!r} cannot be read ({error}): name the base with --base") from error
         if not (folder / "adapter_model.safetensors").is_file():
             raise UserError(f"{target!r} has no adapter_model.safetensors: pickles are not loaded, convert it")
-        student = Student(load(replace(model, path=base)))
+        student = Student(load(replace(model, path=base), folder))
         try:
             student.load_round(folder)
         except (RuntimeError, ValueError, KeyError, SafetensorError) as error:

@@ -64,7 +64,7 @@ def _vignettes(lm: LM, arm: Arm, config: EvalConfig) -> Reading:
     both = []
     for order in (NAMES, NAMES[::-1]):  # one call per order: its prompts begin with the same list, read once
         prompts = [lm.prompt(question(scene, order), arm.system) + lm.answer(BEGUN) for scene in scenes]
-        labels = [[lm.answer(f" {name}") for name in NAMES]] * len(prompts)
+        labels = [[lm.answer(f" {name}", BEGUN) for name in NAMES]] * len(prompts)
         scored = choice_log_probs(lm, prompts, labels, arm.steering(len(prompts)))
         both.append([[label.double().sum().item() for label in options] for options in scored])
     p = np.exp(np.array(both))

@@ -152,7 +152,7 @@ def yes_no_scores(lm: LM, arm: Arm, probes: tuple[YesNo, ...]) -> tuple[np.ndarr
     An answer's probability is the sum over its spellings. Each spelling is scored by all of its tokens.
     """
     prompts = [lm.prompt(YES_NO_FORM.format(question=p.question), arm.system) for p in probes]
-    spelled = [[list(ids) for ids in dict.fromkeys(tuple(lm.answer(s)) for s in word)] for word in (YES, NO)]
+    spelled = [lm.template.spellings(word) for word in (YES, NO)]
     either = [[*spelled[0], *spelled[1]]] * len(prompts)
     scored = choice_log_probs(lm, prompts, either, arm.steering(len(prompts)))
     log_p = np.array([[answer.double().sum().item() for answer in options] for options in scored])

@@ -2,6 +2,7 @@
 
 import math
 import os
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from steer_heal.model import batching, forward, packing
 from steer_heal.model import decode as generate
 from steer_heal.model.decode import Sampling, choose, decode, uniforms
 from steer_heal.model.likelihood import row_nll
-from steer_heal.model.lm import LM, Row
+from steer_heal.model.lm import Row
 from steer_heal.model.memory import free_main_memory
 from steer_heal.model.steering import Steering, steering
 
@@ -85,7 +86,7 @@ def test_rows_that_end_leave_and_the_rest_are_unmoved(lm, prompts):
     """Makes a token that some rows write early an end token. The other rows must write the same as before."""
     plain = decode(lm, prompts, TOKENS)
     early = plain[0].ids[2]
-    ending = LM(lm.model, lm.tokenizer, lm.name, frozenset({early}))
+    ending = replace(lm, end_tokens=frozenset({early}))
     for before, after in zip(plain, decode(ending, prompts, TOKENS), strict=True):
         cut = before.ids.index(early) + 1 if early in before.ids else TOKENS
         assert after.ids == before.ids[:cut]

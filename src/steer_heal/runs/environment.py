@@ -37,12 +37,14 @@ def environment(lm: LM) -> dict:
         "mkl_cbwr": os.environ["MKL_CBWR"],
         "dtype": {"weights": dtype_of(lm), "why": lm.why_dtype},
         "model": {"name": lm.name, "sha256": checksum(lm)},
+        "template": lm.template.record,
     }
 
 
 def as_recorded(config: ModelConfig, env: dict) -> ModelConfig:
-    """The model of a run with the type of weights that the run chose, also on a machine that would choose another."""
-    return replace(config, dtype=env["dtype"]["weights"]) if config.dtype == "auto" else config
+    """The model of a run with what "auto" was when it began: the type of the weights, the day that prompts show."""
+    chosen = {"dtype": env["dtype"]["weights"], "date": env.get("template", {}).get("date")}
+    return replace(config, **{key: then for key, then in chosen.items() if then and getattr(config, key) == "auto"})
 
 
 def commit() -> str | None:

@@ -27,7 +27,8 @@ ROUNDING = (
     "heal.training.pass_rows",
     "heal.training.checkpointing",
 )
-# Of env.json. A resumed run takes the threads and the type of the weights from there; the others change no result.
+# Of env.json. A resumed run takes the threads, the type of the weights and the date of prompts from there; what is not
+# compared changes no result.
 NOT_COMPARED = ("cpus", "threads", "processor", "mkl_cbwr", "dtype.why", "model.name")
 SURROUNDINGS = ("python", "platform", "gpu", "git", "packages.")
 

@@ -8,6 +8,7 @@ only in the system persona. Other ways to get a direction from the same states a
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +20,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from steer_heal.config import SteerConfig
+from steer_heal.config import SteerConfig, UserError
 from steer_heal.model.forward import last_token_states
 from steer_heal.model.lm import LM
 from steer_heal.model.steering import AnyVector, Vector
@@ -99,6 +100,8 @@ def extract(
 
     Args:
         layers: blocks to steer; None takes them from `config.band`. "auto" there reads all blocks and chooses a band.
+
+    Raises UserError for a vector without a direction: zero, or not finite.
     """
     method = METHODS["mean_diff" if config.method.startswith(lite.PREFIX) else config.method]
     read = layers or (tuple(range(len(lm.blocks))) if config.band == "auto" else lm.band(config.band))
@@ -110,11 +113,22 @@ def extract(
     report = [_report(lm, layer, states[0][:, i], states[1][:, i]) for i, layer in enumerate(read)]
     chosen = auto_band(report, len(lm.blocks)) if layers is None and config.band == "auto" else read
     described = [replace(r, steered=r.layer in chosen) for r in report]
+    _require_direction(chosen, [r.relative_norm for r in described if r.steered])
     if config.method.startswith(lite.PREFIX):
         trained = lite.train(lm, config.method, personas, chosen)
         return Extraction(trained, described)
     direction = method.direction(states[0], states[1], states[-1])[[read.index(layer) for layer in chosen]]
+    _require_direction(chosen, direction.norm(dim=-1).tolist())
     return Extraction(Vector(chosen, direction, method.operation), described)
+
+
+def _require_direction(layers: tuple[int, ...], norms: list[float]) -> None:
+    """Raise UserError for a norm that is zero or not finite: steering along it and training on it would do nothing."""
+    for layer, norm in zip(layers, norms, strict=True):
+        if not 0 < norm < math.inf:
+            same = "both personas leave the model in the same state, so write personas that differ"
+            broken = "the model's states are not finite, so try --model.dtype float32 or other weights"
+            raise UserError(f"the steering vector of block {layer} has norm {norm:g}: {broken if norm else same}")
 
 
 AUTO_DEPTHS = (0.2, 0.8)  # earlier blocks still assemble words, later ones already write the answer

@@ -49,6 +49,20 @@ class Found:
         return identity(self.config, self.trait)
 
     @cached_property
+    def _template(self) -> dict:
+        return self.run.read("env.json", {}).get("template", {})
+
+    @property
+    def prompt(self) -> str | None:
+        """The hash of a prompt as the run's chat template renders it."""
+        return self._template.get("prompt_sha256")
+
+    @property
+    def date(self) -> str | None:
+        """The day that the run's prompts show, None if they show none."""
+        return self._template.get("date")
+
+    @cached_property
     def _arms(self) -> dict[str, ArmReading | None]:
         return {}
 
@@ -114,11 +128,15 @@ def _run_folders(out: Path) -> Iterator[Path]:
 
 
 def grouped(runs: list[Found]) -> list[list[Found]]:
-    """Group finished runs that differ only in their seed. `runs` is newest first: of each seed the newest counts."""
+    """Group finished runs that differ only in their seed. `runs` is newest first: of each seed the newest counts.
+
+    Runs whose prompts look different, e.g. because they show another date, are not in one group.
+    """
     groups: dict[str, list[Found]] = {}
     for run in runs:
         if run.summary:
-            group = groups.setdefault(json.dumps([run.config | {"seed": None}, run.trait], sort_keys=True), [])
+            alike = [run.config | {"seed": None}, run.trait, run.prompt]
+            group = groups.setdefault(json.dumps(alike, sort_keys=True), [])
             if run.config["seed"] not in {other.config["seed"] for other in group}:
                 group.append(run)
     return [sorted(group, key=lambda run: run.config["seed"]) for group in groups.values()]

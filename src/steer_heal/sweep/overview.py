@@ -57,7 +57,9 @@ def _mean(arms: list[ArmSummary]) -> ArmSummary:
 def names(groups: list[list[Found]]) -> list[str]:
     """A name for each group: its flags whose values at most half of the groups have."""
     flags = [
-        {key: str(value) for key, value in flat(group[0].config) if key not in ("preset", "seed")} for group in groups
+        {key: str(value) for key, value in flat(group[0].config) if key not in ("preset", "seed")}
+        | {"date": str(group[0].date)}
+        for group in groups
     ]
     times = Counter(pair for table in flags for pair in table.items())
     apart = [[f"{k} {v}" for k, v in table.items() if times[k, v] <= len(groups) / 2] for table in flags]

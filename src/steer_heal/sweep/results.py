@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -30,29 +31,40 @@ def arm_table(runs: list[Found], flags: list[str]) -> pl.DataFrame:
     rows = []
     for group in grouped(runs):
         values = {flag: group[0].value(flag) for flag in flags}
-        rows.append({**values, "seeds": len(group), **_measures(group)})
+        rows.append({**values, **_dated(group), "seeds": len(group), **_measures(group)})
     return pl.DataFrame(rows).sort(flags) if rows and flags else pl.DataFrame(rows)
 
 
 def difference_table(runs: list[Found], flags: list[str], arms: list[dict], every_round: bool = False) -> pl.DataFrame:
     """Every arm's healed student minus the first arm's, paired by seed and item, after the last round that all paired
-    runs have done, or after each."""
-    groups = {tuple(group[0].value(flag) for flag in flags): group for group in grouped(runs)}
-    ordered = [groups.get(tuple(arm[flag] for flag in flags)) for arm in arms]
-    if ordered[:1] == [None] or len([group for group in ordered if group]) < 2:
-        return pl.DataFrame()
+    runs have done, or after each. Runs of one model are paired only when their prompts look alike."""
+    groups: dict[tuple, list[list[Found]]] = {}
+    for group in grouped(runs):
+        groups.setdefault(tuple(group[0].value(flag) for flag in flags), []).append(group)
+    ordered = [groups.get(tuple(arm[flag] for flag in flags), []) for arm in arms]
     rows = []
-    for arm, group in zip(arms[1:], ordered[1:], strict=True):
-        pairs = [(a, b) for a in group or [] for b in ordered[0] if a.config["seed"] == b.config["seed"]]
-        if pairs:
+    for arm, others in zip(arms[1:], ordered[1:], strict=True):
+        for group, first in product(others, ordered[0]):
+            pairs = [(a, b) for a in group for b in first if a.config["seed"] == b.config["seed"] and _alike(a, b)]
+            if not pairs:
+                continue
             keys = {"trait": pairs[0][0].instrument, **{one.item_label: one.name for one in COHERENCE}}
             done = min(len(run.summary.rounds) for pair in pairs for run in pair)
             for round_ in range(0 if every_round else done - 1, done):
                 healed = [(a.arm("healed", round_), b.arm("healed", round_)) for a, b in pairs]
                 changes = {name: np.array([paired(a, b, key) for a, b in healed]) for name, key in keys.items()}
                 found = {name: _estimate(values) for name, values in changes.items()}
-                rows.append({**arm, "seeds": len(pairs), "round": round_} | found)
+                rows.append({**arm, **_dated(group), "seeds": len(pairs), "round": round_} | found)
     return pl.DataFrame(rows)
+
+
+def _alike(one: Found, other: Found) -> bool:
+    return one.prompt == other.prompt or one.config["model"] != other.config["model"]
+
+
+def _dated(group: list[Found]) -> dict[str, str]:
+    """The column with the day that the prompts show, where they show one."""
+    return {"date": group[0].date} if group[0].date else {}
 
 
 def round_table(group: list[Found]) -> pl.DataFrame:
@@ -147,6 +159,7 @@ def show(out: Path, by: tuple[str, ...], rounds: bool, files: Files) -> None:
 def _title(group: list[Found], flags: tuple[str, ...]) -> str:
     seeds = ", ".join(str(run.config["seed"]) for run in group)
     values = "".join(f", {flag} {group[0].value(flag)}" for flag in flags)
+    values += "".join(f", {name} {value}" for name, value in _dated(group).items())
     folders = ", ".join(run.folder.name for run in group)
     return f"{group[0].trait['name']}{values}, seeds {seeds} ({folders})"
 
