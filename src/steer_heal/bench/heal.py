@@ -1,12 +1,14 @@
 """Benchmark of one heal step: with full logits and a reference forward pass every step, plain fine-tuning, and ours.
 
-Each alternative runs in a process of its own, so that its peak memory is its own. The alternatives take turns, and the
-best turn counts.
+Each alternative runs in a process of its own. The alternatives take turns, and the best turn counts.
 """
 
 from __future__ import annotations
 
+import itertools
+import json
 import multiprocessing
+import tempfile
 import time
 import warnings
 from collections.abc import Callable
@@ -14,6 +16,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 from steer_heal.bake.student import Student
 from steer_heal.config import AdapterConfig, BarrierConfig, HealConfig, ModelConfig, TrainingConfig
@@ -59,7 +62,7 @@ def cases() -> list[Case]:
 
 
 def heal() -> dict:
-    """Return each alternative's seconds per step and peak bytes above the loaded model, and folded rounds' cost."""
+    """Return each alternative's seconds per step and peak bytes besides the model, and folded rounds' cost."""
     measured = []
     for case in cases():
         row: dict = {"model": case.model.path, "dtype": case.model.dtype}
@@ -89,30 +92,58 @@ def _step(case: Case, how: str) -> tuple[float, int]:
 
 
 def timed_step(lm: LM, case: Case, how: str) -> tuple[float, int]:
-    """Return the seconds of the fastest training step, and the peak bytes above the loaded model."""
+    """Return the seconds of the fastest training step, and the most bytes that a step holds besides the model.
+
+    The bytes are those that torch allocates for the tensors of a step and for what the method keeps between steps,
+    counted in a further step that is not timed.
+    """
     draw = torch.Generator().manual_seed(0)
     ids = torch.randint(100, 1000, (case.rows, case.tokens), generator=draw)
     student = Student(lm)
     student.begin_round(CONFIG.lora, 0)
     optimiser = torch.optim.AdamW(student.trainable(), lr=1e-4)
-    for parameter in lm.model.parameters():
-        parameter.sum()  # loads the weights from disk, so that they do not count in the first step's peak
-    _reset_peak()
-    loaded = _held()
-    step = {"naive": _naive, "sft": _sft, "ours": _ours}[how](student, ids, case.tokens - case.completion)
-    seconds = []
-    for _ in range(1 + STEPS):
-        began = time.perf_counter()
+
+    def prepared() -> Callable[[], None]:
+        return {"naive": _naive, "sft": _sft, "ours": _ours}[how](student, ids, case.tokens - case.completion)
+
+    def do(step: Callable[[], None]) -> None:
         with student.view(train=True):
             step()
         optimiser.step()
         optimiser.zero_grad(set_to_none=True)
         if lm.device.type == "cuda":
             torch.cuda.synchronize()
+
+    step, seconds = prepared(), []
+    for _ in range(1 + STEPS):
+        began = time.perf_counter()
+        do(step)
         seconds.append(time.perf_counter() - began)
-    peak = _peak() - loaded
+    del step
+    peak = peak_of(lambda: do(prepared()), lm.device)
     student.peft.unload()
     return min(seconds[1:]), peak
+
+
+def peak_of(work: Callable[[], None], device: torch.device) -> int:
+    """The most bytes that torch holds at once for tensors that `work` makes.
+
+    The operating system's peak is no measure on a CPU: it counts the loading of the model as well, and not every system
+    resets it.
+    """
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        held = torch.cuda.memory_allocated()
+        work()
+        return torch.cuda.max_memory_allocated() - held
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        work()
+    with tempfile.TemporaryDirectory() as folder:
+        trace = Path(folder) / "trace.json"
+        seen.export_chrome_trace(str(trace))
+        events = json.loads(trace.read_text())["traceEvents"]
+    changes = [(event["ts"], event["args"]["Bytes"]) for event in events if event.get("name") == "[memory]"]
+    return max(itertools.accumulate(change for _, change in sorted(changes)))
 
 
 def _naive(student: Student, ids: torch.Tensor, start: int) -> Callable[[], None]:
@@ -173,27 +204,3 @@ def _folded() -> dict:
             decode(replace(student.lm, decode_rows=rows), prompts, tokens)
             seconds[name] = min(seconds[name], time.perf_counter() - began)
     return {f"cost_after_{name}": seconds[name] / seconds["1"] for name in students}
-
-
-def _reset_peak() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-    Path("/proc/self/clear_refs").write_text("5")
-
-
-def _held() -> int:
-    return torch.cuda.memory_allocated() if _on_gpu() else _status("VmRSS")
-
-
-def _peak() -> int:
-    return torch.cuda.max_memory_allocated() if _on_gpu() else _status("VmHWM")
-
-
-def _on_gpu() -> bool:
-    return torch.cuda.is_available() and torch.cuda.memory_allocated() > 0
-
-
-def _status(key: str) -> int:
-    """Return an entry of /proc/self/status, in bytes."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{key}:"))

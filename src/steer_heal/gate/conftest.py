@@ -20,7 +20,7 @@ DEVICE = os.environ.get("STEER_HEAL_GATE_DEVICE", "cpu")
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "device: also run on a GPU by gate.gpu")
-    config.addinivalue_line("markers", "run: makes whole runs or starts processes; `just check` leaves it out")
+    config.addinivalue_line("markers", "run: makes runs, starts processes or loads SmolLM2; `just check` leaves it out")
 
 
 def tiny(**changes):

@@ -89,6 +89,7 @@ def test_a_sweep_is_what_counting_by_hand_gives():
     assert filterproof.operating_points(curve) == {"recall_at_precision_0.90": 1 / 3, "precision_at_recall_0.97": 0.75}
 
 
+@pytest.mark.run
 def test_stored_scores_are_those_of_the_model():
     rows = sorted(data.labelled(), key=lambda row: hashlib.blake2b(row["text"].encode()).digest())[:12]
     lm = load(replace(PRESETS["smollm2-135m"].model, dtype="float32"))  # as they were stored

@@ -401,7 +401,26 @@ def test_the_benchmark_compares_steps_of_equal_gradient(lm):
     torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-5 * float(gradients[0].abs().max()))
 
 
+@pytest.mark.run
 def test_a_measurement_in_a_process_of_its_own_sees_time_and_memory():
     case = healbench.Case(PRESETS["tiny-random"].model, 2, 24, 16)
-    seconds, peak = healbench._apart(healbench._step, case, "ours")
-    assert seconds > 0 and 0 < peak < 1 << 30
+    found = {how: healbench._apart(healbench._step, case, how) for how in ("naive", "ours")}
+    assert all(seconds > 0 for seconds, _ in found.values())
+    logits = 2 * 16 * 1040 * 4  # one copy of them in float32
+    assert found["naive"][1] > 4 * logits and 0 < found["ours"][1] < found["naive"][1]
+
+
+def test_the_peak_is_what_torch_holds_at_once_and_not_what_was_held_before():
+    """A large tensor made and freed before, as in loading, does not hide it."""
+    torch.ones(2**26)
+    kept = torch.ones(2**20)
+
+    def work():
+        first = torch.ones(2**20)
+        second = first + kept  # 8 MiB
+        del first
+        third = second * 2  # as much again
+        del second, third
+
+    peak = healbench.peak_of(work, torch.device("cpu"))
+    assert 2**23 <= peak < 2**23 + 2**16

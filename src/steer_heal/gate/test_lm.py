@@ -38,6 +38,7 @@ from steer_heal.model.steering import Steering
 from steer_heal.presets import PRESETS
 
 
+@pytest.mark.run
 def test_the_packaged_smollm2_answers_and_follows_a_persona():
     lm = load(PRESETS["smollm2-135m"].model)
     (answer,) = decode(lm, [lm.prompt("What is the capital of France?")], 16)
@@ -50,6 +51,7 @@ def test_the_packaged_smollm2_answers_and_follows_a_persona():
     assert kind > cruel + 0.05
 
 
+@pytest.mark.run
 def test_a_gguf_file_given_by_path_is_the_packaged_model():
     ids = torch.tensor([[1, 4093, 198, 28120]])
     a = load(PRESETS["smollm2-135m"].model)
@@ -201,6 +203,7 @@ def test_a_row_has_the_same_bits_in_any_batch(lm, vector, steered, monkeypatch):
         assert all(map(torch.equal, values, again))
 
 
+@pytest.mark.run
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only there is freed memory kept")
 def test_on_a_cpu_the_memory_of_freed_tensors_serves_the_next_ones():
     """Otherwise the system gives every page of 64 MiB again. The first tensors may leave holes that the next one does
@@ -227,6 +230,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
     assert faults[0] < pages / 200 and faults[1] > 0.9 * pages
 
 
+@pytest.mark.run
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only there is freed memory kept")
 def test_what_a_stage_freed_goes_back_to_the_system_when_it_ends(tmp_path):
     """256 MiB below a tensor that stays alive: kept within the stage, returned after it."""
