@@ -27,7 +27,8 @@ from steer_heal.sweep.cluster import run_here
 
 pytestmark = pytest.mark.run
 
-QUICK = ("tiny-random", "--rounds", "1", "--eval.leave-out", "profile", "plain")
+QUICK = ("tiny-random", "--rounds", "1", "--eval.leave-out", "profile", "plain", "off_target", "canary")
+QUICK += ("--steer.n-contexts", "8", "--dose.steps", "2", "--dose.prompts", "2", "--distil.n-keep", "8")
 GRID = ("heal.barrier.agg=mean,rmse",)
 
 
