@@ -235,13 +235,15 @@ class Counts:
     """profile: scenes of each of the seven concerns"""
     plain_doses: int
     """doses at which the base is plainly steered"""
+    relevance: int
+    """demo prompts after which each demo answer is scored, its own among them"""
 
 
 # Arms are compared on the same items only, so the counts are chosen together and not one by one.
 SIZES = {
-    "full": Counts(64, 24, 32, 64, 40, 16, 180, 20, 7),
-    "demo": Counts(64, 24, 32, 32, 24, 16, 180, 4, 6),
-    "tiny": Counts(8, 8, 4, 8, 4, 2, 6, 1, 2),
+    "full": Counts(64, 24, 32, 64, 40, 16, 180, 20, 7, 32),
+    "demo": Counts(64, 24, 32, 32, 24, 16, 180, 4, 6, 8),
+    "tiny": Counts(8, 8, 4, 8, 4, 2, 6, 1, 2, 3),
 }
 # Limits of a coherent demo answer. They are separate from the filter, so that arms of different filters are comparable.
 JUDGES = {"text": FilterConfig(), "random": FilterConfig(incoherence=1e9, loops="lax")}
@@ -253,10 +255,10 @@ class EvalConfig:
 
     size: Literal["full", "demo", "tiny"] = "full"
     """how many items of every instrument are read; demo: fewer, for a run on a CPU; tiny: enough to test the code"""
-    ends_only: tuple[Literal["off_target", "canary", "profile"], ...] = ("profile",)
+    ends_only: tuple[Literal["off_target", "canary", "profile", "relevance"], ...] = ("profile", "relevance")
     """instruments read on base, on prompted and on the last student only (the profile also on negative)"""
-    leave_out: tuple[Literal["off_target", "canary", "profile", "plain"], ...] = ()
-    """what is never read: off-target traits, plain questions (canary), the profile, the plainly steered base"""
+    leave_out: tuple[Literal["off_target", "canary", "profile", "relevance", "plain"], ...] = ()
+    """never read: off-target traits, plain questions (canary), profile, relevance of the answers, plain steering"""
     profile: Literal["vignettes", "tiny-mfv"] = "vignettes"
     """scenes of the moral-foundation profile: ours, or those of tiny-mfv through that package (`just vendor`)"""
     plain_range: Annotated[tuple[float, float], POSITIVE] = (0.125, 12.0)

@@ -49,7 +49,9 @@ PRESETS: dict[str, RunConfig] = {
             training=replace(ANCHORED.training, lr=4e-4, pass_rows=9, val_share=0.0),
             lora=AdapterConfig(r=16),
         ),
-        eval=EvalConfig(size="demo", ends_only=("off_target", "canary", "profile"), plain_range=(0.1, 1.35)),
+        eval=EvalConfig(
+            size="demo", ends_only=("off_target", "canary", "profile", "relevance"), plain_range=(0.1, 1.35)
+        ),
     ),
     # A random model writes rubbish at any dose, so filter and judge have limits that random text passes.
     "tiny-random": RunConfig(

@@ -13,7 +13,7 @@ from steer_heal.bake.student import Student
 from steer_heal.config import EvalConfig
 from steer_heal.eval.arms import Arm
 from steer_heal.eval.foundations import BEGUN, question
-from steer_heal.eval.instruments import NO, YES, YES_NO_FORM, evaluate, instruments, spread
+from steer_heal.eval.instruments import NO, YES, YES_NO_FORM, evaluate, instruments, spread, with_relevance
 from steer_heal.model.dtype import dtype_of
 from steer_heal.model.lm import LM
 from steer_heal.model.loading import load
@@ -54,7 +54,7 @@ def instruments_bench(preset: str) -> dict:
         "ratios": {},
     }
     plain_total = 0.0
-    for name in instruments(config, at_end=True):
+    for name in (name for name in instruments(config, at_end=True) if name != "relevance"):
         found["seconds"][name] = _seconds(lambda name=name: ours(name))
         if name in READ:
             items = list(questions(lm, trait, config, arm, name))
@@ -63,6 +63,8 @@ def instruments_bench(preset: str) -> dict:
             found["items"][name] = len(items)
             found["ratios"][name] = plain / found["seconds"][name]
             plain_total += plain
+    answered = evaluate(student, arm, trait, config, ["demos"])
+    found["seconds"]["relevance"] = _seconds(lambda: with_relevance(student, answered, config))
     mine, count = sum(found["seconds"][name] for name in READ), sum(found["items"].values())
     found |= {"items_per_s": count / mine, "plain_items_per_s": count / plain_total, "ratio": plain_total / mine}
     core = ("contrast", "yes_no", "neutral", "demos")

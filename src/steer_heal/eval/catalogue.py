@@ -86,8 +86,18 @@ STYLED = Instrument("demo_styled", "styled_share", "demos", "share", "about itse
 DEMO_PPL = Instrument(
     *("demo_log_ppl", "demo_ppl", "demos", "perplexity", "demo perplexity", "demo ppl", "{:.2f}"), log=True
 )
+RELEVANT = Instrument(
+    *("relevant", "relevant_share", "relevance", "share", "answers to their prompt", "to the prompt", "{:.0%}"),
+    damage=-1,
+)
+INFORMATION = Instrument(
+    *("relevance", "relevance_nats", "relevance", "nats/token", "relevance", "relevance", "{:+.2f}"), damage=-1
+)
 
-CATALOGUE = (CONTRAST, YES_NO, COHERENT, MASS, NEUTRAL, RIGHT, RIGHT_LOG_ODDS, LOOPED, STYLED, DEMO_PPL)
+CATALOGUE = (
+    *(CONTRAST, YES_NO, COHERENT, MASS, NEUTRAL, RIGHT, RIGHT_LOG_ODDS, LOOPED, STYLED, DEMO_PPL),
+    *(RELEVANT, INFORMATION),
+)
 COHERENCE = tuple(one for one in CATALOGUE if one.bound is not None)  # the instruments by which a verdict finds damage
 COSTS = tuple(one for one in CATALOGUE if one.damage)
 UNITS = {one.name: one.unit for one in (CONTRAST, YES_NO)}  # unit of a trait score, by the trait's instrument

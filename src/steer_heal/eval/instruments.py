@@ -32,6 +32,7 @@ from steer_heal.eval.catalogue import CATALOGUE, OFF_TARGET
 from steer_heal.eval.foundations import Reading, described, read_profile
 from steer_heal.eval.intervals import Interval, interval
 from steer_heal.eval.reading import ArmReading, Demo
+from steer_heal.eval.relevance import relevance
 from steer_heal.model.answers import choice_log_probs
 from steer_heal.model.decode import decode
 from steer_heal.model.likelihood import row_nll
@@ -40,7 +41,7 @@ from steer_heal.model.packing import packed
 from steer_heal.terminal import progress
 
 CORE = ("contrast", "yes_no", "neutral", "demos")
-EXTRA = ("off_target", "canary", "profile")
+EXTRA = ("off_target", "canary", "profile", "relevance")
 YES = ("Yes", "yes", "YES", " Yes", " yes", " YES")
 NO = ("No", "no", "NO", " No", " no", " NO")
 YES_NO_FORM = "{question} Answer with one word, yes or no."
@@ -60,12 +61,16 @@ def evaluate(
     which: Iterable[str] = CORE,
     on_read: Callable[[int], None] = lambda instruments: None,
 ) -> ArmReading:
-    """Read instruments on one arm; return means with 95% intervals, the score of every item, the demo answers."""
+    """Read instruments on one arm; return means with 95% intervals, the score of every item, the demo answers.
+
+    "relevance" needs "demos" beside it; `with_relevance` adds it to an earlier reading.
+    """
     items: dict[str, list[float]] = {}
     asked: dict[str, str] = {}
     which, demos, profile, scenes = tuple(which), None, None, None
+    first = [name for name in which if name != "relevance"]
     with packed(student.lm) as lm:
-        for name in which:
+        for name in first:
             with student.view(history=arm.history, now=arm.now):
                 read = _read(lm, arm, trait, config, name)
             if name == "demos":
@@ -78,9 +83,26 @@ def evaluate(
             for key, (scores, questions) in read.items():
                 items[key], asked[key] = scores.tolist(), fingerprint(questions)
             on_read(1)
-    found = {"arm": arm.name, "instrument": trait.instrument, "dose": arm.dose, "read": list(which)}
+    found = {"arm": arm.name, "instrument": trait.instrument, "dose": arm.dose, "read": first}
     found |= {"items": items, "asked": asked, "demos": demos, "profile": profile, "scenes": scenes}
-    return ArmReading(**found, **measures(trait.instrument, items))
+    reading = ArmReading(**found, **measures(trait.instrument, items))
+    if first == list(which):
+        return reading
+    reading = with_relevance(student, reading, config)
+    on_read(1)
+    return reading
+
+
+def with_relevance(student: Student, reading: ArmReading, config: EvalConfig) -> ArmReading:
+    """Return the reading with the relevance of its demo answers added, read under the pristine base."""
+    prompts = config.counts.relevance
+    with packed(student.lm) as lm, student.view(history=0.0, now=0.0):
+        relevant, information = relevance(lm, reading.demos, prompts)
+    items = {"relevant": relevant.tolist(), "relevance": information.tolist()}
+    same = fingerprint([str(prompts), *(demo.prompt for demo in reading.demos)])
+    arm = {"arm": reading.arm, "instrument": reading.instrument, "dose": reading.dose, "read": ["relevance"]}
+    arm |= {"items": items, "asked": dict.fromkeys(items, same)}
+    return reading.joined(ArmReading(**arm, **measures(reading.instrument, items)))
 
 
 Read = dict[str, tuple[np.ndarray, list[str]]]  # by kind of item: the scores and the questions

@@ -33,6 +33,10 @@ class Measures:
     looped_ci: Interval | None = None
     styled_share: float | None = None
     styled_ci: Interval | None = None
+    relevant_share: float | None = None
+    relevant_ci: Interval | None = None
+    relevance_nats: float | None = None
+    relevance_ci: Interval | None = None
     neutral_ppl: float | None = None
     demo_ppl: float | None = None
 

@@ -14,6 +14,7 @@ from steer_heal.eval.foundations import question
 from steer_heal.eval.instruments import NO, YES, YES_NO_FORM, contrast_scores, evaluate, instruments, spread
 from steer_heal.eval.intervals import across_seeds, interval, log_mean_over, reliability
 from steer_heal.eval.reading import ArmReading, trait_over
+from steer_heal.eval.relevance import relevance
 from steer_heal.gate.conftest import by
 from steer_heal.presets import PRESETS
 
@@ -82,6 +83,15 @@ def test_all_instruments_equal_one_item_at_a_time(lm, trait, system):
         assert len(probes) == CONFIG.counts.off_target
         expected = [contrast(p) for p in probes]
         assert items[f"off:{name}"] == pytest.approx(expected, abs=1e-4)
+    asked, answers = ([getattr(d, key) for d in got.demos] for key in ("prompt", "text"))
+    assert len(answers) == 4 and CONFIG.counts.relevance == 3
+    likeliest, information = [], []
+    for i, answer in enumerate(map(lm.answer, answers)):
+        own, *others = (log_prob(lm, lm.prompt(asked[(i + k) % 4]), answer) / max(len(answer), 1) for k in (0, 1, 2))
+        likeliest.append(bool(answer) and own > max(others))
+        information.append(own - np.mean(others) if answer else 0.0)
+    assert items["relevant"] == likeliest and got.relevant_share == np.mean(likeliest)
+    assert items["relevance"] == pytest.approx(information, abs=1e-3)
     assert got.answer_mass == pytest.approx(np.mean(mass), rel=1e-3)
     assert got.neutral_ppl == pytest.approx(math.exp(np.mean(neutral_nll)), rel=1e-3)
     assert got.trait_nats == got.contrast_nats == pytest.approx(np.mean(items["contrast"]))
@@ -90,6 +100,13 @@ def test_all_instruments_equal_one_item_at_a_time(lm, trait, system):
     looped = [d.dropped in ("word_repeat", "char_repeat", "compress") for d in got.demos]
     assert got.coherent_share == np.mean(coherent) and got.looped_share == np.mean(looped)
     assert got.demo_ppl == pytest.approx(math.exp(np.mean([math.log(d.scores.ppl) for d in got.demos])))
+
+
+def test_an_empty_answer_is_relevant_to_nothing(lm, trait):
+    answered = evaluate(Student(lm), Arm("x"), trait, CONFIG, ["demos"]).demos
+    demos = [replace(demo, text=text) for demo, text in zip(answered, ("", "An oak.", "They are sad."), strict=False)]
+    own, information = relevance(lm, demos, 32)
+    assert (own[0], information[0]) == (0.0, 0.0) and information[1:].all()
 
 
 def test_neither_batch_size_nor_order_changes_a_score(lm, trait, vector):

@@ -183,9 +183,12 @@ class RoundStages:
     # ---- measure
 
     def measure_steered(self, vector: AnyVector, dose: DoseCurve) -> ArmReading:
-        """The reading of the round's teacher."""
-        arm = Arm("steered", now=0.0, vector=vector, dose=dose.dose)
-        return self.work.measured(self.file(InRound.STEERED), arm, instruments(self.work.config.eval, at_end=False))
+        """The reading of the round's teacher; in the last round with the relevance of its answers."""
+        arm, config = Arm("steered", now=0.0, vector=vector, dose=dose.dose), self.work.config.eval
+        which = instruments(config, at_end=False)
+        if self.last and "relevance" in instruments(config, at_end=True):
+            which = tuple(dict.fromkeys((*which, "relevance")))
+        return self.work.measured(self.file(InRound.STEERED), arm, which)
 
     def measure_healed(self) -> ArmReading:
         """The reading of the round's student, by all instruments in the last round."""

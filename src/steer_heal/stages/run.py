@@ -21,7 +21,7 @@ from steer_heal.distil.record import Anchor
 from steer_heal.distil.sample import anchor_completions, rows_of
 from steer_heal.eval.arms import Arm
 from steer_heal.eval.geometry import Base, Fixed, read_base
-from steer_heal.eval.instruments import instruments, neutral_rows, read_arm
+from steer_heal.eval.instruments import instruments, neutral_rows, read_arm, with_relevance
 from steer_heal.eval.opponents import (
     plain_doses,
 )
@@ -109,6 +109,9 @@ class Work:
     def widened(self, label: str, reading: ArmReading, arm: Arm, which: tuple[str, ...]) -> ArmReading:
         """The reading of an arm, with the missing ones of the instruments `which`."""
         missing = reading.missing(which)
+        if "relevance" in missing and "demos" not in missing:
+            missing = tuple(name for name in missing if name != "relevance")
+            reading = with_relevance(self.student, reading, self.config.eval)
         return reading.joined(self.read_arm(label, arm, missing)) if missing else reading
 
     @property
