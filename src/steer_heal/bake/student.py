@@ -22,10 +22,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from steer_heal.bake.lowrank import Factors, compress
+from steer_heal.bake.reach import Reach, reach
 from steer_heal.config import AdapterConfig
 from steer_heal.model.lm import LM
 
-TARGET_MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 NOW = "now"
 ALPHA_OVER_RANK = 2  # scale of the update; constant, so that the step size does not depend on the rank
 
@@ -38,18 +38,24 @@ class Student:
         self.peft: PeftModel | None = None
         self.history: str | None = None  # name of the adapter that holds all folded rounds
         self.folded = 0
+        self.targets = reach(lm.blocks).targets
+
+    def reach(self, config: AdapterConfig) -> Reach:
+        """What the LoRA of a round trains. Before the first round only."""
+        return reach(self.lm.blocks[layer] for layer in self.lm.band(config.band))
 
     def begin_round(self, config: AdapterConfig, seed: int) -> None:
         """Add a fresh adapter with B = 0. The student then equals the previous student exactly."""
-        layers, modules = list(self.lm.band(config.band)), self.lm.model.named_modules()
+        layers, modules = list(self.lm.band(config.band)), dict(self.lm.model.named_modules())
+        (blocks,) = (name for name, module in modules.items() if module is self.lm.blocks)
         lora = LoraConfig(
             r=config.r,
             lora_alpha=ALPHA_OVER_RANK * config.r,
-            target_modules=TARGET_MODULES,
+            target_modules=list(self.targets),
             layers_to_transform=layers,
-            layers_pattern="layers",
+            layers_pattern=blocks.rpartition(".")[2],
             # In a multimodal gemma, adapt the text tower only. peft warns about a pattern that matches nothing.
-            exclude_modules=r".*vision.*" if any("vision" in name for name, _ in modules) else None,
+            exclude_modules=r".*vision.*" if any("vision" in name for name in modules) else None,
             task_type="CAUSAL_LM",
         )
         with torch.random.fork_rng(devices=[]):

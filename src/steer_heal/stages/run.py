@@ -86,8 +86,10 @@ class Work:
 
             rows, most = folder.artefact(int, "decode_rows.json", compute), MOST_ROWS[lm.device.type]
             logger.info(f"up to {rows} rows are decoded together: as many as fit free memory, {most} at most")
-        lm = replace(lm, decode_rows=rows)
-        return cls(folder, Student(lm), trait, config, preset)
+        student, lora = Student(replace(lm, decode_rows=rows)), config.heal.lora
+        reached, blocks = student.reach(lora), lm.band(lora.band)
+        logger.info(f"LoRA of rank {lora.r} in blocks {blocks[0]} to {blocks[-1]} on {reached.described}")
+        return cls(folder, student, trait, config, preset)
 
     def read_arm(self, label: str, arm: Arm, which: tuple[str, ...]) -> ArmReading:
         return read_arm(label, self.student, arm, self.trait, self.config.eval, which)

@@ -1,0 +1,57 @@
+"""What a LoRA reaches: the matrices of the blocks that it adapts, and their share of the blocks' weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+ROUTERS = ("gate", "router")  # choose the expert of a token; a small change there changes the whole output
+LEAST_SHARE = 0.01  # of the weights; what is smaller is not named
+
+
+@dataclass(frozen=True)
+class Reach:
+    """What is trained in some blocks."""
+
+    targets: tuple[str, ...]
+    """names of the matrices, as in an adapter's `target_modules`"""
+    share: float
+    """their share of the blocks' weights, without norms and biases"""
+    left_out: tuple[str, ...]
+    """names of other weights with at least LEAST_SHARE"""
+
+    @property
+    def described(self) -> str:
+        rest = f"; {', '.join(self.left_out)} stay as they are" if self.left_out else ""
+        return f"{', '.join(self.targets)}: {self.share:.0%} of the weights there{rest}"
+
+
+def reach(blocks: Iterable[nn.Module]) -> Reach:
+    """What a LoRA on these blocks trains: every linear layer but a router. The blocks hold no adapter yet.
+
+    A mixture of experts that keeps them as one parameter is left out; so are convolutions.
+    """
+    adapted: dict[str, int] = {}
+    other: dict[str, int] = {}
+    for block in blocks:
+        for path, module in block.named_modules():
+            name = path.rpartition(".")[2]
+            if isinstance(module, nn.Linear | Conv1D):
+                rows, columns = (module.nx, module.nf) if isinstance(module, Conv1D) else _shape(module)
+                counted = other if name in ROUTERS else adapted
+                counted[name] = counted.get(name, 0) + rows * columns  # a 4-bit weight is stored packed
+            else:
+                for part, parameter in module.named_parameters(recurse=False):
+                    if parameter.ndim > 1:
+                        label = ".".join((name, part)) if name else part
+                        other[label] = other.get(label, 0) + parameter.numel()
+    total = sum(adapted.values()) + sum(other.values())
+    left_out = tuple(name for name, weights in other.items() if weights >= LEAST_SHARE * total)
+    return Reach(tuple(adapted), sum(adapted.values()) / total, left_out)
+
+
+def _shape(linear: nn.Linear) -> tuple[int, int]:
+    return linear.in_features, linear.out_features
