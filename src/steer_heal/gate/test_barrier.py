@@ -13,7 +13,15 @@ from steer_heal.model.lm import Head
 
 pytestmark = pytest.mark.device
 N, D, V = 23, 8, 50
-CASES = list(itertools.product(["kl_fwd", "kl_rev", "nll"], ["mean", "rmse", "p95", "max"], [None, 5.0], [False, True]))
+BIAS = torch.randn(V, generator=torch.Generator().manual_seed(9)).to(DEVICE)
+PLAIN = Head(torch.empty(V, D), None)
+HEADS = {
+    "plain": PLAIN,
+    "capped": PLAIN._replace(softcap=5.0),
+    "scaled": PLAIN._replace(scale=0.3),
+    "all": PLAIN._replace(softcap=5.0, scale=1.7, bias=BIAS),
+}
+CASES = list(itertools.product(["kl_fwd", "kl_rev", "nll"], ["mean", "rmse", "p95", "max"], HEADS, [False, True]))
 
 
 @pytest.fixture(autouse=True, params=["chunks", "whole"])
@@ -33,12 +41,17 @@ def draw(dtype=torch.float32, seed=0):
     return tuple(drawn.to(DEVICE) for drawn in (states, reference, teacher, weight, targets))
 
 
-def naive(states, weight, softcap, targets, teacher, reference, reg, agg, lam=0.7, tau=0.1):
+def bent(head, z):
+    """What the model does to its head's product."""
+    z = head.scale * z + (0 if head.bias is None else head.bias)
+    return z if head.softcap is None else head.softcap * torch.tanh(z / head.softcap)
+
+
+def naive(states, head, targets, teacher, reference, reg, agg, lam=0.7, tau=0.1):
     """The loss from full distributions, one position at a time. Autograd gives the gradient."""
 
     def log_probs(h):
-        z = weight @ h
-        z = z if softcap is None else softcap * torch.tanh(z / softcap)
+        z = bent(head, head.weight @ h)
         return z - torch.log(torch.exp(z).sum())
 
     objective, kl = [], []
@@ -67,15 +80,16 @@ def naive(states, weight, softcap, targets, teacher, reference, reg, agg, lam=0.
     return objective.mean() + lam * torch.clamp(divergence - tau, min=0)
 
 
-@pytest.mark.parametrize("reg,agg,softcap,soft", CASES)
-def test_loss_and_gradient_equal_full_logits(reg, agg, softcap, soft):
+@pytest.mark.parametrize("reg,agg,name,soft", CASES)
+def test_loss_and_gradient_equal_full_logits(reg, agg, name, soft):
     states, reference, teacher, weight, targets = draw()
     states.requires_grad_()
-    expected = naive(states, weight, softcap, targets, teacher if soft else None, reference, reg, agg)
+    head = HEADS[name]._replace(weight=weight)
+    expected = naive(states, head, targets, teacher if soft else None, reference, reg, agg)
     (expected_gradient,) = torch.autograd.grad(expected, states)
 
     objective, kl = position_losses(
-        Head(weight, softcap), states, targets, None if reg == "nll" else reference, reg, teacher if soft else None
+        head, states, targets, None if reg == "nll" else reference, reg, teacher if soft else None
     )
     loss = objective.mean() if reg == "nll" else objective.mean() + 0.7 * hinge(aggregate(kl, agg), 0.1)
     (gradient,) = torch.autograd.grad(loss, states)
@@ -101,14 +115,14 @@ def test_at_the_reference_the_divergence_is_zero_and_its_gradient_finite(agg):
 
 
 @pytest.mark.parametrize("reg", ["kl_fwd", "kl_rev"])
-@pytest.mark.parametrize("softcap", [None, 5.0])
+@pytest.mark.parametrize("name", HEADS)
 @pytest.mark.parametrize("soft", [False, True])
-def test_gradcheck_in_double_precision(reg, softcap, soft):
+def test_gradcheck_in_double_precision(reg, name, soft):
     states, reference, teacher, weight, targets = draw(torch.float64, seed=3)
-    states = states[:5].requires_grad_()
+    states, head = states[:5].requires_grad_(), HEADS[name]._replace(weight=weight)
 
     def both(h):
-        return position_losses(Head(weight, softcap), h, targets[:5], reference[:5], reg, teacher[:5] if soft else None)
+        return position_losses(head, h, targets[:5], reference[:5], reg, teacher[:5] if soft else None)
 
     assert torch.autograd.gradcheck(both, (states,))
 
@@ -126,19 +140,18 @@ def test_bf16_states_give_the_loss_of_their_exact_logits():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
-@pytest.mark.parametrize("softcap", [None, 30.0])
-def test_the_head_does_not_round_its_logits(dtype, softcap):
+@pytest.mark.parametrize("changes", [{}, {"softcap": 30.0}, {"softcap": 30.0, "scale": 1.7, "bias": BIAS}])
+def test_the_head_does_not_round_its_logits(dtype, changes):
     """Compared with a float64 product of the same states and weights. bf16 rounding changes a logit of 20 by 0.06."""
     states, _, _, weight, _ = draw(torch.float64)
     states, weight = (3 * states).to(dtype), (3 * weight).to(dtype)
-    exact = states.double() @ weight.double().T
+    head, exact = Head(weight, None)._replace(**changes), states.double() @ weight.double().T
     assert exact.abs().max() > 20
-    if softcap is not None:
-        exact = softcap * torch.tanh(exact / softcap)
-    logits = Head(weight, softcap)(states)
+    exact = bent(head, exact)
+    logits = head(states)
     assert logits.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     torch.testing.assert_close(logits.double(), exact, rtol=1e-5, atol=1e-4)
-    assert torch.equal(Head(weight, softcap)(states, torch.empty_like(logits)), logits)
+    assert torch.equal(head(states, torch.empty_like(logits)), logits)
 
 
 def test_without_targets_there_is_a_divergence_and_no_objective():

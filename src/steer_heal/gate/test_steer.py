@@ -127,7 +127,7 @@ def test_extraction_stops_after_the_band(lm):
         block.register_forward_hook(lambda *_, index=index: ran.append(index))
     extract(lm, Personas("You are kind.", "You are cruel.", CONTEXTS), BAND)
     assert set(ran) == {0, 1, 2}
-    assert lm.decoder.config.num_hidden_layers == 4
+    assert len(lm.blocks) == 4
 
 
 @pytest.mark.parametrize("target", [0.05, 0.4])

@@ -79,6 +79,8 @@ class _Fused(torch.autograd.Function):
                     objective[at] = _nll(z, lse, p, targets[at, None], slope)
             if grads is not None:
                 back = flat.to(head.weight.dtype)[0 if sampled else rows :] @ head.weight
+                if head.scale != 1.0:
+                    back.mul_(head.scale)
                 grads[:, chunk] = back.view(len(kinds), rows, -1).to(wide)
         ctx.save_for_backward(grads)
         ctx.kinds, ctx.dtype = kinds, states.dtype

@@ -25,7 +25,7 @@ from steer_heal.model.forward import prefix
 from steer_heal.model.lm import LM
 from steer_heal.model.memory import free_main_memory
 from steer_heal.model.packing import packed
-from steer_heal.model.steering import Doses, Steering, steering
+from steer_heal.model.steering import UNSTEERED, Doses, Steering, steering
 
 COMPACT_SHARE = 0.8  # ended rows leave the batch when fewer than this share of it still writes
 
@@ -79,7 +79,8 @@ class _Buffer(DynamicLayer):
         return self.filled
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        self.key_room, self.value_room = self.key_room[indices], self.value_room[indices]
+        if self.is_initialized:  # some blocks use the keys and values of another
+            self.key_room, self.value_room = self.key_room[indices], self.value_room[indices]
 
 
 def decode(
@@ -103,8 +104,8 @@ def decode(
     with torch.no_grad(), steering(lm, steering_) as dial, packed(lm, len(prompts) * max_new_tokens) as lm:
         for chunk in batches([width] * len(prompts), lm.decode_rows, steering_):
             padded = left_padded(lm, filled([prompts[i] for i in chunk]), shared, width)
-            batch = _Batch(torch.tensor(chunk), prompts[0][:shared], padded, Doses.of_batch(lm, dial, steering_, chunk))
-            for i, completion in zip(chunk, _decode_batch(lm, batch, max_new_tokens, sampling), strict=True):
+            batch = Batch(torch.tensor(chunk), prompts[0][:shared], padded, Doses.of_batch(lm, dial, steering_, chunk))
+            for i, completion in zip(chunk, decode_batch(lm, batch, max_new_tokens, sampling), strict=True):
                 out[i] = completion
             on_batch(len(chunk))
     return out
@@ -118,10 +119,12 @@ def rows_that_fit(lm: LM, prompt_tokens: int, max_new_tokens: int) -> int:
     """
     text = lm.model.config.get_text_config()
     weight = lm.head.weight
-    width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    cache = 2 * len(lm.blocks) * text.num_key_value_heads * width * (prompt_tokens + max_new_tokens)
-    reading = prompt_tokens * (4 * text.hidden_size + 3 * text.intermediate_size)
-    row_bytes = (cache + reading) * weight.element_size() + 3 * 4 * weight.shape[0]
+    with torch.no_grad():
+        token = prefix(lm, [0], UNSTEERED)  # families differ in what they keep of a token
+    cache = sum(layer.keys.nbytes + layer.values.nbytes for layer in token.layers) * (prompt_tokens + max_new_tokens)
+    inner = getattr(text, "intermediate_size", 4 * text.hidden_size)
+    reading = prompt_tokens * (4 * text.hidden_size + 3 * inner) * weight.element_size()
+    row_bytes = cache + reading + 3 * 4 * weight.shape[0]
     free = free_memory(lm.device)
     if lm.device.type == "cpu":
         free -= sum(p.numel() * p.element_size() for p in lm.decoder.parameters())  # for the packed copy
@@ -136,7 +139,7 @@ def free_memory(device: torch.device) -> int:
     return free_main_memory()
 
 
-class _Batch(NamedTuple):
+class Batch(NamedTuple):
     """Prompts that are decoded together."""
 
     rows: Int[Tensor, " b"]
@@ -144,18 +147,19 @@ class _Batch(NamedTuple):
     beginning: list[int]
     """tokens that all prompts of the call share at their beginning"""
     padded: Padded
+    """the prompts, and copies of the first"""
     doses: Doses
 
 
-def _decode_batch(lm: LM, batch: _Batch, max_new_tokens: int, sampling: Sampling | None) -> list[Decoded]:
+def decode_batch(lm: LM, batch: Batch, max_new_tokens: int, sampling: Sampling | None) -> list[Decoded]:
     shared, ids, mask, position = batch.padded
     rows = batch.rows
-    slots = torch.tensor(filled(range(len(rows))))  # the prompt of each row of the shrinking batch
+    slots = torch.tensor([*range(len(rows)), *[0] * (len(ids) - len(rows))])  # prompt of each row, as rows leave
     doses = batch.doses.of(slots)
     cache = Cache(layers=[_Buffer(mask.shape[1] + max_new_tokens) for _ in lm.blocks])
     if shared:
         start = prefix(lm, batch.beginning, doses)
-        for layer, begun in zip(cache.layers, start.layers, strict=True):
+        for layer, begun in zip(cache.layers, start.layers, strict=False):  # those that have keys of their own
             layer.update(*(x.expand(len(slots), -1, -1, -1) for x in (begun.keys, begun.values)))
     written: list[list[int]] = [[] for _ in rows]
     ended = [False] * len(rows)

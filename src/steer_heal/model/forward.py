@@ -15,7 +15,7 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from steer_heal.model.batching import ROUND, batches, rounded, shared_prefix
 from steer_heal.model.lm import LM, Row
-from steer_heal.model.steering import UNSTEERED, Doses, Steering, steering
+from steer_heal.model.steering import UNSTEERED, Doses, Steering, steering, stream
 
 
 def states(lm: LM, rows: list[Row], steering_: Steering | None = None) -> list[Float[Tensor, "n d"]]:
@@ -93,12 +93,12 @@ class SharedPrefix(DynamicLayer):
 @contextmanager
 def first_blocks(lm: LM, count: int) -> Iterator[None]:
     """Inside the `with` block the decoder runs only its first `count` blocks."""
-    config = lm.decoder.config
-    whole, config.num_hidden_layers = config.num_hidden_layers, count
+    whole = lm.blocks
+    lm.decoder.layers = whole[:count]
     try:
         yield
     finally:
-        config.num_hidden_layers = whole
+        lm.decoder.layers = whole
 
 
 def last_token_states(
@@ -112,25 +112,31 @@ def last_token_states(
     Prompts are batched by width. The forward pass stops after the last of `layers`.
     """
     out = torch.empty(len(prompts), len(layers), lm.model.config.get_text_config().hidden_size)
+    with torch.no_grad(), first_blocks(lm, layers[-1] + 1), reading(lm, layers) as seen:
+        shared = shared_prefix(prompts)
+        for chunk in batches([rounded(len(prompt) - shared) for prompt in prompts], lm.read_rows):
+            forward(lm, [Row(prompts[i], [0]) for i in chunk], shared=shared)
+            last = torch.tensor([len(prompts[i]) for i in chunk]) - shared - 1
+            for index, layer in enumerate(layers):
+                out[chunk, index] = seen[layer][range(len(chunk)), last].float().cpu()
+            on_prompts(len(chunk))
+    return out
+
+
+@contextmanager
+def reading(lm: LM, layers: tuple[int, ...]) -> Iterator[dict[int, Tensor]]:
+    """Yield a dict that holds, after each forward pass, the residual stream after each of `layers`."""
     seen: dict[int, Tensor] = {}
 
-    def read(index: int) -> Callable:
-        def hook(_module: nn.Module, _args: tuple, output: Tensor) -> None:
-            seen[index] = output
+    def read(layer: int) -> Callable:
+        def hook(_module: nn.Module, _args: tuple, output: Tensor | tuple) -> None:
+            seen[layer] = stream(output)
 
         return hook
 
-    handles = [lm.blocks[layer].register_forward_hook(read(index)) for index, layer in enumerate(layers)]
+    handles = [lm.blocks[layer].register_forward_hook(read(layer)) for layer in layers]
     try:
-        with torch.no_grad(), first_blocks(lm, layers[-1] + 1):
-            shared = shared_prefix(prompts)
-            for chunk in batches([rounded(len(prompt) - shared) for prompt in prompts], lm.read_rows):
-                forward(lm, [Row(prompts[i], [0]) for i in chunk], shared=shared)
-                last = torch.tensor([len(prompts[i]) for i in chunk]) - shared - 1
-                for index, stream in seen.items():
-                    out[chunk, index] = stream[range(len(chunk)), last].float().cpu()
-                on_prompts(len(chunk))
+        yield seen
     finally:
         for handle in handles:
             handle.remove()
-    return out

@@ -29,8 +29,19 @@ class Row(NamedTuple):
 HEAD_BLOCK = 512  # rows of the head per product on a CPU; one product of all takes a third longer
 
 
+class AfterHead(NamedTuple):
+    """What a model does to the product of its head: see `Head`. `agreement.after_head` measures it."""
+
+    softcap: float | None = None
+    scale: float = 1.0
+    bias: Float[Tensor, " v"] | None = None
+
+
+PLAIN = AfterHead()
+
+
 class Head(NamedTuple):
-    """The output head: logits = cap(h @ weight.T), cap(z) = softcap * tanh(z / softcap) when softcap is set.
+    """The output head: logits = cap(scale * h @ weight.T + bias), cap(z) = softcap * tanh(z / softcap) if it is set.
 
     `product` replaces h @ weight.T where the weight is packed, see `packing`.
     """
@@ -38,14 +49,20 @@ class Head(NamedTuple):
     weight: Float[Tensor, "v d"]
     softcap: float | None
     product: Callable[[Tensor], Tensor] | None = None
+    scale: float = 1.0
+    bias: Float[Tensor, " v"] | None = None
 
     def __call__(self, states: Float[Tensor, "n d"], out: Float[Tensor, "n v"] | None = None) -> Float[Tensor, "n v"]:
-        """Capped logits in float32, or in float64 for float64 states. No gradient: `heal.barrier` computes its own.
+        """Logits in float32, or in float64 for float64 states. No gradient: `heal.barrier` computes its own.
 
         With `out` the plain product writes them there.
         """
         packed = self.product is not None and out is None
         logits = self.product(states) if packed else wide_product(states, self.weight, out)
+        if self.scale != 1.0:
+            logits.mul_(self.scale)
+        if self.bias is not None:
+            logits.add_(self.bias)
         return logits if self.softcap is None else logits.div_(self.softcap).tanh_().mul_(self.softcap)
 
 
@@ -84,6 +101,9 @@ class LM:
     template: Template
     why_dtype: str = ""
     """why the weights have their type, see `dtype.chosen`"""
+    why_attention: str = ""
+    """why attention is not computed by torch's fused function; "" where it is"""
+    after_head: AfterHead = PLAIN
     head_product: Callable[[Tensor], Tensor] | None = None
     """`Head.product`"""
     read_rows: int = 32
@@ -106,8 +126,8 @@ class LM:
 
     @property
     def head(self) -> Head:
-        softcap = getattr(self.model.config.get_text_config(), "final_logit_softcapping", None)
-        return Head(self.model.get_output_embeddings().weight, softcap, self.head_product)
+        softcap, scale, bias = self.after_head
+        return Head(self.model.get_output_embeddings().weight, softcap, self.head_product, scale, bias)
 
     def band(self, share: tuple[float, float]) -> tuple[int, ...]:
         """Block indices whose relative depth lies in `share`, e.g. (0.45, 0.55) of 30 blocks -> 13, 14, 15, 16."""

@@ -29,6 +29,7 @@ from transformers.utils import logging as transformers_logging
 
 from steer_heal.config import ModelConfig, UserError, nearest
 from steer_heal.files import writing
+from steer_heal.model.agreement import agreed, attention, require_attention
 from steer_heal.model.dtype import chosen
 from steer_heal.model.lm import LM
 from steer_heal.model.memory import keep_freed_memory
@@ -46,7 +47,8 @@ def load(config: ModelConfig, adapter: Path | None = None) -> LM:
 
     `adapter` is a folder whose tokenizer and chat template, if it has some, replace the model's.
 
-    Raises UserError for a path that does not exist, a gated hub model, and a model without a chat template.
+    Raises UserError for a path that does not exist, a gated hub model, a model without a chat template, and one of
+    which we would not compute what transformers computes.
     """
     device = config.device if config.device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cuda" and not torch.cuda.is_available():
@@ -64,7 +66,7 @@ def load(config: ModelConfig, adapter: Path | None = None) -> LM:
             source = scratch
         elif source in PACKAGED_GGUF or source.endswith(".gguf"):
             source = str(_dequantised(_gguf_file(source)))
-        model, tokenizer = _from_pretrained(source, config, device)
+        model, tokenizer, why_attention = _from_pretrained(source, config, device)
     tokenizer = tokenizer_of(adapter, tokenizer) if adapter else tokenizer
     _require_decoder(model, tokenizer, config.path)
     template = template_of(tokenizer, config)
@@ -76,7 +78,9 @@ def load(config: ModelConfig, adapter: Path | None = None) -> LM:
     model.requires_grad_(False)
     model.eval()
     end = frozenset(_end_tokens(model, tokenizer))
-    return LM(model, tokenizer, config.path, end, template, why_dtype, read_rows=config.read_rows)
+    return agreed(
+        LM(model, tokenizer, config.path, end, template, why_dtype, why_attention, read_rows=config.read_rows)
+    )
 
 
 def _require_decoder(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: str) -> None:
@@ -104,7 +108,10 @@ def _known_architecture(source: str) -> str:
     return name
 
 
-def _from_pretrained(source: str, config: ModelConfig, device: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def _from_pretrained(
+    source: str, config: ModelConfig, device: str
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, str]:
+    """The model, its tokenizer, and `LM.why_attention`."""
     looks_local = source.startswith((".", "/", "~")) or source.count("/") != 1
     if looks_local and not Path(source).expanduser().is_dir():
         raise UserError(f"model path {source!r} does not exist: give a hub id (owner/name), a folder or a .gguf file")
@@ -121,12 +128,14 @@ def _from_pretrained(source: str, config: ModelConfig, device: str) -> tuple[Pre
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
         architecture = AutoConfig.from_pretrained(source)
+        require_attention(architecture, config.path)
+        implementation, why = attention(architecture)
         model = AutoModelForCausalLM.from_pretrained(
             source,
             config=architecture,
             dtype=getattr(torch, config.dtype),
             quantization_config=quantization,
-            attn_implementation="sdpa",
+            attn_implementation=implementation,
             device_map={"": device},
             use_safetensors=True,  # never a pickle
         )
@@ -138,7 +147,7 @@ def _from_pretrained(source: str, config: ModelConfig, device: str) -> tuple[Pre
         SafetensorError,
     ) as error:  # a folder that is no model may raise any of these
         raise UserError(_why_not_loaded(source, error)) from error
-    return model, tokenizer
+    return model, tokenizer, why
 
 
 def _why_not_loaded(source: str, error: Exception) -> str:

@@ -95,6 +95,11 @@ class OneDoseDial(Dial):
             self.now = value
 
 
+def stream(output: Tensor | tuple) -> Float[Tensor, "b t d"]:
+    """The residual stream in what a block returns: of some families a tuple that begins with it."""
+    return output[0] if isinstance(output, tuple) else output
+
+
 @contextmanager
 def steering(lm: LM, steering_: Steering | None) -> Iterator[Dial]:
     """Apply the vector to the residual stream after each of its layers until the `with` block ends.
@@ -115,10 +120,12 @@ def steering(lm: LM, steering_: Steering | None) -> Iterator[Dial]:
     projecting = steering_.vector.operation == "project_out"
 
     def act_after(index: int) -> Callable:
-        def hook(_module: nn.Module, _args: tuple, output: Tensor) -> Tensor:
-            v = direction[index].to(output.dtype)
-            offset = dial.dose.to(output.dtype)[:, None, None] * (-(output @ v)[:, :, None] * v if projecting else v)
-            return output + (offset if dial.real is None else offset * dial.real[:, :, None])
+        def hook(_module: nn.Module, _args: tuple, output: Tensor | tuple) -> Tensor | tuple:
+            h = stream(output)
+            v = direction[index].to(h.dtype)
+            offset = dial.dose.to(h.dtype)[:, None, None] * (-(h @ v)[:, :, None] * v if projecting else v)
+            h = h + (offset if dial.real is None else offset * dial.real[:, :, None])
+            return (h, *output[1:]) if isinstance(output, tuple) else h
 
         return hook
 

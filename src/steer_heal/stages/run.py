@@ -76,6 +76,8 @@ class Work:
         """Start the work. "auto" for `model.decode_rows` becomes a number, which a resumed run takes again."""
         logger.info(f"model {config.model.path}, trait {trait.name!r}, {config.rounds} rounds, folder {folder.path}")
         logger.info(f"weights in {dtype_of(lm)}: {lm.why_dtype}")
+        if lm.why_attention:
+            logger.info(f"attention without torch's fused function: {lm.why_attention}")
         rows = config.model.decode_rows
         if rows == "auto":
 
