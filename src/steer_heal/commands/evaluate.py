@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from safetensors import SafetensorError
-
+from steer_heal.bake.foreign import any_gate, config_of, load_adapter
 from steer_heal.bake.student import Student
 from steer_heal.config import EvalConfig, ModelConfig, UserError
 from steer_heal.data import Trait, load_trait, restored
@@ -28,7 +26,8 @@ class Target:
 
     student: Student
     trait: Trait
-    has_adapter: bool
+    arm: Arm | None = None
+    """the student at the gate; None for a model alone"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,48 +51,40 @@ def evaluate_alone(
 
     Raises UserError when the target cannot be measured.
     """
-    found = opened(target, round_, trait, model)
+    found = opened(target, round_, trait, model, gate)
     which = instruments(config, at_end=True)
     systems = {"base": None, "prompted": found.trait.positive, "negative": found.trait.negative}
     wanted = [Arm(name, history=0.0, now=0.0, system=system) for name, system in systems.items()]
-    wanted += [Arm("student", history=gate, now=0.0)] * found.has_adapter
+    wanted += [found.arm] if found.arm else []
     arms = [read_arm(f"eval {arm.name}", found.student, arm, found.trait, config, which) for arm in wanted]
     base, *_, last = arms
     record = Alone(**{arm.arm: arm_record(arm, base) for arm in arms}, validity=validity(arms))
     print(f"\n{arm_table(*arms)}\n\n{validity_table(record.validity)}")
-    if not found.has_adapter:
+    if not found.arm:
         return record
     said = verdict(base, last, last, expressible(arms, found.trait.instrument))
     print(f"verdict: {said.word} ({said.why})")
     return replace(record, gate=gate, verdict=said)
 
 
-def opened(target: str, round_: int | None, trait: str | None, model: ModelConfig) -> Target:
+def opened(target: str, round_: int | None, trait: str | None, model: ModelConfig, gate: float = 1.0) -> Target:
     folder = Path(target).expanduser()
     if (folder / EVENTS).is_file():
         run = opened_run(folder)
         config = run.read("config.json")
         rounds = finished_rounds(folder, config["rounds"], round_)
         of_run = restored(run.read("trait.json"))
-        return Target(student_after(folder, config, rounds), load_trait(trait) if trait else of_run, True)
+        arm = Arm("student", history=gate, now=0.0)
+        return Target(student_after(folder, config, rounds), load_trait(trait) if trait else of_run, arm)
     if round_ is not None:
         raise UserError(f"--round {round_}: {target!r} is no run folder (it has no {EVENTS})")
-    described = folder / "adapter_config.json"
-    if described.is_file():
-        try:
-            base = model.path or json.loads(described.read_text("utf-8"))["base_model_name_or_path"]
-        except (ValueError, KeyError) as error:
-            raise UserError(f"{str(described)!r} cannot be read ({error}): name the base with --base") from error
-        if not (folder / "adapter_model.safetensors").is_file():
-            raise UserError(f"{target!r} has no adapter_model.safetensors: pickles are not loaded, convert it")
-        student = Student(load(replace(model, path=base), folder))
-        try:
-            student.load_round(folder)
-        except (RuntimeError, ValueError, KeyError, SafetensorError) as error:
-            said = " ".join(str(error).split())
-            raise UserError(
-                f"adapter {target!r} does not fit {base!r}: name its base with --base ({said[:200]})"
-            ) from error
-        student.fold()
-        return Target(student, load_trait(trait or "love"), True)
-    return Target(Student(load(replace(model, path=target))), load_trait(trait or "love"), False)
+    if not (folder / "adapter_config.json").is_file():
+        return Target(Student(load(replace(model, path=target))), load_trait(trait or "love"))
+    made_on = config_of(folder).get("base_model_name_or_path")
+    if not (base := model.path or made_on):
+        raise UserError(f"adapter {target!r} does not say on which model it was made: name it with --base")
+    student = Student(load(replace(model, path=base), folder))
+    load_adapter(student, folder)
+    if gate not in (0.0, 1.0) and not any_gate(student):
+        raise UserError(f"--gate is {gate}: a DoRA adapter is on (1) or off (0)")
+    return Target(student, load_trait(trait or "love"), Arm("student", history=0.0, now=gate))

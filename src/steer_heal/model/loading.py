@@ -68,6 +68,11 @@ def load(config: ModelConfig, adapter: Path | None = None) -> LM:
             source = str(_dequantised(_gguf_file(source)))
         model, tokenizer, why_attention = _from_pretrained(source, config, device)
     tokenizer = tokenizer_of(adapter, tokenizer) if adapter else tokenizer
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise UserError(
+            f"model {config.path!r} has an adapter beside it (adapter_config.json) that transformers adds to it: move "
+            "the adapter to a folder of its own, and measure it with steer-heal eval FOLDER"
+        )
     _require_decoder(model, tokenizer, config.path)
     template = template_of(tokenizer, config)
     for module in model.modules():
