@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
+
+from bitsandbytes.nn import Linear4bit
 
 from steer_heal.config import UserError
 from steer_heal.files import write_text
+from steer_heal.model.lm import LM
 from steer_heal.report.card import model_card
 from steer_heal.runs.reading import load as read_run
 from steer_heal.runs.resume import opened
@@ -26,13 +30,24 @@ def export(folder: Path, to: Path, round_: int | None, merge: bool) -> None:
     run = read_run(folder)
     rounds = finished_rounds(folder, run.config["rounds"], round_)
     student = student_after(folder, run.config, rounds, float_weights=merge)
-    to.parent.mkdir(parents=True, exist_ok=True)
-    if to.exists():
-        to.rmdir()  # it is empty, and saving makes it again
     if merge:
-        student.merged().save_pretrained(to)
-        student.lm.tokenizer.save_pretrained(to)
-    else:
-        student.save(to, student.history)
+        require_mergeable(student.lm)
     card = model_card(run.summary, run.config, made.read("trait.json"), made.first_argv, rounds, merge)
-    write_text(to / "README.md", card)
+    to.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=to.parent, prefix=".export-") as scratch:
+        whole = Path(scratch) / "whole"
+        if merge:
+            student.merged().save_pretrained(whole)
+            student.lm.tokenizer.save_pretrained(whole)
+        else:
+            student.save(whole, student.history)
+        write_text(whole / "README.md", card)
+        whole.rename(to)  # also over an empty folder
+
+
+def require_mergeable(lm: LM) -> None:
+    """Raise UserError for a base whose own files are quantised: there are no float weights to add an update to."""
+    if any(isinstance(module, Linear4bit) for module in lm.model.modules()):
+        raise UserError(
+            f"--merge: the weights of {lm.name!r} are stored in 4 bits: export the adapter alone, without --merge"
+        )

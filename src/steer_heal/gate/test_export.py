@@ -1,5 +1,6 @@
 """Exported files: plain PEFT and plain transformers load them, and they give the student's logits."""
 
+import errno
 import json
 import math
 import shlex
@@ -13,9 +14,11 @@ from steer_heal import data
 from steer_heal.bake.student import Student
 from steer_heal.bench import demo
 from steer_heal.commands import chat
+from steer_heal.commands import export as exporting
 from steer_heal.commands.evaluate import evaluate_alone
-from steer_heal.commands.export import export
+from steer_heal.commands.export import export, require_mergeable
 from steer_heal.config import ModelConfig, UserError
+from steer_heal.gate.conftest import tiny
 from steer_heal.gate.soak import WORDS
 from steer_heal.model.loading import load
 from steer_heal.presets import PRESETS
@@ -111,6 +114,22 @@ def test_what_cannot_be_exported(finished, tmp_path):
     with pytest.raises(UserError, match=r"--round 2: rounds 0 to 1 are finished"):
         export(finished, tmp_path / "out", 2, merge=False)
     assert (tmp_path / "full" / "file").read_text() == "mine" and not (tmp_path / "out").exists()
+    require_mergeable(tiny())
+    with pytest.raises(UserError, match="--merge: the weights of 'random:tiny' are stored in 4 bits"):
+        require_mergeable(tiny(quant="nf4"))
+
+
+@pytest.mark.parametrize("merge", [False, True])
+def test_an_export_is_whole_or_not_there(finished, tmp_path, monkeypatch, merge):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(exporting, "write_text", full)
+    (tmp_path / "empty").mkdir()
+    for to in (tmp_path / "empty", tmp_path / "new" / "deep"):
+        with pytest.raises(OSError, match="No space left"):
+            export(finished, to, None, merge=merge)
+    assert not list((tmp_path / "empty").iterdir()) and not list((tmp_path / "new").iterdir())
 
 
 def test_the_instruments_alone_see_what_the_run_saw(finished, tmp_path):
