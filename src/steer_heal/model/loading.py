@@ -9,12 +9,20 @@ import os
 import shutil
 import struct
 import tempfile
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 from bitsandbytes.nn import Linear4bit
 from filelock import FileLock
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+)
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
@@ -131,8 +139,8 @@ def _from_pretrained(
             bnb_4bit_compute_dtype=torch.bfloat16,
         )
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source)
-        architecture = AutoConfig.from_pretrained(source)
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        architecture = AutoConfig.from_pretrained(source, trust_remote_code=False)
         require_attention(architecture, config.path)
         implementation, why = attention(architecture)
         model = AutoModelForCausalLM.from_pretrained(
@@ -143,6 +151,7 @@ def _from_pretrained(
             attn_implementation=implementation,
             device_map={"": device},
             use_safetensors=True,  # never a pickle
+            trust_remote_code=False,  # without it transformers asks on the terminal, and a "y" runs the folder's code
         )
     except (
         OSError,
@@ -156,7 +165,8 @@ def _from_pretrained(
 
 
 def _why_not_loaded(source: str, error: Exception) -> str:
-    words = str(error).lower()
+    chain, words = list(_causes(error)), str(error).lower()
+    status = {one.response.status_code for one in chain if isinstance(one, HfHubHTTPError) and one.response is not None}
     if isinstance(error, SafetensorError):
         return f"model {source!r} could not be loaded: its weights are damaged ({error}): download them again"
     if "safetensors" in words and "no file named" in words:
@@ -164,13 +174,35 @@ def _why_not_loaded(source: str, error: Exception) -> str:
             f"model {source!r} has no weights as safetensors; pickles (.bin, .pt) are not loaded, because they can run "
             "code: convert them, e.g. with save_pretrained, or take another copy"
         )
-    if "gated" in words or "401" in words or "403" in words or "restricted" in words:
+    if "trust_remote_code" in words:
+        return (
+            f"model {source!r} brings code of its own, which is not run: take a model whose class is in transformers "
+            "(docs/models.md lists families)"
+        )
+    if any(isinstance(one, GatedRepoError) for one in chain):
         return (
             f"model {source!r} is gated: accept its licence on its page at the hub, then run `hf auth login` with a "
             "token that may read it"
         )
+    if any(isinstance(one, RepositoryNotFoundError) for one in chain) or status & {401, 403}:
+        return (
+            f"model {source!r} is not on the hub, or you may not read it: check owner/name, or run `hf auth login` "
+            "with a token that may"
+        )
+    if any(isinstance(one, LocalEntryNotFoundError | OfflineModeIsEnabled) for one in chain):
+        return (
+            f"model {source!r} is not in the cache and the hub cannot be reached: check the network, or give a folder "
+            "or a .gguf file"
+        )
     said = " ".join(str(error).split()) or type(error).__name__
     return f"model {source!r} could not be loaded as a causal language model: {said[:300]}"
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    """The error, and the errors that led to it."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
 
 
 def _end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
@@ -217,9 +249,9 @@ def _dequantise(gguf: Path, folder: Path) -> None:
     scratch = Path(tempfile.mkdtemp(dir=folder.parent))
     try:
         where = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
-        tokenizer = AutoTokenizer.from_pretrained(**where)
+        tokenizer = AutoTokenizer.from_pretrained(**where, trust_remote_code=False)
         model = AutoModelForCausalLM.from_pretrained(
-            **where, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
+            **where, trust_remote_code=False, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
         )
         model.save_pretrained(scratch)
         tokenizer.save_pretrained(scratch)
