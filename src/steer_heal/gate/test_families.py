@@ -18,13 +18,14 @@ from transformers.modeling_outputs import CausalLMOutput
 import steer_heal
 from steer_heal.bake.student import Student
 from steer_heal.config import AdapterConfig, ModelConfig, UserError
+from steer_heal.gate.conftest import tiny
 from steer_heal.heal.barrier import position_losses
 from steer_heal.model import agreement, packing
 from steer_heal.model.answers import choice_log_probs
 from steer_heal.model.decode import decode, rows_that_fit
 from steer_heal.model.forward import forward, last_token_states, states
 from steer_heal.model.likelihood import row_nll, token_kl
-from steer_heal.model.lm import LM, Row
+from steer_heal.model.lm import LM, PLAIN, Row
 from steer_heal.model.loading import load
 from steer_heal.model.random_weights import build_random
 from steer_heal.model.steering import Steering, Vector
@@ -102,9 +103,10 @@ def family(request, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def rows(family):
-    """Rows of unequal length, also longer than a sliding window of 32."""
+    """Rows of unequal length, one longer than a sliding window of 32."""
     asked = ["Hi.", "How long should I boil an egg for a soft yolk?", "Why do people cry? " * 9]
-    prompts = [family.lm.prompt(text) for text in asked]
+    # The last tokens differ: some of these models write what they read last.
+    prompts = [[*family.lm.prompt(text), 300 + 50 * i] for i, text in enumerate(asked)]
     assert len(prompts[0]) < 32 < len(prompts[-1])
     return [Row(prompt, [700 + i, 90 * (i + 1), 5, 41]) for i, prompt in enumerate(prompts)]
 
@@ -127,9 +129,12 @@ def test_greedy_decoding_is_generate_also_when_rows_end_early(family, rows, monk
     plain = [done.ids for done in decode(family.lm, prompts, TOKENS)]
     assert plain == [family.write(prompt) for prompt in prompts]
     monkeypatch.setattr(packing, "PACK_FROM_TOKENS", 1)
-    end = plain[0][2]
+    # The first row fills the batch. It ends and leaves; another goes on.
+    first, end = next((i, t) for i, ids in enumerate(plain) for t in ids if any(t not in other for other in plain))
+    order = [first, *(i for i in range(len(plain)) if i != first)]
     ending = replace(family.lm, end_tokens=frozenset({end}))
-    for before, after in zip(plain, decode(ending, prompts, TOKENS), strict=True):
+    for i, after in zip(order, decode(ending, [prompts[i] for i in order], TOKENS), strict=True):
+        before = plain[i]
         assert after.ids == before[: before.index(end) + 1 if end in before else TOKENS]
     assert rows_that_fit(family.lm, 10, 10) >= 1
 
@@ -287,6 +292,11 @@ def test_blocks_that_return_a_tuple_are_read_and_steered(lm, vector):
         following.register_forward_pre_hook(lambda _module, args: (args[0][0], *args[1:]))
     found = row_nll(lm, [row], steered)[0], last_token_states(lm, [row.prompt], (1, 2))
     assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
+
+
+@pytest.mark.parametrize("quant, dtype", [("none", "bfloat16"), ("nf4", "bfloat16"), ("nf4", "float32")])
+def test_rounding_is_no_disagreement(quant, dtype):
+    assert tiny(quant=quant, dtype=dtype).after_head == PLAIN
 
 
 def test_asking_at_load_changes_no_random_state_and_leaves_no_hook(lm):

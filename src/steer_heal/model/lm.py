@@ -102,7 +102,7 @@ class LM:
     why_dtype: str = ""
     """why the weights have their type, see `dtype.chosen`"""
     why_attention: str = ""
-    """why attention is not computed by torch's fused function; "" where it is"""
+    """why attention is computed in plain products; "" where torch's fused function does it"""
     after_head: AfterHead = PLAIN
     head_product: Callable[[Tensor], Tensor] | None = None
     """`Head.product`"""

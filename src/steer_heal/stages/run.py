@@ -77,7 +77,7 @@ class Work:
         logger.info(f"model {config.model.path}, trait {trait.name!r}, {config.rounds} rounds, folder {folder.path}")
         logger.info(f"weights in {dtype_of(lm)}: {lm.why_dtype}")
         if lm.why_attention:
-            logger.info(f"attention without torch's fused function: {lm.why_attention}")
+            logger.info(f"attention in plain products, which take more time and memory: {lm.why_attention}")
         rows = config.model.decode_rows
         if rows == "auto":
 
