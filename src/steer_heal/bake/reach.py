@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 ROUTERS = ("gate", "router")  # choose the expert of a token; a small change there changes the whole output
+# In a model that keeps its experts as one parameter, peft takes these names for the experts, also where a block has
+# plain layers of that name.
+EXPERTS = ("gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
 LEAST_SHARE = 0.01  # of the weights; what is smaller is not named
 
 
@@ -29,19 +32,21 @@ class Reach:
         return f"{', '.join(self.targets)}: {self.share:.0%} of the weights there{rest}"
 
 
-def reach(blocks: Iterable[nn.Module]) -> Reach:
-    """What a LoRA on these blocks trains: every linear layer but a router. The blocks hold no adapter yet.
+def reach(blocks: nn.ModuleList, which: Sequence[int]) -> Reach:
+    """What a LoRA on some of a model's blocks trains: every linear layer but a router. They hold no adapter yet.
 
     A mixture of experts that keeps them as one parameter is left out; so are convolutions.
     """
     adapted: dict[str, int] = {}
     other: dict[str, int] = {}
-    for block in blocks:
-        for path, module in block.named_modules():
+    one_parameter = any(parameter.ndim == 3 for parameter in blocks.parameters())
+    not_trained = (*ROUTERS, *EXPERTS) if one_parameter else ROUTERS
+    for index in which:
+        for path, module in blocks[index].named_modules():
             name = path.rpartition(".")[2]
             if isinstance(module, nn.Linear | Conv1D):
                 rows, columns = (module.nx, module.nf) if isinstance(module, Conv1D) else _shape(module)
-                counted = other if name in ROUTERS else adapted
+                counted = other if name in not_trained else adapted
                 counted[name] = counted.get(name, 0) + rows * columns  # a 4-bit weight is stored packed
             else:
                 for part, parameter in module.named_parameters(recurse=False):

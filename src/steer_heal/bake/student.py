@@ -38,11 +38,11 @@ class Student:
         self.peft: PeftModel | None = None
         self.history: str | None = None  # name of the adapter that holds all folded rounds
         self.folded = 0
-        self.targets = reach(lm.blocks).targets
+        self.targets = reach(lm.blocks, range(len(lm.blocks))).targets
 
     def reach(self, config: AdapterConfig) -> Reach:
         """What the LoRA of a round trains. Before the first round only."""
-        return reach(self.lm.blocks[layer] for layer in self.lm.band(config.band))
+        return reach(self.lm.blocks, self.lm.band(config.band))
 
     def begin_round(self, config: AdapterConfig, seed: int) -> None:
         """Add a fresh adapter with B = 0. The student then equals the previous student exactly."""
