@@ -254,7 +254,8 @@ class EvalConfig:
     """The instruments."""
 
     size: Literal["full", "demo", "tiny"] = "full"
-    """how many items of every instrument are read; demo: fewer, for a run on a CPU; tiny: enough to test the code"""
+    """how many items of every instrument are read; demo: fewer, for a run on a CPU; tiny: enough to test the code on
+    random weights, whose text passes as coherent"""
     ends_only: tuple[Literal["off_target", "canary", "profile", "relevance"], ...] = ("profile", "relevance")
     """instruments read on base, on prompted and on the last student only (the profile also on negative)"""
     leave_out: tuple[Literal["off_target", "canary", "profile", "relevance", "plain"], ...] = ()
@@ -263,12 +264,15 @@ class EvalConfig:
     """scenes of the moral-foundation profile: ours, or those of tiny-mfv through that package (`just vendor`)"""
     plain_range: Annotated[tuple[float, float], POSITIVE] = (0.125, 12.0)
     """smallest and largest dose at which the base is plainly steered, in multiples of the first round's vector"""
-    judge: Literal["text", "random"] = "text"
-    """limits of a coherent demo answer; random: for a model with random weights"""
 
     @property
     def counts(self) -> Counts:
         return SIZES[self.size]
+
+    @property
+    def judge(self) -> FilterConfig:
+        """The limits of a coherent demo answer."""
+        return JUDGES["random" if self.size == "tiny" else "text"]
 
 
 @dataclass(frozen=True)

@@ -67,7 +67,7 @@ PRESETS: dict[str, RunConfig] = {
             training=TrainingConfig(lr=2e-2, batch=8, pass_rows=4),
             lora=AdapterConfig(r=4),
         ),
-        eval=EvalConfig(size="tiny", judge="random"),
+        eval=EvalConfig(size="tiny"),
     ),
 }
 DEFAULT_PRESET = "gemma-3-1b"

@@ -9,7 +9,7 @@ same items.
 * Yes/no self-report (secondary): log-odds of yes against no times the question's polarity, in nats. The probability
   mass on the two answers measures coherence independently of the trait.
 * Off target: contrast probes of traits that should not move, both far from and near to the target, in the same unit.
-* Coherence: greedy demo answers judged like completions but with separate limits (`eval.judge`), perplexity of
+* Coherence: greedy demo answers judged like completions but with separate limits, perplexity of
   neutral text, plain questions with one right answer.
 * Profile: see `foundations`.
 """
@@ -25,7 +25,7 @@ import numpy as np
 from steer_heal import data
 from steer_heal.bake.student import Student
 from steer_heal.coherence import LOOPS, STYLES, judge, persona_narration
-from steer_heal.config import JUDGES, EvalConfig
+from steer_heal.config import EvalConfig
 from steer_heal.data import Contrast, Trait, YesNo, bystanders, canary, neutral
 from steer_heal.eval.arms import Arm
 from steer_heal.eval.catalogue import CATALOGUE, OFF_TARGET
@@ -223,7 +223,7 @@ def judged_demos(lm: LM, trait: Trait, config: EvalConfig, answers: list[list[in
     prompts = trait.demo_prompts[: config.counts.demos]
     rows = [Row(lm.prompt(p), ids) for p, ids in zip(prompts, answers, strict=True)]
     persona = persona_narration(trait.positive, trait.negative, trait.title)
-    judged = judge(lm, rows, JUDGES[config.judge], persona)
+    judged = judge(lm, rows, config.judge, persona)
     return [Demo(prompt=p, **vars(d)) for p, d in zip(prompts, judged, strict=True)]
 
 

@@ -48,7 +48,7 @@ def arms_section(run: Run) -> str:
     why = """Every arm on the same items, with 95% bootstrap intervals. Trait: log-probability per token of the answer
         with the trait minus that of its opposite (for a trait measured on yes/no questions: log-odds of the answer
         with the trait). Answer mass: probability of yes and no in yes/no questions. Coherent: share of free answers
-        that neither loop nor fall apart, by limits of its own (eval.judge), not those of the filter. Looped: share that
+        that neither loop nor fall apart, by limits of its own, not those of the filter. Looped: share that
         repeats itself. About itself: share that narrates the persona or refuses, which is style and not damage.
         Questions right: plain questions with four answers each. Perplexity: of the free answers under base, and of
         neutral text. Negative: the opposite persona as system prompt. Equal cost, equal trait: see Against plain
