@@ -237,16 +237,21 @@ class Counts:
     """doses at which the base is plainly steered"""
     relevance: int
     """demo prompts after which each demo answer is scored, its own among them"""
+    framed: int
+    """yes/no probes, neutral texts and, twice as many, plain questions in each held-out frame"""
 
 
 # Arms are compared on the same items only, so the counts are chosen together and not one by one.
 SIZES = {
-    "full": Counts(64, 24, 32, 64, 40, 16, 180, 20, 7, 32),
-    "demo": Counts(64, 24, 32, 32, 24, 16, 180, 4, 6, 8),
-    "tiny": Counts(8, 8, 4, 8, 4, 2, 6, 1, 2, 3),
+    "full": Counts(64, 24, 32, 64, 40, 16, 180, 20, 7, 32, 24),
+    "demo": Counts(64, 24, 32, 32, 24, 16, 180, 4, 6, 8, 12),
+    "tiny": Counts(8, 8, 4, 8, 4, 2, 6, 1, 2, 3, 2),
 }
 # Limits of a coherent demo answer. They are separate from the filter, so that arms of different filters are comparable.
 JUDGES = {"text": FilterConfig(), "random": FilterConfig(incoherence=1e9, loops="lax")}
+
+
+Extra = Literal["off_target", "canary", "profile", "frames", "relevance"]  # instruments that may be left out
 
 
 @dataclass(frozen=True)
@@ -256,10 +261,14 @@ class EvalConfig:
     size: Literal["full", "demo", "tiny"] = "full"
     """how many items of every instrument are read; demo: fewer, for a run on a CPU; tiny: enough to test the code on
     random weights, whose text passes as coherent"""
-    ends_only: tuple[Literal["off_target", "canary", "profile", "relevance"], ...] = ("profile", "relevance")
+    ends_only: tuple[Literal["off_target", "canary", "profile", "frames", "relevance"], ...] = (
+        "profile",
+        "frames",
+        "relevance",
+    )
     """instruments read on base, on prompted and on the last student only (the profile also on negative)"""
-    leave_out: tuple[Literal["off_target", "canary", "profile", "relevance", "plain"], ...] = ()
-    """never read: off-target traits, plain questions (canary), profile, relevance of the answers, plain steering"""
+    leave_out: tuple[Extra | Literal["plain"], ...] = ()
+    """never read: off-target traits, plain questions (canary), profile, held-out frames, relevance, plain steering"""
     profile: Literal["vignettes", "tiny-mfv"] = "vignettes"
     """scenes of the moral-foundation profile: ours, or those of tiny-mfv through that package (`just vendor`)"""
     plain_range: Annotated[tuple[float, float], POSITIVE] = (0.125, 12.0)

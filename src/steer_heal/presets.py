@@ -50,7 +50,7 @@ PRESETS: dict[str, RunConfig] = {
             lora=AdapterConfig(r=16),
         ),
         eval=EvalConfig(
-            size="demo", ends_only=("off_target", "canary", "profile", "relevance"), plain_range=(0.1, 1.35)
+            size="demo", ends_only=("off_target", "canary", "profile", "frames", "relevance"), plain_range=(0.1, 1.35)
         ),
     ),
     # A random model writes rubbish at any dose, so filter and judge have limits that random text passes.

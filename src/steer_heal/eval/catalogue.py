@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+
+import numpy as np
 
 from steer_heal.eval.intervals import relative
 from steer_heal.eval.reading import Measures
 
+FRAME = "frame:"  # prefix of the item names of what is read in a held-out frame
 OFF_TARGET = "off:"  # prefix of the item names of the traits that should not move
 
 
@@ -44,6 +48,11 @@ class Instrument:
     def interval(self) -> str:
         """The field of `Measures` that holds the interval of the mean."""
         return f"{self.measure.removesuffix('_nats').removesuffix('_share')}_ci"
+
+    def mean(self, items: Sequence[float]) -> float:
+        """Return the measure of some items."""
+        with np.errstate(over="ignore"):  # infinite for a model that has collapsed
+            return float(np.exp(np.mean(items)) if self.log else np.mean(items))
 
     def over(self, arm: Measures, base: Measures) -> float:
         """Return the arm's measure divided by the base's; NaN when the base's is 0."""
@@ -93,6 +102,14 @@ RELEVANT = Instrument(
 INFORMATION = Instrument(
     *("relevance", "relevance_nats", "relevance", "nats/token", "relevance", "relevance", "{:+.2f}"), damage=-1
 )
+
+FRAMED = (MASS, RIGHT, NEUTRAL)  # read in every held-out frame
+
+
+def in_frame(frame: str, one: Instrument) -> str:
+    """The name of an instrument's items in a held-out frame."""
+    return f"{FRAME}{frame}:{one.name}"
+
 
 CATALOGUE = (
     *(CONTRAST, YES_NO, COHERENT, MASS, NEUTRAL, RIGHT, RIGHT_LOG_ODDS, LOOPED, STYLED, DEMO_PPL),

@@ -27,8 +27,9 @@ from steer_heal.bake.student import Student
 from steer_heal.coherence import LOOPS, STYLES, judge, persona_narration
 from steer_heal.config import EvalConfig
 from steer_heal.data import Contrast, Trait, YesNo, bystanders, canary, neutral
+from steer_heal.data.frames import HELD_OUT, PLAIN, Frame
 from steer_heal.eval.arms import Arm
-from steer_heal.eval.catalogue import CATALOGUE, OFF_TARGET
+from steer_heal.eval.catalogue import CATALOGUE, MASS, NEUTRAL, OFF_TARGET, RIGHT, in_frame
 from steer_heal.eval.foundations import Reading, described, read_profile
 from steer_heal.eval.intervals import Interval, interval
 from steer_heal.eval.reading import ArmReading, Demo
@@ -41,9 +42,10 @@ from steer_heal.model.packing import packed
 from steer_heal.terminal import progress
 
 CORE = ("contrast", "yes_no", "neutral", "demos")
-EXTRA = ("off_target", "canary", "profile", "relevance")
+EXTRA = ("off_target", "canary", "profile", "frames", "relevance")
 YES = ("Yes", "yes", "YES", " Yes", " yes", " YES")
 NO = ("No", "no", "NO", " No", " no", " NO")
+SOME_TEXT = "Write a short text about anything."
 YES_NO_FORM = "{question} Answer with one word, yes or no."
 
 
@@ -135,6 +137,9 @@ def _read(lm: LM, arm: Arm, trait: Trait, config: EvalConfig, name: str) -> Read
             return {name: (right, texts), "canary_log_odds": (log_odds, texts)}
         case "profile":
             return read_profile(lm, arm, config)
+        case "frames":
+            framed = [framed_scores(lm, arm, trait, counts.framed, frame) for frame in HELD_OUT]
+            return {key: read for found in framed for key, read in found.items()}
         case "demos":
             prompts = [lm.prompt(p, arm.system) for p in trait.demo_prompts[: counts.demos]]
             dosed = arm.steering(len(prompts))
@@ -150,8 +155,7 @@ def measures(instrument: str, items: dict[str, list[float]]) -> dict[str, float 
     out = {}
     for one in (one for one in CATALOGUE if one.name in items):
         scores = np.array(items[one.name])
-        with np.errstate(over="ignore"):  # infinite for a model that has collapsed
-            out[one.measure] = float(np.exp(scores.mean()) if one.log else scores.mean())
+        out[one.measure] = one.mean(items[one.name])
         if not one.log:
             out[one.interval] = interval(scores)
         if one.name == instrument:
@@ -168,13 +172,13 @@ def contrast_scores(lm: LM, arm: Arm, probes: tuple[Contrast, ...]) -> np.ndarra
     return per_token[:, 0] - per_token[:, 1]
 
 
-def yes_no_scores(lm: LM, arm: Arm, probes: tuple[YesNo, ...]) -> tuple[np.ndarray, np.ndarray]:
+def yes_no_scores(lm: LM, arm: Arm, probes: tuple[YesNo, ...], frame: Frame = PLAIN) -> tuple[np.ndarray, np.ndarray]:
     """(polarity * log-odds of yes in nats, probability mass on yes and no), one of each per probe.
 
     An answer's probability is the sum over its spellings. Each spelling is scored by all of its tokens.
     """
-    prompts = [lm.prompt(YES_NO_FORM.format(question=p.question), arm.system) for p in probes]
-    spelled = [lm.template.spellings(word) for word in (YES, NO)]
+    prompts = [lm.prompt(YES_NO_FORM.format(question=p.question), arm.system, frame) for p in probes]
+    spelled = [lm.template.spellings(word, frame.begun) for word in (YES, NO)]
     either = [[*spelled[0], *spelled[1]]] * len(prompts)
     scored = choice_log_probs(lm, prompts, either, arm.steering(len(prompts)))
     log_p = np.array([[answer.double().sum().item() for answer in options] for options in scored])
@@ -182,6 +186,24 @@ def yes_no_scores(lm: LM, arm: Arm, probes: tuple[YesNo, ...]) -> tuple[np.ndarr
         yes, no = (np.logaddexp.reduce(part, axis=1) for part in np.split(log_p, [len(spelled[0])], axis=1))
     polarity = np.array([1.0 if p.trait_answer == "yes" else -1.0 for p in probes])
     return polarity * (yes - no), np.exp(yes) + np.exp(no)
+
+
+def framed_scores(lm: LM, arm: Arm, trait: Trait, count: int, frame: Frame) -> Read:
+    """Answer mass, plain questions and neutral text in a frame that neither training nor its anchor has.
+
+    The neutral text is what the assistant writes, after a request for some text.
+    """
+    asked, questions, texts = trait.yes_no[:count], spread(canary(), 2 * count), neutral()[:count]
+    _, mass = yes_no_scores(lm, arm, asked, frame)
+    right, _ = canary_scores(lm, arm, questions, frame)
+    prompt = lm.prompt(SOME_TEXT, arm.system, frame)
+    rows = [Row(prompt, lm.answer(text, frame.begun)) for text in texts]
+    nll = np.array([row.double().mean().item() for row in row_nll(lm, rows, arm.steering(len(rows)))])
+    return {
+        in_frame(frame.name, MASS): (mass, [p.question for p in asked]),
+        in_frame(frame.name, RIGHT): (right, [q["question"] for q in questions]),
+        in_frame(frame.name, NEUTRAL): (nll, list(texts)),
+    }
 
 
 def neutral_scores(lm: LM, arm: Arm, texts: int) -> np.ndarray:
@@ -196,14 +218,14 @@ def neutral_rows(lm: LM, texts: int) -> list[Row]:
     return [Row(ids[:1], ids[1:]) for ids in (lm.tokenizer(text).input_ids for text in neutral()[:texts])]
 
 
-def canary_scores(lm: LM, arm: Arm, questions: list[dict]) -> tuple[np.ndarray, np.ndarray]:
+def canary_scores(lm: LM, arm: Arm, questions: list[dict], frame: Frame = PLAIN) -> tuple[np.ndarray, np.ndarray]:
     """Return (right, log-odds), one of each per question.
 
     `right` is 1 where the right answer is the likeliest of the four, 0 where it is not, NaN where a score is not
     finite. The log-odds are those of the right answer against the three others together, in nats.
     """
-    prompts = [lm.prompt(q["question"], arm.system) for q in questions]
-    answers = [[lm.answer(a) for a in (q["right"], *q["wrong"])] for q in questions]
+    prompts = [lm.prompt(q["question"], arm.system, frame) for q in questions]
+    answers = [[lm.answer(a, frame.begun) for a in (q["right"], *q["wrong"])] for q in questions]
     scored = choice_log_probs(lm, prompts, answers, arm.steering(len(prompts)))
     log_p = np.array([[answer.double().sum().item() for answer in options] for options in scored])
     right = np.where(np.isfinite(log_p).all(1), (log_p[:, :1] > log_p[:, 1:]).all(1), np.nan)

@@ -82,7 +82,7 @@ def least(monkeypatch):
     """Make the size `tiny` read two items of most instruments, for checks that need a run but not its figures."""
     from steer_heal.config import SIZES, Counts
 
-    monkeypatch.setitem(SIZES, "tiny", Counts(2, 2, 2, 2, 1, 2, 4, 1, 2, 2))
+    monkeypatch.setitem(SIZES, "tiny", Counts(2, 2, 2, 2, 1, 2, 4, 1, 2, 2, 2))
 
 
 @pytest.fixture

@@ -9,9 +9,10 @@ import torch
 
 from steer_heal.bake.student import Student
 from steer_heal.data import FOUNDATIONS, Contrast, bystanders, canary, load_trait, neutral, off_target, vignettes
+from steer_heal.data.frames import HELD_OUT
 from steer_heal.eval.arms import Arm
 from steer_heal.eval.foundations import question
-from steer_heal.eval.instruments import NO, YES, YES_NO_FORM, contrast_scores, evaluate, instruments, spread
+from steer_heal.eval.instruments import NO, SOME_TEXT, YES, YES_NO_FORM, contrast_scores, evaluate, instruments, spread
 from steer_heal.eval.intervals import across_seeds, interval, log_mean_over, reliability
 from steer_heal.eval.reading import ArmReading, trait_over
 from steer_heal.eval.relevance import relevance
@@ -83,6 +84,31 @@ def test_all_instruments_equal_one_item_at_a_time(lm, trait, system):
         assert len(probes) == CONFIG.counts.off_target
         expected = [contrast(p) for p in probes]
         assert items[f"off:{name}"] == pytest.approx(expected, abs=1e-4)
+
+    def read_in(frame, user):
+        """The frame written out for this model, whose template puts a system text before the first user turn."""
+        texts = {"assistant": "You are a helpful assistant." + (f" {system}" if system else "")}
+        lead = texts.get(frame.name, system)
+        turns = [*(frame.before or ()), user + (' Reply as JSON with one key, "answer".' * (frame.name == "JSON"))]
+        turns[0] = f"{lead}\n\n{turns[0]}" if lead else turns[0]
+        roles = ("user", "model", "user")
+        written = "".join(f"<start_of_turn>{r}\n{t}<end_of_turn>\n" for r, t in zip(roles, turns, strict=False))
+        return lm.answer(f"<bos>{written}<start_of_turn>model\n" + '{"answer": "' * (frame.name == "JSON"))
+
+    assert [frame.name for frame in HELD_OUT] == ["assistant", "second turn", "JSON"]
+    for frame in HELD_OUT:
+        few = CONFIG.counts.framed
+        asking = [read_in(frame, YES_NO_FORM.format(question=probe.question)) for probe in trait.yes_no[:few]]
+        mass_here = [spelled(prompt, YES) + spelled(prompt, NO) for prompt in asking]
+        assert items[f"frame:{frame.name}:mass"] == pytest.approx(mass_here, rel=1e-3)
+        right_here = []
+        for q in spread(canary(), 2 * few):
+            p = {a: log_prob(lm, read_in(frame, q["question"]), lm.answer(a)) for a in (q["right"], *q["wrong"])}
+            right_here.append(max(p, key=p.get) == q["right"])
+        assert items[f"frame:{frame.name}:canary"] == right_here
+        said = [(read_in(frame, SOME_TEXT), lm.answer(text)) for text in neutral()[:few]]
+        nll_here = [-log_prob(lm, prompt, ids) / len(ids) for prompt, ids in said]
+        assert items[f"frame:{frame.name}:neutral_nll"] == pytest.approx(nll_here, abs=1e-4)
     asked, answers = ([getattr(d, key) for d in got.demos] for key in ("prompt", "text"))
     assert len(answers) == 4 and CONFIG.counts.relevance == 3
     likeliest, information = [], []

@@ -16,6 +16,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from steer_heal.data.frames import PLAIN as PLAIN_FRAME
+from steer_heal.data.frames import Frame
 from steer_heal.model.template import Template
 
 
@@ -142,9 +144,9 @@ class LM:
             return "sliding_attention" in config.layer_types
         return getattr(config, "sliding_window", None) is not None
 
-    def prompt(self, user: str, system: str | None = None) -> list[int]:
-        """Token ids of a one-turn chat up to and including the assistant tag."""
-        return self.template.prompt(user, system)
+    def prompt(self, user: str, system: str | None = None, frame: Frame = PLAIN_FRAME) -> list[int]:
+        """Token ids of a chat up to where the answer begins, or goes on if the frame begins it."""
+        return self.template.prompt(user, system, frame)
 
     def answer(self, text: str, begun: str = "") -> list[int]:
         """Token ids of an answer as they follow a prompt, or as they follow `begun` in it."""

@@ -15,6 +15,7 @@ from loguru import logger
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from steer_heal.config import ModelConfig, UserError
+from steer_heal.data.frames import PLAIN, Frame
 
 SYSTEM, USER, ANSWER = "quillfeather", "marrowgate", "bindleworth"  # words that no template holds
 CLOCK, THINKING = "strftime_now", "enable_thinking"  # names by which a template asks for the date and for thinking
@@ -41,16 +42,20 @@ class Template:
     gap: str = ""
     """a space where the template begins the assistant's text with one, as Mistral's `[/INST] Yes`"""
 
-    def text(self, user: str, system: str | None = None) -> str:
-        """A one-turn chat up to and including the assistant's tag."""
-        if system is not None and not self.system_role:
-            user, system = f"{system}\n\n{user}", None
-        turns = {"user": user} if system is None else {"system": system, "user": user}
+    def text(self, user: str, system: str | None = None, before: tuple[str, str] | None = None) -> str:
+        """A chat up to and including the assistant's tag, of one turn or, with `before`, of two."""
+        turns = [("user", user)] if before is None else [("user", before[0]), ("assistant", before[1]), ("user", user)]
+        if system is not None and self.system_role:
+            turns.insert(0, ("system", system))
+        elif system is not None:
+            turns[0] = ("user", f"{system}\n\n{turns[0][1]}")
         return self._rendered(turns)
 
-    def prompt(self, user: str, system: str | None = None) -> list[int]:
-        """Token ids of `text`."""
-        return self._ids(self.text(user, system))
+    def prompt(self, user: str, system: str | None = None, frame: Frame = PLAIN) -> list[int]:
+        """Token ids of a chat in a frame, up to where the answer begins or goes on."""
+        systems = [text for text in (frame.system, system) if text is not None]
+        asked = self.text(user + frame.ask, " ".join(systems) if systems else None, frame.before)
+        return self._ids(asked) + (self.answer(frame.begun) if frame.begun else [])
 
     def answer(self, text: str, begun: str = "") -> list[int]:
         """Token ids of an answer as they follow a prompt, or as they follow `begun` in it.
@@ -63,10 +68,10 @@ class Template:
             return self._following(self.opening + self._spaced(begun), text)
         return self._following(self.opening, self._spaced(text))
 
-    def spellings(self, words: tuple[str, ...]) -> list[list[int]]:
+    def spellings(self, words: tuple[str, ...], begun: str = "") -> list[list[int]]:
         """The token ids of these one-word answers; where the template begins with a space, also those without it."""
-        found = [*map(self.answer, words)]
-        if self.gap:
+        found = [self.answer(word, begun) for word in words]
+        if self.gap and not begun:
             found += [self._following(self.opening, word) for word in words]
         return [list(ids) for ids in dict.fromkeys(map(tuple, found))]
 
@@ -90,10 +95,10 @@ class Template:
         settings = {name: getattr(self, name) for name in ("date", "thinking", "system_role", "in_parts")}
         return {"prompt_sha256": hashlib.sha256(self.text(USER, SYSTEM).encode()).hexdigest()} | settings
 
-    def _rendered(self, turns: dict[str, str], begins: bool = True) -> str:
+    def _rendered(self, turns: list[tuple[str, str]], begins: bool = True) -> str:
         messages = [
             {"role": role, "content": [{"type": "text", "text": text}] if self.in_parts else text}
-            for role, text in turns.items()
+            for role, text in turns
         ]
         knobs = {} if self.thinking is None else {THINKING: self.thinking}
         return self.tokenizer.apply_chat_template(
@@ -182,12 +187,12 @@ def _with_opening(template: Template, name: str) -> Template:
     """
     prompt = template.text(USER)
     try:
-        answered = template._rendered({"user": USER, "assistant": ANSWER}, begins=False)
+        answered = template._rendered([("user", USER), ("assistant", ANSWER)], begins=False)
     except Exception:  # see `_fault`
         answered = ""
     opening = prompt.rpartition(USER)[2]
     gap = next((gap for gap in ("", " ") if answered.startswith(prompt + gap + ANSWER)), None)
-    if prompt == template._rendered({"user": USER}, begins=False) and (gap is None or not opening.strip()):
+    if prompt == template._rendered([("user", USER)], begins=False) and (gap is None or not opening.strip()):
         raise UserError(
             f"the chat template of {name!r} has no generation prompt (add_generation_prompt changes nothing), and an "
             "answer does not follow a tag either: take a template that ends with the assistant's tag"

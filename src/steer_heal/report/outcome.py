@@ -12,6 +12,7 @@ from steer_heal.eval.catalogue import (
     CONTRAST,
     COSTS,
     DEMO_PPL,
+    FRAMED,
     LOOPED,
     MASS,
     NEUTRAL,
@@ -88,6 +89,25 @@ def coherence_section(run: Run) -> str:
         near 100%. The table has the differences from base on the same items, with 95% intervals."""
     figures = f'<div class="panels three">{"".join(panels)}</div>'
     return section("Coherence", why, figures + stacked(table_of(("arm", *(one.item_label for one in COSTS)), rows)))
+
+
+def frames_section(summary: Summary) -> str:
+    """Coherence in frames that training has not seen, where it was read."""
+    arms = {"base": summary.base, "prompted": summary.prompted}
+    for index, r in enumerate(summary.rounds):
+        arms |= {f"{name} r{index}": arm for name, arm in r.named().items()}
+    rows = []
+    for name, arm in ((name, arm) for name, arm in arms.items() if arm):
+        for frame in dict.fromkeys(found.frame for found in arm.framed):
+            own = {found.measure: found for found in arm.framed if found.frame == frame}
+            cells = (f"{one.form.format(own[one.name].value)} ({own[one.name].over_base:.0%})" for one in FRAMED)
+            rows.append((_arm(name), frame, *cells))
+    if not rows:
+        return ""
+    why = """Coherence read in frames that neither training nor its anchor has: another system prompt, a second turn, an
+        answer in JSON. In brackets: relative to base in the same frame. What holds in the training's frame alone is
+        held there and nowhere else."""
+    return section("Other frames", why, stacked(table_of(("arm", "frame", *(one.label for one in FRAMED)), rows)))
 
 
 def validity_section(summary: Summary) -> str:

@@ -17,6 +17,7 @@ from steer_heal.report.making import demo_section, dose_section, filter_section,
 from steer_heal.report.outcome import (
     arms_section,
     coherence_section,
+    frames_section,
     geometry_section,
     others_section,
     plain_section,
@@ -53,6 +54,7 @@ def page(run: Run) -> str:
     sections = [arms_section(run)]
     if run.rounds:
         sections += [trajectory_section(run), plain_section(run.summary), coherence_section(run)]
+        sections += [frames_section(run.summary)]
         sections += [validity_section(run.summary), others_section(run.summary), profile_section(run.summary)]
         sections += [vector_section(run), geometry_section(run.summary)]
         sections += [dose_section(run), heal_section(run)]

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 
+from steer_heal.eval.catalogue import MASS
 from steer_heal.eval.intervals import relative
-from steer_heal.eval.record import ArmSummary
+from steer_heal.eval.record import ArmSummary, worst
 from steer_heal.report.html import shorten
 from steer_heal.runs.reading import Run
 
@@ -47,6 +48,9 @@ def verdict(run: Run) -> tuple[str, str]:
     held = f"Coherent share {healed.coherent_share:.0%} of the demo answers (base {base.coherent_share:.0%})"
     held += f", answer mass {relative(healed.answer_mass, base.answer_mass):.0%} of base, neutral perplexity"
     held += f" {ppl_change:+.1%} against base"
+    if lowest := worst(healed.framed, MASS):
+        held += f"; in the worst of the frames that training has not seen, answer mass {lowest.over_base:.0%} of base"
+        held += f" ({lowest.frame})"
     if healed.canary_share is not None:
         held += f", plain questions right {healed.canary_share:.0%} (base {base.canary_share:.0%})"
     return f"{lead}{stands}. {held}.", word
