@@ -5,10 +5,12 @@ from __future__ import annotations
 import errno
 import math
 import os
+import shlex
 import signal
 import sys
 import warnings
 from dataclasses import dataclass, field
+from itertools import pairwise
 from json import dumps
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -18,9 +20,9 @@ from tyro.conf import Positional, UseAppendAction, arg, subcommand
 
 from steer_heal import VERSION, flags
 from steer_heal.config import EvalConfig, ModelConfig, RunConfig, UserError, check, nearest
-from steer_heal.presets import DEFAULT_PRESET, PRESETS
+from steer_heal.presets import DEFAULT_PRESET, MODELS_TOO, PRESETS, RECIPES, is_model
 from steer_heal.processor import processor
-from steer_heal.terminal import harmless, program
+from steer_heal.terminal import harmless, program, take_any_text
 
 INTERRUPTED = 130  # the shell's code for Ctrl-C
 CANNOT_WRITE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM}
@@ -29,6 +31,7 @@ CANNOT_WRITE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACC
 def main(argv: list[str] | None = None) -> None:
     """Entry point of `steer-heal`. An error that the user can fix prints one line and exits with code 2."""
     argv = sys.argv[1:] if argv is None else argv
+    take_any_text()
     _log_above_bars()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # treat a scheduler's stop as Ctrl-C
     try:
@@ -56,6 +59,7 @@ def carry_out(argv: list[str]) -> None:
     if argv == ["--version"]:
         print(f"steer-heal {VERSION}")
         return
+    said, argv = with_preset(argv)
     shared: list[str] = []
     if argv[:1] == ["sweep"] and "--" in argv:
         cut = argv.index("--")
@@ -70,6 +74,8 @@ def carry_out(argv: list[str]) -> None:
         case Run() if asked.preset != chosen.preset:
             raise UserError(f"the preset comes first: steer-heal run {asked.preset} ...")
         case Run():
+            if said:
+                logger.info(said)
             run(asked, argv)
         case Sweep():
             sweep(asked, tuple(shared))
@@ -87,6 +93,31 @@ def carry_out(argv: list[str]) -> None:
             bench(asked)
 
 
+def with_preset(argv: list[str]) -> tuple[str, list[str]]:
+    """`run MODEL ...` as `run PRESET --model.path MODEL ...`, and a line that says so; other words as they are."""
+    if argv[:1] != ["run"] or len(argv) < 2 or argv[1].startswith("-") or not is_model(argv[1]):
+        return "", argv
+    from steer_heal.runs.folder import EVENTS
+
+    name, rest = argv[1], argv[2:]
+    if (other := _value_of("--model.path", rest)) is not None:
+        raise UserError(f"run {name!r} names a model, and so does --model.path {other!r}: leave one of them out")
+    if (Path(name).expanduser() / EVENTS).is_file():
+        raise UserError(f"{name!r} is a run folder: go on with it by --resume {shlex.quote(name)}, or name a preset")
+    recipe = RECIPES["cuda" if _value_of("--model.device", rest) != "cpu" and _has_gpu() else "cpu"]
+    return (
+        f"{name!r} is no preset: the model is run with the settings of {recipe.preset}, {recipe.tuned_on}. Doses and "
+        "thresholds differ between models: look at dose.range, heal.barrier.tau and heal.anchor.tau",
+        ["run", recipe.preset, "--model.path", name, *rest],
+    )
+
+
+def _has_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
 def _chosen(argv: list[str]) -> Run:
     """Return the preset named after `run` and its config, or, with --resume, those of the run to resume.
 
@@ -96,7 +127,7 @@ def _chosen(argv: list[str]) -> Run:
         return Run()
     named = argv[1] if len(argv) > 1 and not argv[1].startswith("-") else None
     if named is not None and named not in PRESETS:
-        raise UserError(_unknown_preset(named))
+        raise UserError(f"{_unknown_preset(named)}; or give {MODELS_TOO}")
     folder = _value_of("--resume", argv)
     if folder is not None and "config.json" not in argv:  # with --recompute config.json the flags give the config
         from steer_heal.runs.resume import started
@@ -106,7 +137,7 @@ def _chosen(argv: list[str]) -> Run:
 
 
 def _value_of(flag: str, argv: list[str]) -> str | None:
-    for word, following in zip(argv, [*argv[1:], ""], strict=True):
+    for word, following in pairwise([*argv, ""]):
         if word == flag and following:
             return following
         if word.startswith(f"{flag}="):
@@ -152,7 +183,7 @@ class Run:
     Example: steer-heal run smollm2-135m --trait mine.toml --rounds 4 --seed 1
     """
 
-    preset: Positional[Annotated[str, arg(help=f"one of {', '.join(PRESETS)}")]] = DEFAULT_PRESET
+    preset: Positional[Annotated[str, arg(help=f"one of {', '.join(PRESETS)}; or {MODELS_TOO}")]] = DEFAULT_PRESET
     config: Annotated[RunConfig, arg(name="")] = PRESETS[DEFAULT_PRESET]
 
 
@@ -161,13 +192,16 @@ def run(asked: Run, argv: list[str]) -> None:
     from steer_heal.report import page as reporting
 
     folder, summary = do(asked.config, asked.preset, argv)
-    page = reporting.build(folder.path)
+    page, path = reporting.build(folder.path), shlex.quote(str(folder.path))
+    model = asked.config.model.path
+    same = [] if model == PRESETS[asked.preset].model.path else ["--model.path", model]
+    again = shlex.join([asked.preset, *same])
     print(
         f"done in {summary.seconds / 60:.1f} minutes of stages. The report: {page}\n\n"
         "What to do next:\n"
-        f"  1. talk to it, base and student side by side:  {program()} chat {folder.path}\n"
-        f"  2. load it without steer-heal:  PeftModel.from_pretrained(base_model, '{folder.path}/adapter')\n"
-        f"  3. steer another trait, in your own .toml (see README):  {program()} run {asked.preset} --trait mine.toml"
+        f"  1. talk to it, base and student side by side:  {program()} chat {path}\n"
+        f"  2. load it without steer-heal:  PeftModel.from_pretrained(base_model, {str(folder.path / 'adapter')!r})\n"
+        f"  3. steer another trait, in your own .toml (see README):  {program()} run {again} --trait mine.toml"
     )
 
 
@@ -210,7 +244,7 @@ def sweep(asked: Sweep, shared: tuple[str, ...]) -> None:
         raise UserError(f"--cpus is {cpus}, --workers {workers}, --gpus {gpus}: 1 or more, 1 or more, 0 or more")
     planned = plan(asked.name, asked.grid, seed_list(asked.seeds), shared, Path(asked.out), asked.hypothesis)
     failed = do(planned, asked.engine, cpus or os.cpu_count(), gpus, asked.address, workers)
-    print(f"the arms as a table:  {program()} results --out {asked.out}")
+    print(f"the arms as a table:  {program()} results --out {shlex.quote(asked.out)}")
     sys.exit(1 if failed else 0)
 
 

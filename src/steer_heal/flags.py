@@ -10,6 +10,7 @@ from dataclasses import field, fields, is_dataclass, make_dataclass
 from typing import Annotated, Any
 
 from steer_heal.config import COMMON, RunConfig, UserError, hints, knobs
+from steer_heal.presets import MODELS_TOO
 
 RUN_HELP = "Steer, distil, heal and bake a trait into a model, round after round."
 
@@ -39,7 +40,8 @@ def short_help(usual: RunConfig) -> None:
     import tyro
 
     every = sum(1 for _ in knobs(usual))
-    about = f"{RUN_HELP} These are the flags that people use; --help-all lists all {every}."
+    about = f"{RUN_HELP} In place of a preset, give {MODELS_TOO}."
+    about += f" These are the flags that people use; --help-all lists all {every}."
     short = common(usual)
     tyro.cli(type(short), args=["--help"], prog="steer-heal run PRESET", description=about, default=short)
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 from steer_heal.config import (
     JUDGES,
@@ -71,3 +72,23 @@ PRESETS: dict[str, RunConfig] = {
     ),
 }
 DEFAULT_PRESET = "gemma-3-1b"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A preset whose settings a model without a preset of its own is run with."""
+
+    preset: str
+    tuned_on: str
+
+
+RECIPES = {
+    "cpu": Recipe("smollm2-135m", "tuned on SmolLM2-135M"),
+    "cuda": Recipe("gemma-3-1b-anchored", "guessed for gemma-3-1b"),
+}
+MODELS_TOO = "a model: a hub id (owner/name), a folder or a .gguf file"
+
+
+def is_model(name: str) -> bool:
+    """Whether the word after `run` names a model and not a preset."""
+    return name not in PRESETS and ("/" in name or name.lower().endswith(".gguf") or Path(name).expanduser().is_dir())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import re
 import shlex
 import sys
@@ -17,6 +18,16 @@ CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 def harmless(text: str) -> str:
     """Remove control characters, which could take over a terminal, from the text of a model or a user."""
     return CONTROL.sub("", text)
+
+
+def take_any_text() -> None:
+    """Let no character end a command: what the terminal cannot show is shown as "?".
+
+    Bytes on stdin that are no text become surrogates, for the reader of the line to find.
+    """
+    for stream, errors in ((sys.stdout, "replace"), (sys.stderr, "replace"), (sys.stdin, "surrogateescape")):
+        if isinstance(stream, io.TextIOWrapper) and stream.errors != errors:  # a notebook has streams of its own
+            stream.reconfigure(errors=errors)
 
 
 def program() -> str:

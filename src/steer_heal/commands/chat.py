@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -74,9 +76,9 @@ def obey(session: Session, line: str) -> Session:
     try:
         match word:
             case "/gate":
-                return replace(session, gate=float(rest))
+                return replace(session, gate=_number(rest))
             case "/steer":
-                return replace(session, dose=float(rest))
+                return replace(session, dose=_number(rest))
             case "/base":
                 return replace(session, base=not session.base)
             case "/round":
@@ -93,6 +95,12 @@ def obey(session: Session, line: str) -> Session:
     except (UserError, OSError) as error:
         print(error)
     return session
+
+
+def _number(text: str) -> float:
+    if not math.isfinite(number := float(text)):
+        raise ValueError(text)
+    return number
 
 
 def _columns(answers: dict[str, str]) -> str:
@@ -149,8 +157,14 @@ def _streamed(session: Session, message: str, dose: float, turn: int, show: Call
 
 
 def _read(session: Session) -> str | None:
+    """The next line; "" for one that cannot be read, None at the end of the input."""
     try:
-        return input(f"round {session.round}, gate {session.gate:g}> ").strip()
+        line = input(f"round {session.round}, gate {session.gate:g}> ").strip()
+        line.encode()
+    except UnicodeEncodeError:  # see `terminal.take_any_text`
+        print(f"this line has bytes that are no text in {sys.stdin.encoding}: type it again")
+        return ""
     except (EOFError, KeyboardInterrupt):
         print()
         return None
+    return line

@@ -116,6 +116,8 @@ def test_the_hubs_answer_and_not_a_word_in_a_path_says_why_a_model_was_not_loade
 
 COMMANDS = [
     ("run tiny-randm", "preset 'tiny-randm' is not known (did you mean 'tiny-random'?): choose gemma-3-1b"),
+    ("run tiny-randm", "tiny-random; or give a model: a hub id (owner/name), a folder or a .gguf file"),
+    ("run some/model --model.path other", "run 'some/model' names a model, and so does --model.path 'other'"),
     ("run --seed 1 tiny-random", "the preset comes first: steer-heal run tiny-random"),
     ("run gemma-3-1b", "has no CUDA GPU: choose the preset smollm2-135m"),
     ("rnu", "rnu (did you mean run?), choose run, sweep"),
