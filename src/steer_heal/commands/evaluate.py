@@ -83,7 +83,11 @@ def opened(target: str, round_: int | None, trait: str | None, model: ModelConfi
     made_on = config_of(folder).get("base_model_name_or_path")
     if not (base := model.path or made_on):
         raise UserError(f"adapter {target!r} does not say on which model it was made: name it with --base")
-    student = Student(load(replace(model, path=base), folder))
+    try:
+        student = Student(load(replace(model, path=base), folder))
+    except UserError as error:
+        mend = "" if model.path else f"; {target!r} names that base: name another with --base"
+        raise UserError(f"{error}{mend}") from error
     load_adapter(student, folder)
     if gate not in (0.0, 1.0) and not any_gate(student):
         raise UserError(f"--gate is {gate}: a DoRA adapter is on (1) or off (0)")

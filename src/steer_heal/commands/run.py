@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from steer_heal import data, loop
-from steer_heal.config import ModelConfig, RunConfig, UserError, check
+from steer_heal.config import ModelConfig, RunConfig, UserError, check, settled
 from steer_heal.eval.foundations import check_profile
 from steer_heal.heal.train import check_optimiser
 from steer_heal.model.lm import LM
@@ -37,6 +37,9 @@ def run(config: RunConfig, preset: str, argv: list[str]) -> tuple[RunDir, Summar
     Raises UserError for what the user can fix, and KeyboardInterrupt, with the command to resume, when stopped.
     """
     check(config)
+    given, config = config.model.path, settled(config)
+    as_words = (given, f"--model.path={given}")
+    argv = [word.removesuffix(given) + config.model.path if word in as_words else word for word in argv]
     if config.steer.method.startswith(lite.PREFIX):
         lite.check_method(config.steer.method)
     check_profile(config.eval)

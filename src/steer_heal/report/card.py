@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 
-from steer_heal.config import PLACE_FIELDS
+from steer_heal.config import PLACE_FIELDS, model_name
 from steer_heal.eval.record import ArmSummary
 from steer_heal.runs.summary import Summary
 
@@ -54,7 +54,7 @@ def model_card(summary: Summary, config: dict, trait: dict, argv: list[str], rou
     """
     healed = summary.rounds[rounds - 1].healed
     arms = {"base": summary.base, "prompted": summary.prompted, "this": healed}
-    base, kind = config["model"]["path"], "model" if merged else "adapter"
+    base, kind = model_name(config["model"]["path"]), "model" if merged else "adapter"
     return CARD.format(
         base=base,
         library="transformers" if merged else "peft",
@@ -83,11 +83,13 @@ def _row(name: str, arm: ArmSummary) -> str:
 
 def command(argv: list[str]) -> str:
     """The command line that a run was started with, without paths of the machine: the flags of PLACE_FIELDS and the
-    folder of a trait file."""
+    folders of a trait file and of a model."""
     words, skipping = [], False
     for word in argv:
         if word.startswith("--"):
             skipping = word.partition("=")[0].removeprefix("--").replace("-", "_") in PLACE_FIELDS
         if not skipping:
-            words.append(re.sub(r"^(--trait=)?.*[/\\\\](.+\.toml)$", r"\1\2", word))
+            flag, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
+            value = re.sub(r"^.*[/\\\\](.+\.toml)$", r"\1", model_name(value))
+            words.append(f"{flag}{equals}{value}")
     return shlex.join(["steer-heal", *words])

@@ -12,10 +12,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from loguru import logger
 
 import steer_heal
 from steer_heal import VERSION
-from steer_heal.config import ModelConfig
+from steer_heal.config import ModelConfig, UserError
 from steer_heal.model.dtype import dtype_of
 from steer_heal.model.lm import LM
 from steer_heal.processor import processor
@@ -32,7 +33,7 @@ def environment(lm: LM) -> dict:
         "git": commit(),
         "cpus": os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "gpu": _gpu(),
         "processor": processor().name,
         "mkl_cbwr": os.environ["MKL_CBWR"],
         "dtype": {"weights": dtype_of(lm), "why": lm.why_dtype},
@@ -45,6 +46,35 @@ def as_recorded(config: ModelConfig, env: dict) -> ModelConfig:
     """The model of a run with what "auto" was when it began: the type of the weights, the day that prompts show."""
     chosen = {"dtype": env["dtype"]["weights"], "date": env.get("template", {}).get("date")}
     return replace(config, **{key: then for key, then in chosen.items() if then and getattr(config, key) == "auto"})
+
+
+def require_recorded(lm: LM, config: ModelConfig, env: dict) -> None:
+    """Raise UserError when the model is not the one in env.json.
+
+    4-bit weights of another processor differ in their last bits: there a warning says that nothing was compared.
+    """
+    if checksum(lm) == env["model"]["sha256"]:
+        return
+    here = {"gpu": _gpu(), "processor": processor().name}
+    if config.quant != "none" and any(env.get(key) != name for key, name in here.items()):
+        logger.warning(
+            f"the run's 4-bit weights were made on {env['gpu'] or env['processor']}, these on another processor: "
+            f"whether {config.path} is still the run's model cannot be checked"
+        )
+        return
+    names = ("transformers", "tokenizers")  # a new version may read the same files otherwise
+    software = [
+        f"{name} {then}" for name in names if (then := env["packages"][name]) != importlib.metadata.version(name)
+    ]
+    raise UserError(
+        f"{config.path!r} is no longer the model that the run was made with: its weights, its vocabulary or its chat "
+        "template have changed since. Put the old one back, or start a new run"
+        + (f" (the run was made with {', '.join(software)})" if software else "")
+    )
+
+
+def _gpu() -> str | None:
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else None
 
 
 def commit() -> str | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from steer_heal.config import SIZES
+from steer_heal.config import SIZES, model_name
 from steer_heal.eval.reading import ArmReading
 from steer_heal.runs.resume import opened
 from steer_heal.runs.rounds import Round, read_round
@@ -28,7 +28,7 @@ class Run:
     @property
     def name(self) -> str:
         title, rounds = self.title, self.config["rounds"]
-        model, seed = self.config["model"]["path"], self.config["seed"]
+        model, seed = model_name(self.config["model"]["path"]), self.config["seed"]
         return f"{model}, trait “{title}”, {rounds} round{'s' * (rounds != 1)}, seed {seed}"
 
 
@@ -48,7 +48,9 @@ def load(folder: Path) -> Run:
     status = f"unfinished: {done}" if summary is None else f"ended after {done}" if summary.stopped else ""
     if summary is None:
         name = trait.get("name", config["trait"])
-        of = RunName(model=config["model"]["path"], trait=name, seed=config["seed"], preset=config["preset"])
+        of = RunName(
+            model=model_name(config["model"]["path"]), trait=name, seed=config["seed"], preset=config["preset"]
+        )
         summary = summarise(of, baselines, rounds, folder.stage_seconds())
     title = trait.get("title", config["trait"])
     return Run(config, title, folder.read("env.json", {}), folder.events(), arms["base"], rounds, summary, status)

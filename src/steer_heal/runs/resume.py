@@ -57,9 +57,8 @@ def create(config: RunConfig, preset: str, trait: Trait, env: dict, argv: list[s
 
     It appears whole or not at all. `argv` has the arguments of the command. Raises UserError when it cannot be made.
     """
-    model = re.sub(r"[^A-Za-z0-9.]+", "-", config.model.path.rstrip("/").split("/")[-1]).strip("-.")
-    word = re.sub(r"[^A-Za-z0-9]+", "-", trait.name).strip("-")
-    name = f"{time.strftime('%Y%m%d-%H%M%S')}_{model[:LONGEST_NAME]}_{word[:LONGEST_NAME]}_s{config.seed}"
+    model = _word(config.model.path.split("/")[-1]) or "model"
+    name = f"{time.strftime('%Y%m%d-%H%M%S')}_{model}_{_word(trait.name)}_s{config.seed}"
     out = Path(config.out)
     with writing(out):
         out.mkdir(parents=True, exist_ok=True)
@@ -71,6 +70,11 @@ def create(config: RunConfig, preset: str, trait: Trait, env: dict, argv: list[s
             return RunDir(_renamed(scratch, out / name))
         finally:
             remove(scratch)
+
+
+def _word(text: str) -> str:
+    """The text as a part of a folder's name."""
+    return re.sub(r"[^A-Za-z0-9.]+", "-", text)[:LONGEST_NAME].strip("-.")
 
 
 def _renamed(scratch: Path, target: Path) -> Path:

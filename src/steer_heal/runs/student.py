@@ -7,8 +7,9 @@ from pathlib import Path
 
 from steer_heal.bake.student import Student
 from steer_heal.config import ModelConfig, UserError
+from steer_heal.model.lm import LM
 from steer_heal.model.loading import load
-from steer_heal.runs.environment import as_recorded
+from steer_heal.runs.environment import as_recorded, require_recorded
 from steer_heal.runs.resume import opened
 from steer_heal.runs.rounds import InRound, rounds_done
 
@@ -22,10 +23,25 @@ def finished_rounds(folder: Path, planned: int, round_: int | None) -> int:
     return done if round_ is None else round_ + 1
 
 
+def base_of(folder: Path, float_weights: bool = False) -> LM:
+    """The model of a run; `float_weights` loads it unquantised.
+
+    Raises UserError when other weights lie under its path now than those that the run was made with.
+    """
+    run = opened(folder)
+    env = run.read("env.json")
+    model = as_recorded(ModelConfig(**run.read("config.json")["model"]), env)
+    lm = load(model)
+    require_recorded(lm, model, env)
+    if float_weights and model.quant != "none":  # what the run noted is of the quantised weights
+        del lm
+        lm = load(replace(model, quant="none"))
+    return lm
+
+
 def student_after(folder: Path, config: dict, rounds: int, float_weights: bool = False) -> Student:
     """The model of a run with its first `rounds` rounds folded, as in the run; `float_weights` loads it unquantised."""
-    model = as_recorded(ModelConfig(**config["model"]), opened(folder).read("env.json"))
-    student = Student(load(replace(model, quant="none") if float_weights else model))
+    student = Student(base_of(folder, float_weights))
     for index in range(rounds):
         student.load_round(opened(folder).find(InRound.ADAPTER.of(index)))
         student.fold(config["heal"]["lora"]["fold_rank"])

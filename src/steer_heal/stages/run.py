@@ -16,7 +16,7 @@ from loguru import logger
 
 from steer_heal import data
 from steer_heal.bake.student import Student
-from steer_heal.config import RunConfig
+from steer_heal.config import RunConfig, model_name
 from steer_heal.distil.record import Anchor
 from steer_heal.distil.sample import anchor_completions, rows_of
 from steer_heal.eval.arms import Arm
@@ -208,7 +208,9 @@ class Work:
 
     def summarise(self, arms: Baselines, rounds: list[Round], stopped: str) -> Summary:
         """Write summary.json; `stopped` says why the loop ended early, if it did."""
-        of = RunName(model=self.config.model.path, trait=self.trait.name, seed=self.config.seed, preset=self.preset)
+        of = RunName(
+            model=model_name(self.config.model.path), trait=self.trait.name, seed=self.config.seed, preset=self.preset
+        )
         found = summarise(of, arms, rounds, self.folder.stage_seconds())
         peak = peak_memory(self.student.lm.device)
         summary = replace(found, stopped=stopped, peak_memory_bytes=peak)

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
 
-from steer_heal.config import RunConfig, UserError, check
+from steer_heal.config import RunConfig, UserError, check, settled
 from steer_heal.data import load_trait
 from steer_heal.flags import read
 from steer_heal.presets import PRESETS
@@ -97,7 +97,7 @@ def _words(flag: str, value: str) -> list[str]:
 
 def parsed(words: tuple[str, ...], default: RunConfig | None = None) -> RunConfig:
     """The config of a preset and flags, as `steer-heal run` reads them; `default` replaces the preset."""
-    return read(RunConfig, list(words[1:]), "steer-heal run", default or PRESETS[words[0]])
+    return settled(read(RunConfig, list(words[1:]), "steer-heal run", default or PRESETS[words[0]]))
 
 
 def found(folder: Path) -> dict[str, Path]:
