@@ -13,11 +13,9 @@ import re
 import shutil
 import warnings
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
-from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -28,7 +26,6 @@ from steer_heal.cli import main
 from steer_heal.commands import run as runner
 from steer_heal.config import COMMON, RunConfig, UserError, check, flag, knobs
 from steer_heal.gate.conftest import turned
-from steer_heal.model.loading import _why_not_loaded
 from steer_heal.model.random_weights import build_random
 from steer_heal.presets import PRESETS
 from steer_heal.sweep.plan import parsed
@@ -87,33 +84,6 @@ FLAGS = [  # out of range, contradictory or misspelt
     ("--track mlflow", "invalid choice 'mlflow'"),
     ("extra", "extra"),
 ]
-
-
-def answered(kind, status, said="the hub says so"):
-    """An error as transformers passes on the hub's answer."""
-    error = OSError("could not load it")
-    error.__cause__ = kind(said, response=SimpleNamespace(status_code=status, headers={}, request=None))
-    return error
-
-
-@pytest.mark.parametrize(
-    ("source", "error", "said"),
-    [
-        ("owner/name", answered(GatedRepoError, 403), "'owner/name' is gated: accept its licence"),
-        ("owner/name", answered(RepositoryNotFoundError, 404), "'owner/name' is not on the hub, or you may not read"),
-        ("owner/name", answered(HfHubHTTPError, 401), "'owner/name' is not on the hub, or you may not read it"),
-        ("owner/name", LocalEntryNotFoundError("nothing cached"), "is not in the cache and the hub cannot be reached"),
-        (
-            "./a-403",
-            OSError("./a-403/config.json is restricted, gated, 401"),
-            "could not be loaded as a causal language",
-        ),
-    ],
-)
-def test_the_hubs_answer_and_not_a_word_in_a_path_says_why_a_model_was_not_loaded(source, error, said):
-    assert said in _why_not_loaded(source, error)
-
-
 COMMANDS = [
     ("run tiny-randm", "preset 'tiny-randm' is not known (did you mean 'tiny-random'?): choose gemma-3-1b"),
     ("run tiny-randm", "tiny-random; or give a model: a hub id (owner/name), a folder or a .gguf file"),

@@ -19,7 +19,6 @@ from steer_heal import data, loop
 from steer_heal.cli import main
 from steer_heal.gate.conftest import turned
 from steer_heal.model.loading import load
-from steer_heal.model.random_weights import build_random
 from steer_heal.presets import PRESETS
 from steer_heal.runs.environment import environment
 from steer_heal.runs.resume import create
@@ -50,33 +49,8 @@ def test_the_source_unpickles_nothing_and_trusts_no_remote_code():
                     assert "use_safetensors" in {k.arg for k in node.keywords} or file.name == "loading.py", file
                 if called.startswith("Auto"):
                     trusted = [ast.unparse(k.value) for k in node.keywords if k.arg == "trust_remote_code"]
-                    assert trusted == ["False"], (file, called)
+                    assert trusted == ["False"], (file, called)  # None would ask on the terminal
             assert not (isinstance(node, ast.keyword) and node.arg == "shell"), file
-
-
-@pytest.mark.parametrize(("kind", "said"), [("own", "brings code of its own, which is not run"), (None, "")])
-def test_the_code_in_a_models_folder_is_not_run_whatever_is_typed(tmp_path, kind, said):
-    """A model of a class of its own is refused; of one that has a class in transformers, that class is taken."""
-    build_random("tiny", tmp_path)
-    marker, file = tmp_path / "ran", tmp_path / "config.json"
-    (tmp_path / "theirs.py").write_text(f"open({str(marker)!r}, 'w')\n")
-    config = json.loads(file.read_text())
-    mapped = {"AutoConfig": "theirs.Config", "AutoModelForCausalLM": "theirs.Model"}
-    config |= {"auto_map": mapped, "model_type": kind or config["model_type"]}
-    file.write_text(json.dumps(config))
-    code = f"""
-from dataclasses import replace
-from steer_heal.config import UserError
-from steer_heal.model.loading import load
-from steer_heal.presets import PRESETS
-try:
-    print(type(load(replace(PRESETS["tiny-random"].model, path={str(tmp_path)!r})).model).__module__)
-except UserError as error:
-    print(error)
-"""
-    done = subprocess.run([sys.executable, "-c", code], input="y\n" * 9, capture_output=True, text=True)
-    assert done.returncode == 0 and not marker.exists(), done.stderr
-    assert (said or "transformers.models.gemma3.modeling_gemma3") in done.stdout
 
 
 def test_nothing_unpickles_while_a_run_loads_what_it_wrote(tmp_path):

