@@ -147,7 +147,7 @@ def test_four_bit_weights_are_compared_where_their_bits_are_the_same(made, run, 
     assert len(lines) == 1 and "4-bit weights were made on a GPU" in lines[0]
 
 
-@pytest.mark.parametrize("line", [b"\xff\xfe what", b"/gate nan", b"/gate inf", b"/steer nan", b"/gate", b"/round x"])
+@pytest.mark.parametrize("line", [b"\xff\xfe what", b"/gate nan", b"/gate inf", b"/steer nan"])
 def test_a_line_that_cannot_be_used_does_not_end_a_chat(run, tmp_path, capsys, monkeypatch, line):
     monkeypatch.chdir(tmp_path)
     said = io.TextIOWrapper(io.BytesIO(line + b"\nName a tree.\n/quit\n"), encoding="utf-8")
