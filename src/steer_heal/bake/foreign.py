@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 
 from peft.tuners.lora import LoraLayer
@@ -19,6 +20,7 @@ BEYOND_LORA = {
     "layer_replication": "repeats blocks",
     "alora_invocation_tokens": "begins at certain tokens",
 }
+KEEPS_BASE = (True, False, "gaussian", "orthogonal", "eva")  # of init_lora_weights; the others change the base
 MEASURED = "steer-heal measures LoRA (also rsLoRA, DoRA, ranks and biases of its own in a layer) inside the blocks"
 
 
@@ -34,6 +36,8 @@ def config_of(folder: Path) -> dict:
         raise _refused(folder, f"is {kind} and no LoRA")
     if config.get("bias", "none") != "none":
         raise _refused(folder, f"changes biases of the model (bias {config['bias']!r})")
+    if (begun := config.get("init_lora_weights", True)) not in KEEPS_BASE:
+        raise _refused(folder, f"changes the base when it is loaded (init_lora_weights {begun!r})")
     for key, does in BEYOND_LORA.items():
         if config.get(key):
             raise _refused(folder, f"{does} ({key})")
@@ -49,8 +53,10 @@ def load_adapter(student: Student, folder: Path) -> None:
     """
     lm = student.lm
     try:
-        student.load_round(folder)
-    except (RuntimeError, ValueError, KeyError, SafetensorError) as error:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", "Found missing adapter keys")  # PEFT would leave these layers as they are
+            student.load_round(folder)
+    except (RuntimeError, ValueError, KeyError, SafetensorError, UserWarning) as error:
         said = " ".join(str(error).split())[:200]
         raise UserError(
             f"adapter {str(folder)!r} does not fit {lm.name!r}: name its base with --base ({said})"

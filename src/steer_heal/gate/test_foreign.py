@@ -16,6 +16,7 @@ from peft import (
     PromptTuningConfig,
     get_peft_model,
 )
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from steer_heal.commands.evaluate import opened
@@ -25,6 +26,8 @@ from steer_heal.model.lm import Row
 from steer_heal.model.loading import load
 from steer_heal.model.random_weights import build_random
 from steer_heal.presets import PRESETS
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:peft")
 
 MODEL = replace(PRESETS["tiny-random"].model, path="")
 ROWS = [Row([7, 300, 41], [900, 12, 5]), Row([7, 300, 41, 8, 9, 10, 11], [44, 2])]
@@ -91,6 +94,10 @@ REFUSED = {
         LoraConfig(r=4, target_modules=["embed_tokens"], task_type="CAUSAL_LM"),
         "changes embed_tokens",
     ),
+    "a base that it changes": (
+        LoraConfig(r=4, init_lora_weights="pissa", **SOME),
+        "changes the base when it is loaded",
+    ),
     "IA3": (IA3Config(target_modules=["k_proj"], feedforward_modules=[], task_type="CAUSAL_LM"), "is IA3 and no LoRA"),
     "LoHa": (LoHaConfig(**SOME), "is LOHA and no LoRA"),
     "LoKr": (LoKrConfig(**SOME), "is LOKR and no LoRA"),
@@ -119,6 +126,15 @@ def test_an_adapter_without_a_base_or_with_a_gate_that_it_has_not(base, tmp_path
     file.write_text("[]")
     with pytest.raises(UserError, match="is no config of an adapter"):
         opened(str(adapter), None, None, MODEL)
+
+
+def test_an_adapter_that_lacks_layers_does_not_fit(base, tmp_path):
+    adapter = written(base, tmp_path / "adapter", MEASURED["plain"])
+    weights = load_file(adapter / "adapter_model.safetensors")
+    weights.pop(next(iter(weights)))
+    save_file(weights, adapter / "adapter_model.safetensors")
+    with pytest.raises(UserError, match="name its base with --base"):
+        opened(str(adapter), None, None, replace(MODEL, path=str(base)))
 
 
 def test_the_base_is_the_base_also_where_an_adapter_was_left_beside_it(base, tmp_path):
