@@ -23,7 +23,9 @@ from steer_heal.model.random_weights import build_random
 from steer_heal.presets import PRESETS
 from steer_heal.runs.environment import environment
 from steer_heal.runs.folder import RunDir
+from steer_heal.runs.resume import described, recorded
 from steer_heal.runs.student import base_of
+from steer_heal.sweep.plan import parsed
 from steer_heal.terminal import MODULE
 
 pytestmark = pytest.mark.run
@@ -64,6 +66,12 @@ def test_a_model_is_run_by_its_path(made, run):
     assert config["preset"] == "smollm2-135m" and config["model"]["path"] == str(made / NAME)
     assert config["heal"]["barrier"]["tau"] == PRESETS["smollm2-135m"].heal.barrier.tau
     assert "_my-model-403_love_s0" in run.name and json.loads((run / "summary.json").read_text())["model"] == NAME
+
+
+def test_a_sweep_knows_the_run_by_the_same_path(made, run, monkeypatch):
+    monkeypatch.chdir(made)
+    config = described(parsed(("smollm2-135m", "--model.path", f"./{NAME}", *FEW)))
+    assert json.loads(json.dumps(config)) == recorded(run)
 
 
 def test_what_to_do_next_can_be_pasted(made, run):
