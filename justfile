@@ -40,6 +40,10 @@ soak kills="200": setup
 many-folders folders="1000": setup
     {{bin}}/python -m steer_heal.gate.many_folders --folders {{folders}} --out "outputs/many-folders-$(date +%Y%m%d-%H%M%S)"
 
+# run, chat, eval, export and plain transformers for every family of models in docs/models.md (some five minutes)
+five-commands *families: setup
+    {{bin}}/python -m steer_heal.gate.five_commands --out "outputs/five-commands-$(date +%Y%m%d-%H%M%S)" {{families}}
+
 # gemma-3-1b-it, NF4 QLoRA, 8 rounds: made for an RTX 3090 (see the README for gemma's licence)
 run *flags: setup
     {{bin}}/steer-heal run gemma-3-1b {{flags}}
