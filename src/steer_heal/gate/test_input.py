@@ -244,13 +244,13 @@ def test_an_adapter_that_does_not_fit(sound, tmp_path, capsys):
             weights[name] = (value[:96] if "down" not in name else value[:, :96]).clone()
     save_file(weights, other / "model.safetensors", {"format": "pt"})
     said = refused(["eval", str(adapter), "--base", str(other)], capsys)
-    assert f"adapter {str(adapter)!r} does not fit {str(other)!r}: name its base with --base" in said
+    assert f"adapter {str(adapter)!r} does not fit 'other': name its base with --base" in said
     weights = load_file(adapter / "adapter_model.safetensors")
     (adapter / "adapter_model.safetensors").unlink()
     torch.save(weights, adapter / "adapter_model.bin")
     assert "pickles are not loaded" in refused(["eval", str(adapter), "--base", "random:tiny"], capsys)
     (adapter / "adapter_config.json").write_text("{}")
-    assert "name the base with --base" in refused(["eval", str(adapter)], capsys)
+    assert "is no config of an adapter" in refused(["eval", str(adapter)], capsys)
     assert "--round 7: rounds 0 to 0 are finished" in refused(["export", str(run), "--to", "x", "--round", "7"], capsys)
     assert "is not an empty folder" in refused(["export", str(run), "--to", str(other)], capsys)
     (tmp_path / "file").write_text("")

@@ -447,7 +447,7 @@ NO_ROWS = "no batch is left to make smaller"
     [
         ("r00/vector", "model.forward.forward", "reading", LESS_ROWS),
         ("r00/dose.json", "model.likelihood.states", "reading", LESS_ROWS),
-        ("r00/completions.jsonl", "model.decode.choose", "decoding", DECODE_ROWS),
+        ("r00/completions.jsonl", "model.decode.decode_batch", "decoding", DECODE_ROWS),
         ("r01/adapter", "heal.examples.states", "reading", LESS_ROWS),
         ("r01/adapter", "heal.train.accumulate", "training", PASS_ROWS),
         ("r01/healed.json", "model.answers.left_padded", "reading", LESS_ROWS),
