@@ -256,7 +256,7 @@ def test_why_a_model_was_not_loaded_is_the_hubs_answer(tmp_path):
     assert f"model {str(folder)!r} could not be loaded as a causal language model" in damaged
 
 
-def test_a_gguf_is_given_as_a_file(tmp_path, capsys):
+def test_a_gguf_is_given_as_a_file(tmp_path, capsys, monkeypatch):
     """In a folder it is named, a single one or several, whatever case its ending has."""
     run = ["run", "tiny-random", "--model.path"]
     (tmp_path / "model").mkdir()
@@ -267,6 +267,8 @@ def test_a_gguf_is_given_as_a_file(tmp_path, capsys):
     (tmp_path / "model" / "a.gguf").touch()
     said = refused([*run, str(tmp_path / "model")], capsys)
     assert f"give the file: {tmp_path}/model/a.gguf (or one of 1 more)" in said
+    monkeypatch.chdir(tmp_path.parent)  # a folder with one slash in its path is no hub id
+    assert "give the file: " in refused(["eval", f"{tmp_path.name}/model"], capsys)
     (tmp_path / "notes.txt").touch()
     assert "notes.txt' is no .gguf file: give" in refused([*run, str(tmp_path / "notes.txt")], capsys)
 

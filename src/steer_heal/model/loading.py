@@ -132,13 +132,14 @@ def _from_pretrained(
     source: str, config: ModelConfig, device: str
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, str]:
     """The model, its tokenizer, and `LM.why_attention`."""
-    looks_local = source.startswith((".", "/", "~")) or source.count("/") != 1
-    if looks_local and not (there := Path(source).expanduser()).is_dir():
+    there = Path(source).expanduser()
+    looks_local = there.exists() or source.startswith((".", "/", "~")) or source.count("/") != 1
+    if looks_local and not there.is_dir():
         wrong = "is no .gguf file" if there.is_file() else "does not exist"
         raise UserError(f"model path {source!r} {wrong}: give a hub id (owner/name), a folder or a .gguf file")
     if looks_local:
-        source = str(Path(source).expanduser())
-        _require_no_gguf(Path(source))
+        source = str(there)
+        _require_no_gguf(there)
     quantization = None
     if config.quant == "nf4":
         quantization = BitsAndBytesConfig(
