@@ -179,8 +179,6 @@ class TrainingConfig:
     """training completions per optimiser step"""
     pass_rows: Annotated[int, COUNT] = 3
     """rows per forward and backward pass, anchors included; fewer take less memory and more time; same gradient"""
-    max_len: Annotated[int, Within("[2, inf)")] = 1024
-    """largest number of tokens of prompt and completion together; a longer completion is cut"""
     optimiser: Literal["adamw", "paged_adamw_8bit"] = "adamw"
     """paged_adamw_8bit: of bitsandbytes; its 8-bit moments move to main memory when the GPU is full; CUDA only"""
     weight_decay: Annotated[float, NOT_NEGATIVE] = 0.0

@@ -120,7 +120,7 @@ def out_of_memory(folder: RunDir, config: RunConfig, wanted: str, part: str) -> 
     smaller = _smaller(folder, config, part)
     if not smaller:
         return (
-            f"{where}, and no batch is left to make smaller: start a new run with a smaller --heal.training.max-len, "
+            f"{where}, and no batch is left to make smaller: start a new run with a smaller --distil.max-new-tokens, "
             f"with --model.quant nf4 or with a smaller model. What is done is kept in {folder.path}"
         )
     flags = " ".join(f"--{key.replace('_', '-')} {value}".rstrip() for key, value in smaller.items())

@@ -197,7 +197,7 @@ def _steps(lm) -> dict:
 def _heal_stage(lm) -> dict:
     """Prepare and train as in the preset, on rows of full length, with the memory limited to 24 GiB."""
     from steer_heal.bake.student import Student
-    from steer_heal.heal.examples import prepare, with_tau
+    from steer_heal.heal.examples import LONGEST, prepare, with_tau
     from steer_heal.heal.train import Turn, heal
     from steer_heal.model.lm import Row
     from steer_heal.model.steering import Steering
@@ -206,7 +206,7 @@ def _heal_stage(lm) -> dict:
     torch.cuda.set_per_process_memory_fraction(CARD_BYTES / torch.cuda.get_device_properties(0).total_memory)
     heal_config = PRESETS[GEMMA].heal
     config = replace(heal_config, training=replace(heal_config.training, epochs=1))
-    ids = torch.randint(100, 1000, (24, config.training.max_len), generator=torch.Generator().manual_seed(0)).tolist()
+    ids = torch.randint(100, 1000, (24, LONGEST), generator=torch.Generator().manual_seed(0)).tolist()
     rows = [Row(row[:256], row[256:]) for row in ids]
     student = Student(lm)
     student.begin_round(config.lora, 0)

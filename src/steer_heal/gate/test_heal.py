@@ -12,6 +12,7 @@ from steer_heal.bake.student import Student
 from steer_heal.bench import heal as healbench
 from steer_heal.config import TrainingConfig, UserError, check
 from steer_heal.gate.conftest import DEVICE, turned
+from steer_heal.heal import examples as examples_module
 from steer_heal.heal import step as step_module
 from steer_heal.heal import train as heal_module
 from steer_heal.heal.examples import prepare, prepare_anchors, with_tau
@@ -350,16 +351,15 @@ def test_the_operator_norm_penalty_keeps_a_trained_update_small(lm, vector):
     assert norms[30.0] < 0.5 * norms[0.0]
 
 
-def test_a_completion_is_cut_at_max_len_and_never_to_nothing(lm, vector):
+def test_a_completion_is_cut_and_never_to_nothing(lm, vector, monkeypatch):
     row = Row(lm.prompt("Hi."), lm.answer("One two three four five six seven eight."))
     student, steering = Student(lm), Steering(vector, torch.ones(1))
-    config = turned(BASE, {"training.max_len": len(row.prompt) + 2})
-    (example,) = prepare(student, [row], steering, config)
+    monkeypatch.setattr(examples_module, "LONGEST", len(row.prompt) + 2)
+    (example,) = prepare(student, [row], steering, BASE)
     assert example.row.completion == row.completion[:2] and len(example.reference) == 2
-    with pytest.raises(
-        UserError, match=rf"{len(row.prompt)} tokens and heal\.training\.max_len is {len(row.prompt)}: .*raise"
-    ):
-        prepare(student, [row], steering, turned(config, {"training.max_len": len(row.prompt)}))
+    monkeypatch.setattr(examples_module, "LONGEST", len(row.prompt))
+    with pytest.raises(UserError, match=f"{len(row.prompt)} tokens and a training row at most {len(row.prompt)}: "):
+        prepare(student, [row], steering, BASE)
 
 
 @pytest.mark.device

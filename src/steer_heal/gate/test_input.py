@@ -320,7 +320,6 @@ SANE = {  # values that a user may choose, extremes included
     "heal.training.batch": st.integers(0, 9),
     "heal.training.pass_rows": st.integers(0, 4),
     "heal.training.val_share": PART,
-    "heal.training.max_len": st.integers(0, 90),
     "heal.training.checkpointing": st.booleans(),
     "heal.lora.band": st.tuples(PART, PART),
     "heal.lora.fold_rank": st.integers(0, 3),

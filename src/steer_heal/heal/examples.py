@@ -21,6 +21,8 @@ from steer_heal.model.forward import states
 from steer_heal.model.lm import LM, Row
 from steer_heal.model.steering import Steering
 
+LONGEST = 1024  # tokens of a prompt and its completion in training; distil.max_new_tokens limits completions before
+
 
 @dataclass(frozen=True)
 class Example:
@@ -39,7 +41,7 @@ def prepare(student: Student, rows: list[Row], steering_: Steering, config: Heal
     the teacher is the previous student steered with it, see `TargetConfig.kind`.
     """
     lm, target, barrier = student.lm, config.target, config.barrier
-    rows = [_cut(row, config.training.max_len) for row in rows]
+    rows = [_cut(row) for row in rows]
     history = 1.0 if barrier.reference == "prev" else 0.0
     with student.view(history=history, now=0.0):
         reference = states(lm, rows) if barrier.reg != "nll" else [None] * len(rows)
@@ -65,14 +67,14 @@ def _mirrored(lm: LM, rows: list[Row], steering_: Steering, gain: float) -> list
     return [h + gain / 2 * (a - b) for h, a, b in zip(plain, ahead, behind, strict=True)]
 
 
-def _cut(row: Row, max_len: int) -> Row:
-    """Cut the row to its first `max_len` tokens. Raises UserError when no completion is left."""
-    if len(row.prompt) >= max_len:
+def _cut(row: Row) -> Row:
+    """Cut the row to its first LONGEST tokens. Raises UserError when no completion is left."""
+    if len(row.prompt) >= LONGEST:
         raise UserError(
-            f"a prompt has {len(row.prompt)} tokens and heal.training.max_len is {max_len}: nothing of its completion "
-            "is left, raise --heal.training.max-len"
+            f"a prompt has {len(row.prompt)} tokens and a training row at most {LONGEST}: nothing of its completion is "
+            "left, shorten the trait's generation prompts"
         )
-    return Row(row.prompt, row.completion[: max_len - len(row.prompt)])
+    return Row(row.prompt, row.completion[: LONGEST - len(row.prompt)])
 
 
 def with_tau(lm: LM, examples: list[Example], config: HealConfig, before: list[HealStep] | None = None) -> HealConfig:
