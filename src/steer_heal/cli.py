@@ -45,6 +45,9 @@ def main(argv: list[str] | None = None) -> None:
     except BrokenPipeError:  # e.g. in `steer-heal results | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            print(f"steer-heal: longer than a name can be: {harmless(str(error.filename)[:60])}...", file=sys.stderr)
+            sys.exit(2)
         if error.errno not in CANNOT_WRITE:
             raise
         print(f"steer-heal: cannot write {error.filename or 'to the disk'}: {error.strerror}", file=sys.stderr)

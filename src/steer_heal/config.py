@@ -317,7 +317,7 @@ class RunConfig:
 def settled(config: RunConfig) -> RunConfig:
     """The config as a run keeps it. The path of a folder or a file is absolute: the run is read from other folders."""
     path = config.model.path
-    if path in PACKAGED_GGUF or not Path(path).expanduser().exists():
+    if path in PACKAGED_GGUF or not os.path.exists(Path(path).expanduser()):
         return config
     return replace(config, model=replace(config.model, path=os.path.abspath(Path(path).expanduser())))
 

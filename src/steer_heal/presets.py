@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -91,4 +92,6 @@ MODELS_TOO = "a model: a hub id (owner/name), a folder or a .gguf file"
 
 def is_model(name: str) -> bool:
     """Whether the word after `run` names a model and not a preset."""
-    return name not in PRESETS and ("/" in name or name.lower().endswith(".gguf") or Path(name).expanduser().is_dir())
+    return name not in PRESETS and (
+        "/" in name or name.lower().endswith(".gguf") or os.path.isdir(Path(name).expanduser())
+    )

@@ -102,6 +102,8 @@ COMMANDS = [
     ("eval random:tiny --round 1", "--round 1: 'random:tiny' is no run folder"),
     ("eval random:tiny --json gone/record.json", "--json 'gone/record.json': there is no folder 'gone'"),
     ("eval random:tiny --eval.plain-range 2 1", "eval.plain_range is 2.0 1.0"),
+    (f"run {'x' * 300}.gguf", "longer than a name can be: xxx"),
+    (f"eval {'x' * 300}", "longer than a name can be: xxx"),
     ("results --out nothing-here", "no folder 'nothing-here'"),
     ("results --csv .", "--csv '.': is a folder"),
     ("bench genrate", "invalid choice 'genrate'"),

@@ -133,9 +133,9 @@ def _from_pretrained(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, str]:
     """The model, its tokenizer, and `LM.why_attention`."""
     there = Path(source).expanduser()
-    looks_local = there.exists() or source.startswith((".", "/", "~")) or source.count("/") != 1
-    if looks_local and not there.is_dir():
-        wrong = "is no .gguf file" if there.is_file() else "does not exist"
+    looks_local = os.path.exists(there) or source.startswith((".", "/", "~")) or source.count("/") != 1
+    if looks_local and not os.path.isdir(there):
+        wrong = "is no .gguf file" if os.path.isfile(there) else "does not exist"
         raise UserError(f"model path {source!r} {wrong}: give a hub id (owner/name), a folder or a .gguf file")
     if looks_local:
         source = str(there)
