@@ -10,7 +10,6 @@ import signal
 import sys
 import warnings
 from dataclasses import dataclass, field
-from itertools import pairwise
 from json import dumps
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -19,8 +18,9 @@ from loguru import logger
 from tyro.conf import Positional, UseAppendAction, arg, subcommand
 
 from steer_heal import VERSION, flags
-from steer_heal.config import EvalConfig, ModelConfig, RunConfig, UserError, check, nearest
-from steer_heal.presets import DEFAULT_PRESET, MODELS_TOO, PRESETS, RECIPES, is_model
+from steer_heal.commands.preset import flag_value, unknown_preset, with_preset
+from steer_heal.config import EvalConfig, ModelConfig, RunConfig, UserError, check
+from steer_heal.presets import DEFAULT_PRESET, MODELS_TOO, PRESETS
 from steer_heal.processor import processor
 from steer_heal.terminal import harmless, program, take_any_text
 
@@ -46,7 +46,8 @@ def main(argv: list[str] | None = None) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:
         if error.errno == errno.ENAMETOOLONG:
-            print(f"steer-heal: longer than a name can be: {harmless(str(error.filename)[:60])}...", file=sys.stderr)
+            name = harmless(str(error.filename)[:60])
+            print(f"steer-heal: {name}... is longer than the file system allows: give a shorter path", file=sys.stderr)
             sys.exit(2)
         if error.errno not in CANNOT_WRITE:
             raise
@@ -96,31 +97,6 @@ def carry_out(argv: list[str]) -> None:
             bench(asked)
 
 
-def with_preset(argv: list[str]) -> tuple[str, list[str]]:
-    """`run MODEL ...` as `run PRESET --model.path MODEL ...`, and a line that says so; other words as they are."""
-    if argv[:1] != ["run"] or len(argv) < 2 or argv[1].startswith("-") or not is_model(argv[1]):
-        return "", argv
-    from steer_heal.runs.folder import EVENTS
-
-    name, rest = argv[1], argv[2:]
-    if (other := _value_of("--model.path", rest)) is not None:
-        raise UserError(f"run {name!r} names a model, and so does --model.path {other!r}: leave one of them out")
-    if (Path(name).expanduser() / EVENTS).is_file():
-        raise UserError(f"{name!r} is a run folder: go on with it by --resume {shlex.quote(name)}, or name a preset")
-    recipe = RECIPES["cuda" if _value_of("--model.device", rest) != "cpu" and _has_gpu() else "cpu"]
-    return (
-        f"{name!r} is no preset: the model is run with the settings of {recipe.preset}, {recipe.tuned_on}. Doses and "
-        "thresholds differ between models: look at dose.range, heal.barrier.tau and heal.anchor.tau",
-        ["run", recipe.preset, "--model.path", name, *rest],
-    )
-
-
-def _has_gpu() -> bool:
-    import torch
-
-    return torch.cuda.is_available()
-
-
 def _chosen(argv: list[str]) -> Run:
     """Return the preset named after `run` and its config, or, with --resume, those of the run to resume.
 
@@ -130,26 +106,13 @@ def _chosen(argv: list[str]) -> Run:
         return Run()
     named = argv[1] if len(argv) > 1 and not argv[1].startswith("-") else None
     if named is not None and named not in PRESETS:
-        raise UserError(f"{_unknown_preset(named)}; or give {MODELS_TOO}")
-    folder = _value_of("--resume", argv)
+        raise UserError(f"{unknown_preset(named)}; or give {MODELS_TOO}")
+    folder = flag_value("--resume", argv)
     if folder is not None and "config.json" not in argv:  # with --recompute config.json the flags give the config
         from steer_heal.runs.resume import started
 
         return Run(*started(Path(folder), named))
     return Run(named or DEFAULT_PRESET, PRESETS[named or DEFAULT_PRESET])
-
-
-def _value_of(flag: str, argv: list[str]) -> str | None:
-    for word, following in pairwise([*argv, ""]):
-        if word == flag and following:
-            return following
-        if word.startswith(f"{flag}="):
-            return word.removeprefix(f"{flag}=")
-    return None
-
-
-def _unknown_preset(name: str) -> str:
-    return f"preset {name!r} is not known{nearest(name, PRESETS)}: choose {', '.join(PRESETS)}"
 
 
 def _check_files(**files: str | None) -> None:
@@ -424,7 +387,7 @@ class Bench:
 
 def bench(asked: Bench) -> None:
     if asked.preset not in PRESETS:
-        raise UserError(_unknown_preset(asked.preset))
+        raise UserError(unknown_preset(asked.preset))
     if asked.rows < 1 or asked.tokens < 1:
         raise UserError(f"--rows is {asked.rows} and --tokens {asked.tokens}: both must be 1 or more")
     _check_files(json=asked.json, figure=asked.figure)

@@ -262,11 +262,7 @@ class EvalConfig:
     size: Literal["full", "demo", "tiny"] = "full"
     """how many items of every instrument are read; demo: fewer, for a run on a CPU; tiny: enough to test the code on
     random weights, whose text passes as coherent"""
-    ends_only: tuple[Literal["off_target", "canary", "profile", "frames", "relevance"], ...] = (
-        "profile",
-        "frames",
-        "relevance",
-    )
+    ends_only: tuple[Extra, ...] = ("profile", "frames", "relevance")
     """instruments read on base, on prompted and on the last student only (the profile also on negative)"""
     leave_out: tuple[Extra | Literal["plain"], ...] = ()
     """never read: off-target traits, plain questions (canary), profile, held-out frames, relevance, plain steering"""

@@ -13,7 +13,7 @@ from steer_heal.bake.student import NOW, Student
 from steer_heal.config import UserError
 from steer_heal.model.agreement import agreed
 
-# What a LoRA may also do, by the key of its config, and its words. None of it lies in the layers of the decoder alone.
+# By the key of a LoRA's config, what it does beyond adding a product to some layers.
 BEYOND_LORA = {
     "modules_to_save": "replaces whole modules",
     "trainable_token_indices": "retrains single tokens",
@@ -68,7 +68,7 @@ def load_adapter(student: Student, folder: Path) -> None:
     agreed(lm)
 
 
-def any_gate(student: Student) -> bool:
+def scalable(student: Student) -> bool:
     """Whether the adapter can be scaled. With DoRA, half the scale is not half the way from the base."""
     return not student.peft.peft_config[NOW].use_dora
 

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 ROUTERS = ("gate", "router")  # choose the expert of a token; a small change there changes the whole output
 # In a model that keeps its experts as one parameter, peft takes these names for the experts, also where a block has
@@ -44,10 +43,10 @@ def reach(blocks: nn.ModuleList, which: Sequence[int]) -> Reach:
     for index in which:
         for path, module in blocks[index].named_modules():
             name = path.rpartition(".")[2]
-            if isinstance(module, nn.Linear | Conv1D):
-                rows, columns = (module.nx, module.nf) if isinstance(module, Conv1D) else _shape(module)
+            if isinstance(module, nn.Linear):
                 counted = other if name in not_trained else adapted
-                counted[name] = counted.get(name, 0) + rows * columns  # a 4-bit weight is stored packed
+                weights = module.in_features * module.out_features  # a 4-bit weight is stored packed
+                counted[name] = counted.get(name, 0) + weights
             else:
                 for part, parameter in module.named_parameters(recurse=False):
                     if parameter.ndim > 1:
@@ -56,7 +55,3 @@ def reach(blocks: nn.ModuleList, which: Sequence[int]) -> Reach:
     total = sum(adapted.values()) + sum(other.values())
     left_out = tuple(name for name, weights in other.items() if weights >= LEAST_SHARE * total)
     return Reach(tuple(adapted), sum(adapted.values()) / total, left_out)
-
-
-def _shape(linear: nn.Linear) -> tuple[int, int]:
-    return linear.in_features, linear.out_features

@@ -22,7 +22,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from steer_heal.bake.lowrank import Factors, compress
-from steer_heal.bake.reach import Reach, reach
+from steer_heal.bake.reach import reach
 from steer_heal.config import AdapterConfig
 from steer_heal.model.lm import LM
 
@@ -38,24 +38,19 @@ class Student:
         self.peft: PeftModel | None = None
         self.history: str | None = None  # name of the adapter that holds all folded rounds
         self.folded = 0
-        self.targets = reach(lm.blocks, range(len(lm.blocks))).targets
-
-    def reach(self, config: AdapterConfig) -> Reach:
-        """What the LoRA of a round trains. Before the first round only."""
-        return reach(self.lm.blocks, self.lm.band(config.band))
+        self.targets = reach(lm.blocks, range(len(lm.blocks))).targets  # now: later the blocks hold adapters
 
     def begin_round(self, config: AdapterConfig, seed: int) -> None:
         """Add a fresh adapter with B = 0. The student then equals the previous student exactly."""
-        layers, modules = list(self.lm.band(config.band)), dict(self.lm.model.named_modules())
-        (blocks,) = (name for name, module in modules.items() if module is self.lm.blocks)
+        layers, modules = list(self.lm.band(config.band)), self.lm.model.named_modules()
         lora = LoraConfig(
             r=config.r,
             lora_alpha=ALPHA_OVER_RANK * config.r,
             target_modules=list(self.targets),
             layers_to_transform=layers,
-            layers_pattern=blocks.rpartition(".")[2],
+            layers_pattern="layers",
             # In a multimodal gemma, adapt the text tower only. peft warns about a pattern that matches nothing.
-            exclude_modules=r".*vision.*" if any("vision" in name for name in modules) else None,
+            exclude_modules=r".*vision.*" if any("vision" in name for name, _ in modules) else None,
             task_type="CAUSAL_LM",
         )
         with torch.random.fork_rng(devices=[]):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from steer_heal.bake.foreign import any_gate, config_of, load_adapter
+from steer_heal.bake.foreign import config_of, load_adapter, scalable
 from steer_heal.bake.student import Student
 from steer_heal.config import EvalConfig, ModelConfig, UserError
 from steer_heal.data import Trait, load_trait, restored
@@ -89,6 +89,6 @@ def opened(target: str, round_: int | None, trait: str | None, model: ModelConfi
         mend = "" if model.path else f"; {target!r} names that base: name another with --base"
         raise UserError(f"{error}{mend}") from error
     load_adapter(student, folder)
-    if gate not in (0.0, 1.0) and not any_gate(student):
+    if gate not in (0.0, 1.0) and not scalable(student):
         raise UserError(f"--gate is {gate}: a DoRA adapter is on (1) or off (0)")
     return Target(student, load_trait(trait or "love"), Arm("student", history=0.0, now=gate))

@@ -20,7 +20,7 @@ class Frame:
     """the beginning of the answer"""
 
 
-PLAIN = Frame("plain")
+USUAL = Frame("usual")  # of training, and of all other instruments
 HELD_OUT = (
     Frame("assistant", system="You are a helpful assistant."),
     Frame(

@@ -9,9 +9,10 @@ same items.
 * Yes/no self-report (secondary): log-odds of yes against no times the question's polarity, in nats. The probability
   mass on the two answers measures coherence independently of the trait.
 * Off target: contrast probes of traits that should not move, both far from and near to the target, in the same unit.
-* Coherence: greedy demo answers judged like completions but with separate limits, perplexity of
-  neutral text, plain questions with one right answer.
-* Profile: see `foundations`.
+* Coherence: greedy demo answers judged like completions but with separate limits, perplexity of neutral text, plain
+  questions with one right answer.
+* Frames: answer mass, plain questions and neutral text where training did not look, see `data.frames`.
+* Profile: see `foundations`. Relevance: see `relevance`.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from steer_heal.bake.student import Student
 from steer_heal.coherence import LOOPS, STYLES, judge, persona_narration
 from steer_heal.config import EvalConfig
 from steer_heal.data import Contrast, Trait, YesNo, bystanders, canary, neutral
-from steer_heal.data.frames import HELD_OUT, PLAIN, Frame
+from steer_heal.data.frames import HELD_OUT, USUAL, Frame
 from steer_heal.eval.arms import Arm
 from steer_heal.eval.catalogue import CATALOGUE, MASS, NEUTRAL, OFF_TARGET, RIGHT, in_frame
 from steer_heal.eval.foundations import Reading, described, read_profile
@@ -172,7 +173,7 @@ def contrast_scores(lm: LM, arm: Arm, probes: tuple[Contrast, ...]) -> np.ndarra
     return per_token[:, 0] - per_token[:, 1]
 
 
-def yes_no_scores(lm: LM, arm: Arm, probes: tuple[YesNo, ...], frame: Frame = PLAIN) -> tuple[np.ndarray, np.ndarray]:
+def yes_no_scores(lm: LM, arm: Arm, probes: tuple[YesNo, ...], frame: Frame = USUAL) -> tuple[np.ndarray, np.ndarray]:
     """(polarity * log-odds of yes in nats, probability mass on yes and no), one of each per probe.
 
     An answer's probability is the sum over its spellings. Each spelling is scored by all of its tokens.
@@ -218,7 +219,7 @@ def neutral_rows(lm: LM, texts: int) -> list[Row]:
     return [Row(ids[:1], ids[1:]) for ids in (lm.tokenizer(text).input_ids for text in neutral()[:texts])]
 
 
-def canary_scores(lm: LM, arm: Arm, questions: list[dict], frame: Frame = PLAIN) -> tuple[np.ndarray, np.ndarray]:
+def canary_scores(lm: LM, arm: Arm, questions: list[dict], frame: Frame = USUAL) -> tuple[np.ndarray, np.ndarray]:
     """Return (right, log-odds), one of each per question.
 
     `right` is 1 where the right answer is the likeliest of the four, 0 where it is not, NaN where a score is not

@@ -15,6 +15,8 @@ from steer_heal import check_types
 
 check_types()
 warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+# Flags of a run for checks that need one, but not its figures.
+FEW = ("--rounds", "1", "--steer.n-contexts", "8", "--dose.steps", "2", "--dose.prompts", "2", "--distil.n-keep", "8")
 DEVICE = os.environ.get("STEER_HEAL_GATE_DEVICE", "cpu")
 
 

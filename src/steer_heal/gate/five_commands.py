@@ -12,7 +12,6 @@ import argparse
 import contextlib
 import io
 import json
-import shlex
 import sys
 import traceback
 from pathlib import Path
@@ -21,12 +20,11 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from steer_heal.cli import main as steer_heal
-from steer_heal.gate.test_families import WORK, save
+from steer_heal.gate.conftest import FEW
+from steer_heal.gate.families import WORK, save
 from steer_heal.runs.student import student_after
 
-FEW = shlex.split(
-    "--rounds 1 --steer.n-contexts 8 --dose.steps 2 --dose.prompts 2 --distil.n-keep 8 --eval.leave-out plain"
-)
+LESS = ("--eval.leave-out", "plain")
 SAID = "Hello there\n/gate 0.5\nAnd you?\n/quit\n"
 NEAR = 1e-4  # of logits that are sums in another order
 
@@ -36,7 +34,7 @@ def difference(folder: Path, name: str) -> tuple[float, float]:
     model, merged = folder / "model", folder / "merged"
     model.mkdir(parents=True)
     save(name, model)
-    steer_heal(["run", "tiny-random", "--model.path", str(model), "--out", str(folder / "runs"), *FEW])
+    steer_heal(["run", "tiny-random", "--model.path", str(model), "--out", str(folder / "runs"), *FEW, *LESS])
     (run,) = (path for path in (folder / "runs").iterdir() if path.is_dir())
     sys.stdin = io.StringIO(SAID)
     steer_heal(["chat", str(run), "--max-new-tokens", "8"])

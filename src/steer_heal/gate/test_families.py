@@ -4,7 +4,6 @@ Each family is a model of four blocks with random weights (families.json). The r
 eager attention, one row at a time, without cache and padding.
 """
 
-import json
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,13 +11,14 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
 
 import steer_heal
 from steer_heal.bake.student import Student
 from steer_heal.config import AdapterConfig, ModelConfig, UserError
 from steer_heal.gate.conftest import tiny
+from steer_heal.gate.families import REFUSED, STATE, WALK, WORK, config_of, save
 from steer_heal.heal.barrier import position_losses
 from steer_heal.model import agreement, packing
 from steer_heal.model.answers import choice_log_probs
@@ -30,35 +30,7 @@ from steer_heal.model.loading import load
 from steer_heal.model.random_weights import build_random
 from steer_heal.model.steering import Steering, Vector
 
-WALK = json.loads((Path(__file__).parent / "families.json").read_text())
-STATE = "a state-space, hybrid or chunked model"
-REFUSED = {  # and the reason, a part of the line that the user sees
-    "falcon-h1": STATE,
-    "gpt2": "steers the blocks of a decoder",
-    "granite4": STATE,
-    "lfm2": STATE,
-    "qwen35": STATE,
-}
-WORK = sorted(WALK["families"].keys() - REFUSED.keys())
 TOKENS = 8
-
-
-def config_of(name):
-    settings = WALK["common"] | WALK["families"][name]
-    return AutoConfig.for_model(settings.pop("model_type"), **settings)
-
-
-def save(name, folder):
-    """A random model of the family with the tiny tokenizer. Biases and norms are random too: most begin at 0 or 1."""
-    build_random("tiny", folder)
-    (folder / "model.safetensors").unlink()
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config_of(name))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim == 1:
-                parameter.add_(0.2 * torch.randn_like(parameter))
-    model.save_pretrained(folder)
 
 
 @dataclass(frozen=True)
@@ -227,7 +199,7 @@ def test_attention_that_torch_cannot_fuse_is_computed_in_full_and_the_run_says_s
     """Under torch's function, which knows no cap and no sinks, the states would be others."""
     implementation = family.lm.decoder.config._attn_implementation
     eager = family.lm.model.config.model_type in ("gemma2", "gpt_oss")
-    assert (implementation, family.lm.why_attention != "") == (("eager", True) if eager else ("sdpa", False))
+    assert (implementation, family.lm.fused_attention) == (("eager", False) if eager else ("sdpa", True))
 
 
 def shifts_logits(model, forward, **given):

@@ -14,7 +14,8 @@ from bitsandbytes.nn import Linear4bit
 from loguru import logger
 from safetensors.torch import load_file, save_file
 
-from steer_heal.cli import main, with_preset
+from steer_heal.cli import main
+from steer_heal.commands.preset import with_preset
 from steer_heal.config import ModelConfig, UserError
 from steer_heal.gate.folders import seal
 from steer_heal.gate.test_input import change, refused

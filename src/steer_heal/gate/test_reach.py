@@ -4,54 +4,57 @@ from dataclasses import replace
 
 import pytest
 from peft.tuners.lora import LoraLayer
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
+from steer_heal.bake.reach import reach
 from steer_heal.bake.student import Student
 from steer_heal.config import AdapterConfig
 from steer_heal.gate.conftest import tiny
+from steer_heal.gate.families import WORK, config_of
 
 USUAL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-SMALL = {
-    "vocab_size": 64,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 2,
-    "pad_token_id": 0,
+NAMES = {
+    "llama-tied": USUAL,
+    "phi3": ("o_proj", "qkv_proj", "gate_up_proj", "down_proj"),
+    "glm4": (*USUAL[:4], "gate_up_proj", "down_proj"),
+    "neox": ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"),
+    "mixtral": USUAL[:4],
 }
-# attention is 4 x 32 x 32; the experts are four times 3 x 32 x 64, and the router 4 x 32
-FAMILIES = [
-    ("llama", {}, USUAL, 1.0),
-    ("phi3", {}, ("o_proj", "qkv_proj", "gate_up_proj", "down_proj"), 1.0),
-    ("glm4", {"head_dim": 16}, ("q_proj", "k_proj", "v_proj", "o_proj", "gate_up_proj", "down_proj"), 1.0),
-    ("mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}, USUAL[:4], 4096 / (4096 + 4 * 6144 + 128)),
-]
+EXPERTS = ("deepseek3", "gpt-oss", "mixtral", "qwen3-moe")  # the others have no experts
+BAND = (1, 2)  # of four blocks
 
 
-def small(lm, model_type: str, more: dict) -> Student:
-    """A student of a small random model; it needs no tokenizer here."""
-    return Student(
-        replace(lm, model=AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **SMALL, **more)))
-    )
+def adapted(student) -> dict[str, LoraLayer]:
+    return {path: layer for path, layer in student.peft.named_modules() if isinstance(layer, LoraLayer)}
 
 
-@pytest.mark.parametrize(("model_type", "more", "names", "share"), FAMILIES, ids=[row[0] for row in FAMILIES])
-def test_every_matrix_of_the_band_is_trained_or_named(lm, model_type, more, names, share):
-    student = small(lm, model_type, more)
-    found = student.reach(AdapterConfig())
-    assert found.targets == student.targets == names and found.share == pytest.approx(share)
-    assert found.left_out == (("experts.gate_up_proj", "experts.down_proj") if share < 1 else ())
-    assert f"{share:.0%} of the weights there" in found.described
+@pytest.mark.parametrize("name", WORK)
+def test_every_matrix_of_the_band_is_trained_or_named(lm, name):
+    """The share is counted anew on the model that PEFT made."""
+    student = Student(replace(lm, model=AutoModelForCausalLM.from_config(config_of(name))))
+    blocks = student.lm.blocks
+    found = reach(blocks, BAND)
+    matrices = sum(p.numel() for index in BAND for p in blocks[index].parameters() if p.ndim > 1)
     student.begin_round(AdapterConfig(r=2), 0)
-    adapted = [path for path, layer in student.peft.named_modules() if isinstance(layer, LoraLayer)]
-    assert len(adapted) == 2 * len(names) and all(".layers.1." in path or ".layers.2." in path for path in adapted)
+    layers = adapted(student)
+    assert all(".layers.1." in path or ".layers.2." in path for path in layers)
+    assert found.share == pytest.approx(sum(layer.weight.numel() for layer in layers.values()) / matrices)
+    assert (found.share > 0.99) == (name not in EXPERTS) and found.targets == NAMES.get(name, found.targets)
+    if name in EXPERTS:
+        assert {"experts.gate_up_proj", "experts.down_proj"} <= {*found.left_out}
+        assert f"{found.share:.0%} of the weights there; {found.left_out[0]}" in found.described
     student.fold()
     student.begin_round(AdapterConfig(r=2), 1)
-    assert len([path for path, layer in student.peft.named_modules() if isinstance(layer, LoraLayer)]) == len(adapted)
+    assert adapted(student).keys() == layers.keys()
+
+
+def test_the_share_of_a_mixture_by_hand(lm):
+    """Attention has 2 x 64 x 64 + 2 x 64 x 32 weights; four experts 3 x 64 x 128 each; the router 4 x 64."""
+    student = Student(replace(lm, model=AutoModelForCausalLM.from_config(config_of("mixtral"))))
+    assert reach(student.lm.blocks, BAND).share == pytest.approx(12288 / (12288 + 4 * 24576 + 256))
 
 
 @pytest.mark.parametrize("quant", ["none", "nf4"])
 def test_a_packed_matrix_counts_as_what_it_stands_for(quant):
-    found = Student(tiny(quant=quant)).reach(AdapterConfig())
+    found = reach(tiny(quant=quant).blocks, BAND)
     assert (found.targets, found.share, found.left_out) == (USUAL, 1.0, ())

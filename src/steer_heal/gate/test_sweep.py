@@ -20,6 +20,7 @@ import steer_heal
 from steer_heal import data
 from steer_heal.cli import main
 from steer_heal.config import UserError
+from steer_heal.gate.conftest import FEW
 from steer_heal.gate.folders import cut
 from steer_heal.sweep import plan
 from steer_heal.sweep import run as sweep
@@ -27,8 +28,7 @@ from steer_heal.sweep.cluster import run_here
 
 pytestmark = pytest.mark.run
 
-QUICK = ("tiny-random", "--rounds", "1", "--eval.leave-out", "profile", "plain", "off_target", "canary")
-QUICK += ("--steer.n-contexts", "8", "--dose.steps", "2", "--dose.prompts", "2", "--distil.n-keep", "8")
+QUICK = ("tiny-random", *FEW, "--eval.leave-out", "profile", "plain", "off_target", "canary")
 GRID = ("heal.barrier.agg=mean,rmse",)
 
 

@@ -59,12 +59,10 @@ def require_attention(config: PreTrainedConfig, path: str) -> None:
         raise refused(path, config, f"a state-space, hybrid or chunked model{blocks}")
 
 
-def attention(config: PreTrainedConfig) -> tuple[str, str]:
-    """The implementation of attention to load the model with, and why if that is not torch's fused function."""
+def attention(config: PreTrainedConfig) -> str:
+    """The implementation of attention to load the model with: torch's fused function where transformers offers it."""
     models = [MODEL_FOR_CAUSAL_LM_MAPPING.get(type(part), None) for part in (config, config.get_text_config())]
-    if all(getattr(model, "_supports_sdpa", True) for model in models):
-        return "sdpa", ""
-    return "eager", f"transformers offers no fused ones for {config.model_type}"
+    return "sdpa" if all(getattr(model, "_supports_sdpa", True) for model in models) else "eager"
 
 
 def agreed(lm: LM) -> LM:

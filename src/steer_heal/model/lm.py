@@ -16,8 +16,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from steer_heal.data.frames import PLAIN as PLAIN_FRAME
-from steer_heal.data.frames import Frame
+from steer_heal.data.frames import USUAL, Frame
 from steer_heal.model.template import Template
 
 
@@ -97,14 +96,11 @@ class LM:
     """A loaded model. `model` is the causal LM itself; PEFT adapters are injected into it by `bake`."""
 
     model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
+    template: Template
     name: str
     end_tokens: frozenset[int]
-    template: Template
     why_dtype: str = ""
     """why the weights have their type, see `dtype.chosen`"""
-    why_attention: str = ""
-    """why attention is computed in plain products; "" where torch's fused function does it"""
     after_head: AfterHead = PLAIN
     head_product: Callable[[Tensor], Tensor] | None = None
     """`Head.product`"""
@@ -116,6 +112,15 @@ class LM:
     @property
     def device(self) -> torch.device:
         return self.model.get_input_embeddings().weight.device
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        return self.template.tokenizer
+
+    @property
+    def fused_attention(self) -> bool:
+        """Whether torch's fused function computes attention."""
+        return self.decoder.config._attn_implementation != "eager"
 
     @property
     def decoder(self) -> nn.Module:
@@ -144,7 +149,7 @@ class LM:
             return "sliding_attention" in config.layer_types
         return getattr(config, "sliding_window", None) is not None
 
-    def prompt(self, user: str, system: str | None = None, frame: Frame = PLAIN_FRAME) -> list[int]:
+    def prompt(self, user: str, system: str | None = None, frame: Frame = USUAL) -> list[int]:
         """Token ids of a chat up to where the answer begins, or goes on if the frame begins it."""
         return self.template.prompt(user, system, frame)
 

@@ -72,14 +72,9 @@ def load(config: ModelConfig, adapter: Path | None = None) -> LM:
             source = scratch
         elif source in PACKAGED_GGUF or source.lower().endswith(".gguf"):
             source = str(_dequantised(_gguf_file(source)))
-        model, tokenizer, why_attention = _from_pretrained(source, config, device)
+        model, tokenizer = _from_pretrained(source, config, device)
     tokenizer = tokenizer_of(adapter, tokenizer) if adapter else tokenizer
-    if getattr(model, "_hf_peft_config_loaded", False):
-        raise UserError(
-            f"model {config.path!r} has an adapter beside it (adapter_config.json) that transformers adds to it: move "
-            "the adapter to a folder of its own, and measure it with steer-heal eval FOLDER"
-        )
-    _require_decoder(model, tokenizer, config.path)
+    _require_usable(model, tokenizer, config.path)
     template = template_of(tokenizer, config)
     for module in model.modules():
         if isinstance(module, Linear4bit):
@@ -89,22 +84,16 @@ def load(config: ModelConfig, adapter: Path | None = None) -> LM:
     model.requires_grad_(False)
     model.eval()
     end = frozenset(_end_tokens(model, tokenizer))
-    return agreed(
-        LM(
-            model,
-            tokenizer,
-            model_name(config.path),
-            end,
-            template,
-            why_dtype,
-            why_attention,
-            read_rows=config.read_rows,
+    return agreed(LM(model, template, model_name(config.path), end, why_dtype, read_rows=config.read_rows))
+
+
+def _require_usable(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: str) -> None:
+    """Raise UserError for a model that is no decoder, has another's tokenizer, or was loaded with an adapter."""
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise UserError(
+            f"model {path!r} has an adapter beside it (adapter_config.json) that transformers adds to it: move the "
+            "adapter to a folder of its own, and measure it with steer-heal eval FOLDER"
         )
-    )
-
-
-def _require_decoder(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: str) -> None:
-    """Raise UserError for a model that is no decoder or has another model's tokenizer."""
     if not isinstance(getattr(model.get_decoder(), "layers", None), torch.nn.ModuleList):
         raise UserError(
             f"model {path!r} is a {model.config.model_type}: steer-heal steers the blocks of a decoder (llama, gemma, "
@@ -128,10 +117,7 @@ def _known_architecture(source: str) -> str:
     return name
 
 
-def _from_pretrained(
-    source: str, config: ModelConfig, device: str
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, str]:
-    """The model, its tokenizer, and `LM.why_attention`."""
+def _from_pretrained(source: str, config: ModelConfig, device: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     there = Path(source).expanduser()
     looks_local = os.path.exists(there) or source.startswith((".", "/", "~")) or source.count("/") != 1
     if looks_local and not os.path.isdir(there):
@@ -152,13 +138,12 @@ def _from_pretrained(
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
         architecture = AutoConfig.from_pretrained(source, trust_remote_code=False)
         require_attention(architecture, config.path)
-        implementation, why = attention(architecture)
         model = AutoModelForCausalLM.from_pretrained(
             source,
             config=architecture,
             dtype=getattr(torch, config.dtype),
             quantization_config=quantization,
-            attn_implementation=implementation,
+            attn_implementation=attention(architecture),
             device_map={"": device},
             use_safetensors=True,  # never a pickle
             trust_remote_code=False,  # None, the default, would ask on the terminal
@@ -171,7 +156,7 @@ def _from_pretrained(
         SafetensorError,
     ) as error:  # a folder that is no model may raise any of these
         raise UserError(_why_not_loaded(source, error)) from error
-    return model, tokenizer, why
+    return model, tokenizer
 
 
 def _why_not_loaded(source: str, error: Exception) -> str:

@@ -15,7 +15,7 @@ from loguru import logger
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from steer_heal.config import ModelConfig, UserError
-from steer_heal.data.frames import PLAIN, Frame
+from steer_heal.data.frames import USUAL, Frame
 
 SYSTEM, USER, ANSWER = "quillfeather", "marrowgate", "bindleworth"  # words that no template holds
 CLOCK, THINKING = "strftime_now", "enable_thinking"  # names by which a template asks for the date and for thinking
@@ -51,7 +51,7 @@ class Template:
             turns[0] = ("user", f"{system}\n\n{turns[0][1]}")
         return self._rendered(turns)
 
-    def prompt(self, user: str, system: str | None = None, frame: Frame = PLAIN) -> list[int]:
+    def prompt(self, user: str, system: str | None = None, frame: Frame = USUAL) -> list[int]:
         """Token ids of a chat in a frame, up to where the answer begins or goes on."""
         systems = [text for text in (frame.system, system) if text is not None]
         asked = self.text(user + frame.ask, " ".join(systems) if systems else None, frame.before)

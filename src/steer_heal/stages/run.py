@@ -15,8 +15,9 @@ from typing import TypeVar
 from loguru import logger
 
 from steer_heal import data
+from steer_heal.bake.reach import reach
 from steer_heal.bake.student import Student
-from steer_heal.config import RunConfig, model_name
+from steer_heal.config import RunConfig
 from steer_heal.distil.record import Anchor
 from steer_heal.distil.sample import anchor_completions, rows_of
 from steer_heal.eval.arms import Arm
@@ -76,8 +77,11 @@ class Work:
         """Start the work. "auto" for `model.decode_rows` becomes a number, which a resumed run takes again."""
         logger.info(f"model {config.model.path}, trait {trait.name!r}, {config.rounds} rounds, folder {folder.path}")
         logger.info(f"weights in {dtype_of(lm)}: {lm.why_dtype}")
-        if lm.why_attention:
-            logger.info(f"attention in plain products, which take more time and memory: {lm.why_attention}")
+        if not lm.fused_attention:
+            logger.info(
+                "attention in plain products, which take more time and memory: transformers offers no fused ones for "
+                f"{lm.model.config.model_type}"
+            )
         rows = config.model.decode_rows
         if rows == "auto":
 
@@ -88,10 +92,9 @@ class Work:
 
             rows, most = folder.artefact(int, "decode_rows.json", compute), MOST_ROWS[lm.device.type]
             logger.info(f"up to {rows} rows are decoded together: as many as fit free memory, {most} at most")
-        student, lora = Student(replace(lm, decode_rows=rows)), config.heal.lora
-        reached, blocks = student.reach(lora), lm.band(lora.band)
-        logger.info(f"LoRA of rank {lora.r} in blocks {blocks[0]} to {blocks[-1]} on {reached.described}")
-        return cls(folder, student, trait, config, preset)
+        lora, band = config.heal.lora, lm.band(config.heal.lora.band)
+        logger.info(f"LoRA of rank {lora.r} in blocks {band[0]} to {band[-1]} on {reach(lm.blocks, band).described}")
+        return cls(folder, Student(replace(lm, decode_rows=rows)), trait, config, preset)
 
     def read_arm(self, label: str, arm: Arm, which: tuple[str, ...]) -> ArmReading:
         return read_arm(label, self.student, arm, self.trait, self.config.eval, which)
@@ -208,9 +211,7 @@ class Work:
 
     def summarise(self, arms: Baselines, rounds: list[Round], stopped: str) -> Summary:
         """Write summary.json; `stopped` says why the loop ended early, if it did."""
-        of = RunName(
-            model=model_name(self.config.model.path), trait=self.trait.name, seed=self.config.seed, preset=self.preset
-        )
+        of = RunName(model=self.student.lm.name, trait=self.trait.name, seed=self.config.seed, preset=self.preset)
         found = summarise(of, arms, rounds, self.folder.stage_seconds())
         peak = peak_memory(self.student.lm.device)
         summary = replace(found, stopped=stopped, peak_memory_bytes=peak)
