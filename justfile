@@ -48,9 +48,9 @@ five-commands *families: setup
 run *flags: setup
     {{bin}}/steer-heal run gemma-3-1b {{flags}}
 
-# the same with what kept the small model whole: the demo's target and barriers; the two thresholds are guesses
-run-anchored *flags: setup
-    {{bin}}/steer-heal run gemma-3-1b-anchored {{flags}}
+# the same with the recipe that the prior implementation published, in place of the one that sets itself
+run-published *flags: setup
+    {{bin}}/steer-heal run gemma-3-1b-published {{flags}}
 
 # `just run` with gemma-3-4b-it
 run-4b *flags: setup
@@ -96,7 +96,7 @@ vendor: setup
 # gives every arm several seeds, `ROUNDS=4` changes the rounds, `ENGINE="ray --workers 2"` runs two at once. The same
 # command again goes on. Sweeps of one SCALE share their arms: an arm that was run is not run again.
 
-SCALE := "gemma-3-1b"
+SCALE := "gemma-3-1b-published"
 SEEDS := "0"
 ROUNDS := "8"
 ENGINE := "local"

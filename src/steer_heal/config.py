@@ -76,7 +76,8 @@ class SteerConfig:
     method: str = "mean_diff"
     """how the vector is computed from the personas' states: mean_diff, pca, ablation, or lite:NAME of steering-lite"""
     band: Annotated[tuple[float, float] | Literal["auto"], DEPTH, COMMON] = (0.45, 0.55)
-    """blocks that are steered, as shares of depth; auto: chosen in round 0 from norm, split-half agreement and AUC"""
+    """blocks that are steered, as shares of depth; auto: the band of four at which plain steering moves the trait most
+    for the same cost in coherence"""
     source: Literal["student", "base"] = "student"
     """model whose states give the vector; student: the current student, anew each round; base: the pristine base"""
     n_contexts: Annotated[int, Within("[2, 256]")] = 256
@@ -88,11 +89,13 @@ class DoseConfig:
     """The dose curve and the rule that chooses the dose."""
 
     rule: Literal["survival", "iso_kl"] = "survival"
-    """survival: largest dose at which enough completions pass the filter; iso_kl: dose with a given KL divergence"""
-    range: Annotated[tuple[float, float], POSITIVE] = (0.25, 4.0)
-    """smallest and largest dose tried, in multiples of the raw vector"""
+    """survival: largest dose at which enough completions pass the filter and keep to their prompts; iso_kl: dose with a
+    given KL divergence"""
+    range: Annotated[tuple[float, float] | Literal["auto"], POSITIVE, COMMON] = (0.25, 4.0)
+    """smallest and largest dose tried, in multiples of the raw vector; auto: doubled from a small share of the residual
+    stream until the completions fall apart or lose their prompts"""
     steps: Annotated[int, Within("[2, inf)")] = 6
-    """doses tried, log-spaced, all in one mixed batch"""
+    """doses tried in a given range, log-spaced, all in one mixed batch"""
     prompts: Annotated[int, COUNT] = 12
     """generation prompts answered at every dose and without steering"""
     survival: Annotated[float, Within("(0, 1]"), COMMON] = 0.75
@@ -157,12 +160,13 @@ class BarrierConfig:
 
 @dataclass(frozen=True)
 class AnchorConfig:
-    """A second barrier of the same kind: divergence from the pristine base, on its completions of mundane prompts."""
+    """A second barrier of the same kind: divergence from the pristine base, on texts without the trait."""
 
     prompts: Annotated[int, Within("[0, 96]"), COMMON] = 0
-    """mundane prompts whose base completions make the anchor; 0: no anchor"""
-    tau: Annotated[float, POSITIVE] = 0.02
-    """limit of the divergence on these completions, nats (fixed: no penalty below it)"""
+    """texts of the anchor: base completions of mundane prompts in six frames, and plain text; 0: no anchor"""
+    tau: Annotated[float | Literal["auto"], POSITIVE] = 0.02
+    """limit of the divergence on these texts, nats (fixed: no penalty below it); auto: a share of the first teacher's
+    divergence on them"""
 
 
 @dataclass(frozen=True)
@@ -173,8 +177,8 @@ class TrainingConfig:
     """peak learning rate in round 0"""
     lr_round_pow: Annotated[float, ANY] = 0.0
     """lr_r = lr * (1 + round) ** lr_round_pow"""
-    epochs: Annotated[int, COUNT, COMMON] = 2
-    """passes over the training completions per round"""
+    epochs: Annotated[int | Literal["auto"], COUNT, COMMON] = 2
+    """passes over the training completions per round; auto: until the objective has fallen or a barrier binds"""
     batch: Annotated[int, COUNT] = 6
     """training completions per optimiser step"""
     pass_rows: Annotated[int, COUNT] = 3
@@ -268,8 +272,9 @@ class EvalConfig:
     """never read: off-target traits, plain questions (canary), profile, held-out frames, relevance, plain steering"""
     profile: Literal["vignettes", "tiny-mfv"] = "vignettes"
     """scenes of the moral-foundation profile: ours, or those of tiny-mfv through that package (`just vendor`)"""
-    plain_range: Annotated[tuple[float, float], POSITIVE] = (0.125, 12.0)
-    """smallest and largest dose at which the base is plainly steered, in multiples of the first round's vector"""
+    plain_range: Annotated[tuple[float, float] | Literal["auto"], POSITIVE] = (0.125, 12.0)
+    """smallest and largest dose at which the base is plainly steered, in multiples of the first round's vector; auto:
+    around the dose at which steering begins to cost coherence"""
 
     @property
     def counts(self) -> Counts:
@@ -401,11 +406,21 @@ def _demands(config: RunConfig) -> list[tuple[bool, str]]:
     """Return conditions that a bound on one field cannot express, each with the complaint when it fails."""
     method, barrier = config.steer.method, config.heal.barrier
     ranges = {"dose.range": config.dose.range, "eval.plain_range": config.eval.plain_range}
+    ranges = {name: value for name, value in ranges.items() if value != "auto"}
     return [
         (
             method in STEER_METHODS or method.startswith("lite:"),
             f"steer.method {method!r} is not known{nearest(method, STEER_METHODS)}: "
             f"choose {', '.join(STEER_METHODS)} or lite:NAME",
+        ),
+        (
+            config.steer.band != "auto" or method in ("mean_diff", "pca"),
+            "steer.band auto needs a vector that is added: choose steer.method mean_diff or pca instead of "
+            f"{method}, or give two shares of depth",
+        ),
+        (
+            config.dose.range != "auto" or config.dose.rule == "survival",
+            "dose.rule iso_kl needs two numbers in dose.range: a search by survival would not find its dose",
         ),
         (
             config.model.date == "auto" or _is_day(config.model.date),

@@ -14,7 +14,8 @@ from steer_heal.distil.sample import Exhausted
 from steer_heal.eval.reading import ArmReading
 from steer_heal.heal.steps import barrier_warning
 from steer_heal.report.card import model_card
-from steer_heal.report.tables import arm_table, first_look_text, verdict_line
+from steer_heal.report.tables import arm_table, first_look_text, recipe_table, verdict_line
+from steer_heal.runs.recipe import choices
 from steer_heal.runs.rounds import Round
 from steer_heal.runs.summary import Baselines, Summary, verdict_of
 from steer_heal.stages.round import RoundStages
@@ -30,11 +31,12 @@ def run(work: Work) -> Summary:
     stopped = ""
     for number in range(work.config.rounds):
         stage = RoundStages(work, number, rounds)
-        vector, layers = stage.extract()
+        extraction = stage.extract()
+        vector, layers = extraction
         if number == 0:
             arms = replace(arms, plain=work.steer_plainly(vector))
         try:
-            dose = stage.find_dose(vector)
+            dose = stage.find_dose(extraction)
             completions = stage.distil(vector, dose)
         except Exhausted as end:
             if number == 0:
@@ -43,7 +45,7 @@ def run(work: Work) -> Summary:
             logger.warning(f"the loop ends after {number} of {work.config.rounds} rounds: {end}")
             break
         steered = stage.measure_steered(vector, dose)
-        steps = stage.heal(vector, completions, anchors)
+        steps = stage.heal(vector, dose, completions, anchors)
         geometry = stage.locate(vector)
         stage.bake()
         healed = stage.measure_healed()
@@ -63,6 +65,8 @@ def run(work: Work) -> Summary:
             arms = work.baselines_in_full(arms)
             done = stage.read_fully(done, arms)
         rounds.append(done)
+        if number == 0 and (found := choices(work.config, work.survey, done)):
+            print(f"\n{recipe_table(found)}")
         stage.note_demos(arms.base, steered, healed)
         announce(work, arms, rounds)
     if stopped:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 from steer_heal.config import (
     JUDGES,
@@ -14,6 +15,7 @@ from steer_heal.config import (
     DistilConfig,
     DoseConfig,
     EvalConfig,
+    Extra,
     HealConfig,
     ModelConfig,
     RunConfig,
@@ -22,8 +24,9 @@ from steer_heal.config import (
     TrainingConfig,
 )
 
-GEMMA_1B = RunConfig(model=ModelConfig(device="cuda"))
-# The settings that kept SmolLM2-135M coherent (docs/results.md). The thresholds, in nats, are specific to a model.
+EXTRA = get_args(Extra)  # read at the ends only, where a round should be quick
+PUBLISHED = RunConfig(model=ModelConfig(device="cuda"))
+# The settings that kept SmolLM2-135M coherent (docs/results.md). Their thresholds, in nats, are that model's.
 BUDGET = BarrierConfig(kind="dual", reference="base", lam=1.0)  # lam applies only to kind fixed
 ANCHORED = HealConfig(
     target=TargetConfig(kind="mirrored"),
@@ -32,11 +35,37 @@ ANCHORED = HealConfig(
     training=TrainingConfig(lr_round_pow=-1.0),
 )
 
+# The recipe that sets itself: what differs between models is measured in round 0 (`auto`). This one is for a CPU.
+AUTO = RunConfig(
+    model=ModelConfig(quant="none"),
+    trait="love",
+    rounds=4,
+    steer=SteerConfig(n_contexts=32, band="auto"),
+    dose=DoseConfig(range="auto", prompts=16),
+    distil=DistilConfig(n_keep=48, max_new_tokens=32),
+    heal=HealConfig(
+        target=TargetConfig(kind="mirrored"),
+        barrier=BarrierConfig(kind="dual", reference="base", tau="auto", tau_share=0.25),
+        anchor=AnchorConfig(prompts=96, tau="auto"),
+        training=TrainingConfig(lr=4e-4, lr_round_pow=-1.0, epochs="auto", pass_rows=9, val_share=0.0),
+        lora=AdapterConfig(r=16),
+    ),
+    eval=EvalConfig(size="demo", ends_only=EXTRA, plain_range="auto"),
+)
+# The same with the sizes of the published recipe; never run.
+AUTO_GPU = replace(
+    PUBLISHED,
+    steer=SteerConfig(band="auto"),
+    dose=replace(AUTO.dose, prompts=24),
+    heal=replace(AUTO.heal, training=replace(AUTO.heal.training, lr=2e-4, pass_rows=3, val_share=0.125)),
+    eval=EvalConfig(plain_range="auto"),
+)
+
 PRESETS: dict[str, RunConfig] = {
-    "gemma-3-1b": GEMMA_1B,
-    # never run: its thresholds are guesses
-    "gemma-3-1b-anchored": replace(GEMMA_1B, heal=replace(ANCHORED, barrier=replace(BUDGET, tau=1.0))),
-    "gemma-3-4b": replace(GEMMA_1B, model=replace(GEMMA_1B.model, path="google/gemma-3-4b-it")),
+    "gemma-3-1b": AUTO_GPU,
+    "gemma-3-1b-published": PUBLISHED,
+    "gemma-3-4b": replace(AUTO_GPU, model=replace(PUBLISHED.model, path="google/gemma-3-4b-it")),
+    "auto": AUTO,
     "smollm2-135m": RunConfig(
         model=ModelConfig(path="smollm2-135m", quant="none", device="cpu"),
         trait="love",
@@ -51,9 +80,7 @@ PRESETS: dict[str, RunConfig] = {
             training=replace(ANCHORED.training, lr=4e-4, pass_rows=9, val_share=0.0),
             lora=AdapterConfig(r=16),
         ),
-        eval=EvalConfig(
-            size="demo", ends_only=("off_target", "canary", "profile", "frames", "relevance"), plain_range=(0.1, 1.35)
-        ),
+        eval=EvalConfig(size="demo", ends_only=EXTRA, plain_range=(0.1, 1.35)),
     ),
     # A random model writes rubbish at any dose, so filter and judge have limits that random text passes.
     "tiny-random": RunConfig(
@@ -75,18 +102,7 @@ PRESETS: dict[str, RunConfig] = {
 DEFAULT_PRESET = "gemma-3-1b"
 
 
-@dataclass(frozen=True)
-class Recipe:
-    """A preset whose settings a model without a preset of its own is run with."""
-
-    preset: str
-    tuned_on: str
-
-
-RECIPES = {
-    "cpu": Recipe("smollm2-135m", "tuned on SmolLM2-135M"),
-    "cuda": Recipe("gemma-3-1b-anchored", "guessed for gemma-3-1b"),
-}
+RECIPES = {"cpu": "auto", "cuda": "gemma-3-1b"}  # presets with which a model without one of its own is run
 MODELS_TOO = "a model: a hub id (owner/name), a folder or a .gguf file"
 
 

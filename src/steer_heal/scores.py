@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 # Log-odds of broken against coherent. Fitted on the tuning half under SmolLM2-135M by `steer-heal bench filter`.
@@ -36,6 +37,11 @@ class Scores:
     words: int
     narrates: bool
     boilerplate: bool
+
+    @property
+    def information(self) -> float:
+        """Nats per token that the completion is likelier after its own prompt than after one that asks nothing."""
+        return math.log(self.ppl) * (math.exp(self.relevance) - 1)
 
     @property
     def incoherence(self) -> float:

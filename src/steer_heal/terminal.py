@@ -37,7 +37,10 @@ def program() -> str:
 
 
 @contextmanager
-def progress(label: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
-    """Show one progress bar for a stage; call the yielded function with the number of units just finished."""
+def progress(label: str, total: int | None, unit: str) -> Iterator[Callable[[int], None]]:
+    """Show one progress bar for a stage; call the yielded function with the number of units just finished.
+
+    `total` is None where the number of units is not known.
+    """
     with tqdm(total=total, desc=f"{label:<20}", unit=unit, dynamic_ncols=True, mininterval=0.5) as bar:
         yield bar.update

@@ -21,11 +21,10 @@ def with_preset(argv: list[str]) -> tuple[str, list[str]]:
         raise UserError(f"run {name!r} names a model, and so does --model.path {other!r}: leave one of them out")
     if (Path(name).expanduser() / EVENTS).is_file():
         raise UserError(f"{name!r} is a run folder: go on with it by --resume {shlex.quote(name)}, or name a preset")
-    recipe = RECIPES["cuda" if flag_value("--model.device", rest) != "cpu" and _has_gpu() else "cpu"]
+    preset = RECIPES["cuda" if flag_value("--model.device", rest) != "cpu" and _has_gpu() else "cpu"]
     return (
-        f"{name!r} is no preset: the model is run with the settings of {recipe.preset}, {recipe.tuned_on}. Doses and "
-        "thresholds differ between models: look at dose.range, heal.barrier.tau and heal.anchor.tau",
-        ["run", recipe.preset, "--model.path", name, *rest],
+        f"{name!r} is no preset: band, dose, thresholds and steps are measured on the model (settings of {preset})",
+        ["run", preset, "--model.path", name, *rest],
     )
 
 

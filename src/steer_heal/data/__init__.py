@@ -253,6 +253,11 @@ def mundane() -> tuple[str, ...]:
     return _lines("mundane")
 
 
+def plain() -> tuple[str, ...]:
+    """14 short plain texts of many kinds, on which the anchor holds a healed model."""
+    return _lines("plain")
+
+
 def vignettes() -> tuple[dict, ...]:
     """140 short scenes in third and second person; 20 breach each moral foundation, 20 (norms) are only odd."""
     return _records_of("vignettes")

@@ -1,152 +1,167 @@
-"""The dose curve (the share of completions that pass the filter, dose by dose) and the choice of the dose.
+"""The dose curve (survival and relevance of completions, dose by dose) and the choice of the dose.
 
-One batch mixes all doses; a bisection would decode one batch per step. Isotonic regression makes the share monotone in
-the dose. The dose chosen is the largest that meets the target. The target is relative to unsteered completions in the
-same batch: the filter also drops some of the model's own text, which the vector does not cause. The other rule,
-iso-KL, finds the dose with a given KL divergence instead.
+Survival is the share of completions that pass the filter; relevance is how much a completion tells of its own prompt.
+Isotonic regression makes both monotone in the dose, and the dose chosen is the largest at which both meet their
+targets. The targets are relative to unsteered completions: the filter also drops some of the model's own text, which
+the vector does not cause. The other rule, iso-KL, finds the dose with a given KL divergence instead.
+
+The doses of a given range are tried in one mixed batch. With `dose.range` auto the dose doubles until a target is
+missed, and doses between the last two follow.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import NamedTuple
 
 import numpy as np
-import torch
-from jaxtyping import Float
 from scipy.optimize import isotonic_regression
-from torch import Tensor
 
 from steer_heal.config import DoseConfig
+from steer_heal.distil.iso_kl import iso_kl
 from steer_heal.distil.record import Completion, DoseCurve, DosePoint
 from steer_heal.distil.sample import Exhausted, Progress, Teacher, sample
-from steer_heal.model.forward import states
-from steer_heal.model.likelihood import token_kl
-from steer_heal.model.lm import LM, Row
-from steer_heal.model.steering import AnyVector, Steering
+from steer_heal.model.lm import Row
 
-ISO_KL_TOLERANCE = 0.05  # allowed difference between the KL reached and the target, as a share of the target
-ISO_KL_PASSES = 12  # scoring passes; the secant in log-log needs three to five
-
-
-class IsoKl(NamedTuple):
-    """The dose with a given KL divergence."""
-
-    dose: float | None
-    kl: float | None
-    """the KL that it reaches, nats"""
-    kl_p95: list[float]
-    """the curve: 95th percentile of the KL at each distinct dose, doses ascending, nats"""
-
-
-def iso_kl(lm: LM, vector: AnyVector, rows: list[Row], doses: list[float], target: float) -> IsoKl:
-    """Find the dose at which the 95th percentile over tokens of KL(steered || unsteered) equals `target` nats.
-
-    Each row was written under its own dose. All rows are scored under their doses in mixed batches, which gives the
-    curve. The curve is taken to increase, and the two doses around its crossing of the target are found. The rows of
-    the dose whose KL is nearer to the target are then scored again, steered and unsteered on the same tokens, at doses
-    proposed by a secant in log dose and log KL, until the KL is within 5% of the target. After
-    wassname/isokl_steering_calibration, which bisects with one rollout per step.
-
-    Dose and KL are None when the curve does not cross the target between the smallest and the largest positive dose, or
-    when the search does not converge.
-    """
-    plain = states(lm, rows)
-    given = torch.tensor(doses, dtype=torch.float32)
-    kl = token_kl(lm.head, states(lm, rows, Steering(vector, given)), plain)
-    grid = sorted(set(doses))
-    members = {dose: [i for i, d in enumerate(doses) if d == dose] for dose in grid}
-    curve = [p95(torch.cat([kl[i] for i in members[dose]])) for dose in grid]
-    missed = IsoKl(None, None, curve)
-    above = next((i for i, (d, k) in enumerate(zip(grid, curve, strict=True)) if d > 0 and k >= target), None)
-    if above is None or above == 0 or grid[above - 1] == 0:
-        return missed
-    low, high = grid[above - 1], grid[above]
-    nearest = members[low if target - curve[above - 1] < curve[above] - target else high]
-    chosen, reference = [rows[i] for i in nearest], [plain[i] for i in nearest]
-
-    def at(dose: float) -> float:
-        steered = states(lm, chosen, Steering(vector, torch.full((len(chosen),), dose)))
-        return p95(torch.cat(token_kl(lm.head, steered, reference)))
-
-    points = [(math.log(d), math.log(at(d) / target)) for d in (low, high)]
-    for _ in range(ISO_KL_PASSES - 2):
-        (x0, y0), (x1, y1) = sorted(points, key=lambda point: abs(point[1]))[:2]
-        x = x1 - y1 * (x1 - x0) / (y1 - y0) if y1 != y0 else (x0 + x1) / 2
-        x = min(max(x, math.log(low / 2)), math.log(2 * high))
-        reached = at(math.exp(x))
-        if abs(reached - target) <= ISO_KL_TOLERANCE * target:
-            return IsoKl(math.exp(x), reached, curve)
-        points.append((x, math.log(reached / target)))
-    return missed
-
-
-def p95(values: Float[Tensor, " n"]) -> float:
-    return values.quantile(0.95).item()
+RELEVANCE_KEPT = 0.8  # target: share of the unsteered completions' relevance
+MOST_DOSES = 10  # in a search
+BETWEEN = 3  # doses tried between the last that meets the targets and the first that does not
 
 
 def dose_curve(
-    teacher: Teacher, prompts: list[str], config: DoseConfig, on_rows: Progress = lambda rows: None
+    teacher: Teacher,
+    prompts: list[str],
+    config: DoseConfig,
+    smallest: float | None = None,
+    on_rows: Progress = lambda rows: None,
 ) -> DoseCurve:
-    """Measure the share of completions that pass the filter at each dose, and choose the dose.
+    """Measure survival and relevance at each dose, and choose the dose.
 
-    The target is relative to the share at dose 0. If even the smallest dose misses the target, that dose is chosen when
-    it misses by no more than a standard error. Otherwise the dose is None, and `require_dose` tells the user.
+    If even the smallest dose misses a target, that dose is chosen when it misses by no more than a standard error.
+    Otherwise the dose is None, and `require_dose` tells the user.
+
+    Args:
+        smallest: for `dose.range` auto: the dose that is doubled until a target is missed.
     """
-    lowest, highest = config.range
-    ratio = (highest / lowest) ** (1 / max(1, config.steps - 1))
-    doses = [0.0, *(lowest * ratio**i for i in range(config.steps))]
-    asked = prompts[: config.prompts]
-    completions = sample(teacher, [(dose, prompt) for dose in doses for prompt in asked], on_rows=on_rows)
-    of_dose = [[c for c in completions if c.dose == dose] for dose in doses]
-    survival = [sum(not c.dropped for c in some) / len(some) for some in of_dose]
-    curve = [
-        DosePoint(
+    curve = Curve(teacher, prompts[: config.prompts], config, on_rows)
+    if config.range == "auto":
+        curve.double(smallest)
+    else:
+        lowest, highest = config.range
+        ratio = (highest / lowest) ** (1 / max(1, config.steps - 1))
+        curve.read([0.0, *(lowest * ratio**i for i in range(config.steps))])
+    return curve.chosen() if config.rule == "survival" else _with_kl(teacher, config, curve.chosen())
+
+
+class Curve:
+    """The doses tried so far, with the completions at each."""
+
+    def __init__(self, teacher: Teacher, asked: list[str], config: DoseConfig, on_rows: Progress) -> None:
+        self.teacher, self.asked, self.config, self.on_rows = teacher, asked, config, on_rows
+        self.tried: dict[float, list[Completion]] = {}
+
+    def read(self, doses: list[float]) -> None:
+        """Sample a completion of every prompt at each dose, in one mixed batch."""
+        plan = [(dose, prompt) for dose in doses for prompt in self.asked]
+        written = sample(self.teacher, plan, (len(self.tried),) if self.tried else (), on_rows=self.on_rows)
+        for i, dose in enumerate(doses):
+            self.tried[dose] = written[i * len(self.asked) : (i + 1) * len(self.asked)]
+
+    def double(self, smallest: float) -> None:
+        """Double the dose until a target is missed, then try doses between the last two."""
+        self.read([0.0, smallest])
+        while self.chosen().open_ended and len(self.tried) <= MOST_DOSES:
+            self.read([2 * max(self.tried)])
+        low, high = sorted(self.tried)[-2:]
+        if low > 0 and not self.chosen().open_ended:
+            self.read([low * (high / low) ** (i / (BETWEEN + 1)) for i in range(1, BETWEEN + 1)])
+
+    def chosen(self) -> DoseCurve:
+        """The curve so far, and the largest dose that meets both targets."""
+        doses, rows = sorted(self.tried), len(self.asked)
+        survival = [sum(not c.dropped for c in self.tried[dose]) / rows for dose in doses]
+        fitted, kept = _monotone(survival), _monotone([self._relevance(dose).mean() for dose in doses])
+        target = self.config.survival * fitted[0]
+        found = largest_dose(doses[1:], fitted[1:], target, _sampling_error(survival, rows)) if target > 0 else None
+        least = self._least_relevance()
+        if least is not None and found is not None:
+            errors = [self._relevance(dose).std() / math.sqrt(rows) for dose in doses[:2]]
+            relevant = largest_dose(doses[1:], kept[1:], least, math.hypot(*errors))
+            found = relevant and min(found, relevant)
+        curve = [self._point(*at) for at in zip(doses, survival, fitted, strict=True)]
+        completions = [c for dose in doses for c in self.tried[dose]]
+        return DoseCurve(
+            rule="survival",
+            target=target,
+            least_relevance=least,
+            dose=found,
+            curve=curve,
+            completions=completions,
+        )
+
+    def _relevance(self, dose: float) -> np.ndarray:
+        """How much each completion at a dose tells of its own prompt, nats per token."""
+        return np.array([c.scores.information for c in self.tried[dose]])
+
+    def _least_relevance(self) -> float | None:
+        """The target of relevance, or None where unsteered completions have none, as those of a random model."""
+        own = self._relevance(0.0)
+        certain = own.mean() > 2 * own.std() / math.sqrt(len(own))
+        return RELEVANCE_KEPT * float(own.mean()) if certain else None
+
+    def _point(self, dose: float, survival: float, fitted: float) -> DosePoint:
+        some = self.tried[dose]
+        return DosePoint(
             dose=dose,
-            survival=share,
+            survival=survival,
             fitted=fitted,
+            relevance=float(self._relevance(dose).mean()),
             tail_ppl=sorted(c.scores.tail_ppl for c in some)[len(some) // 2],
             example=some[0].text,
         )
-        for dose, share, fitted, some in zip(doses, survival, _monotone(survival), of_dose, strict=True)
-    ]
-    if config.rule == "iso_kl":
-        return _iso_kl_curve(teacher, config, curve, completions)
-    target = config.survival * curve[0].fitted
-    chosen = None
-    if target > 0 and curve[1].fitted >= target - _sampling_error(curve, len(asked)):
-        chosen = largest_dose(doses[1:], [p.fitted for p in curve[1:]], target) or lowest
-    return DoseCurve(rule=config.rule, target=target, dose=chosen, curve=curve, completions=completions)
 
 
-def _monotone(survival: list[float]) -> list[float]:
-    return isotonic_regression(survival, increasing=False).x.tolist()
+def _monotone(values: list[float]) -> list[float]:
+    return isotonic_regression(values, increasing=False).x.tolist()
 
 
-def _iso_kl_curve(
-    teacher: Teacher, config: DoseConfig, curve: list[DosePoint], completions: list[Completion]
-) -> DoseCurve:
-    """Add the KL divergence to each point of the curve, and choose the dose at which it meets the target."""
-    lm, given = teacher.student.lm, [c.dose for c in completions]
-    rows = [Row(lm.prompt(c.prompt), c.ids) for c in completions]
+def _sampling_error(survival: list[float], rows: int) -> float:
+    """Standard error of the difference in survival between dose 0 and the smallest dose, each of `rows` completions."""
+    shares = [(share * rows + 1) / (rows + 2) for share in survival[:2]]  # Laplace's rule: ten of ten is not certainty
+    return math.sqrt(sum(share * (1 - share) for share in shares) / rows)
+
+
+def largest_dose(doses: list[float], fitted: list[float], target: float, error: float = 0.0) -> float | None:
+    """Largest dose whose fitted value reaches the target, interpolated in log dose.
+
+    The smallest dose, if it misses the target by no more than `error`; None if it misses by more.
+    """
+    if fitted[0] < target:
+        return doses[0] if fitted[0] >= target - error else None
+    for (d0, s0), (d1, s1) in zip(
+        zip(doses, fitted, strict=True), zip(doses[1:], fitted[1:], strict=True), strict=False
+    ):
+        if s1 < target:
+            share = (s0 - target) / (s0 - s1)
+            return math.exp(math.log(d0) + share * (math.log(d1) - math.log(d0)))
+    return doses[-1]
+
+
+def _with_kl(teacher: Teacher, config: DoseConfig, found: DoseCurve) -> DoseCurve:
+    """The curve with the KL divergence at each point, and the dose at which it meets the target."""
+    lm, given = teacher.student.lm, [c.dose for c in found.completions]
+    rows = [Row(lm.prompt(c.prompt), c.ids) for c in found.completions]
     with teacher.student.view(now=0.0):
-        found = iso_kl(lm, teacher.vector, rows, given, config.kl_target)
-    points = [replace(point, kl_p95=kl) for point, kl in zip(curve, found.kl_p95, strict=True)]
+        met = iso_kl(lm, teacher.vector, rows, given, config.kl_target)
+    points = [replace(point, kl_p95=kl) for point, kl in zip(found.curve, met.kl_p95, strict=True)]
     return DoseCurve(
         rule=config.rule,
         target=config.kl_target,
-        dose=found.dose,
-        kl=found.kl,
+        dose=met.dose,
+        kl=met.kl,
         curve=points,
-        completions=completions,
+        completions=found.completions,
     )
-
-
-def _sampling_error(curve: list[DosePoint], rows: int) -> float:
-    """Standard error of the difference in survival between dose 0 and the smallest dose, each of `rows` completions."""
-    shares = [(p.survival * rows + 1) / (rows + 2) for p in curve[:2]]  # Laplace's rule: ten of ten is not certainty
-    return math.sqrt(sum(share * (1 - share) for share in shares) / rows)
 
 
 def require_dose(found: DoseCurve) -> float:
@@ -164,23 +179,16 @@ def require_dose(found: DoseCurve) -> float:
             f"the filter drops every completion even without steering (dose: survival {found.survivals}): "
             "loosen --filter.*"
         )
+    if found.curve[1].fitted >= found.target:
+        relevances = ", ".join(f"{p.dose:.2f}: {p.relevance:.2f}" for p in found.curve)
+        raise Exhausted(
+            f"at every dose the completions lose their prompts (relevance below {found.least_relevance:.2f} nats per "
+            f"token; dose: relevance {relevances}): lower --dose.range or narrow --steer.band"
+        )
     raise Exhausted(
         f"no dose leaves {found.target:.0%} of the completions coherent (dose: survival {found.survivals}): "
         "lower --dose.range or --dose.survival, loosen --filter.*, or narrow --steer.band"
     )
-
-
-def largest_dose(doses: list[float], survival: list[float], target: float) -> float | None:
-    """Largest dose whose fitted survival reaches the target, interpolated in log dose; None if there is none."""
-    if survival[0] < target:
-        return None
-    for (d0, s0), (d1, s1) in zip(
-        zip(doses, survival, strict=True), zip(doses[1:], survival[1:], strict=True), strict=False
-    ):
-        if s1 < target:
-            share = (s0 - target) / (s0 - s1)
-            return math.exp(math.log(d0) + share * (math.log(d1) - math.log(d0)))
-    return doses[-1]
 
 
 def expected_survival(found: DoseCurve) -> float:

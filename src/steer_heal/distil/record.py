@@ -20,9 +20,12 @@ class Completion(Judged):
 
 @dataclass(frozen=True, kw_only=True)
 class Anchor:
-    """A completion of a mundane prompt by the base."""
+    """A text on which a healed model should not move: the base's answer to a mundane prompt, or plain text."""
 
+    frame: str
+    """name of the frame, see `data.frames`; plain text has no chat"""
     prompt: str
+    """"" for plain text"""
     ids: list[int]
     ended: bool
     text: str
@@ -40,6 +43,8 @@ class DosePoint:
     tail_ppl: float
     """median perplexity of the last quarter, under base"""
     example: str
+    relevance: float | None = None
+    """mean of `Scores.information`, nats per token"""
     kl_p95: float | None = None
     """rule iso_kl: 95th percentile over tokens of KL(steered || unsteered), nats"""
 
@@ -51,12 +56,19 @@ class DoseCurve:
     rule: str
     target: float
     """survival to reach; rule iso_kl: KL to reach, nats"""
+    least_relevance: float | None = None
+    """relevance to reach, nats per token; None where the model's own completions have none"""
     dose: float | None = None
     """None: no dose meets the target, see `require_dose`"""
     kl: float | None = None
     """rule iso_kl: KL that the chosen dose reaches, nats"""
     curve: list[DosePoint]
     completions: list[Completion]
+
+    @property
+    def open_ended(self) -> bool:
+        """Whether the dose chosen is the largest tried, so that a larger one might have done as well."""
+        return self.dose == self.curve[-1].dose
 
     @property
     def survivals(self) -> str:

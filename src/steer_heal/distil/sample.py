@@ -10,12 +10,14 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from steer_heal import data
 from steer_heal.bake.student import Student
 from steer_heal.coherence import judge
 from steer_heal.config import DistilConfig, FilterConfig, UserError
+from steer_heal.data.frames import ANCHORED, PLAIN
 from steer_heal.distil.record import Anchor, Completion, DoseCurve
 from steer_heal.model.decode import Sampling, decode
-from steer_heal.model.lm import Row
+from steer_heal.model.lm import LM, Row
 from steer_heal.model.steering import AnyVector, Steering
 
 Progress = Callable[[int], None]
@@ -113,21 +115,38 @@ def sample(
     ]
 
 
-def rows_of(student: Student, completions: list[Completion] | list[Anchor]) -> list[Row]:
+def rows_of(lm: LM, completions: list[Completion]) -> list[Row]:
     """Completions as training rows."""
-    return [Row(student.lm.prompt(c.prompt), c.ids) for c in completions]
+    return [Row(lm.prompt(c.prompt), c.ids) for c in completions]
 
 
-def anchor_completions(
-    student: Student, prompts: list[str], config: DistilConfig, key: tuple, on_rows: Progress = lambda rows: None
+def anchors(
+    student: Student, count: int, config: DistilConfig, key: tuple, on_rows: Progress = lambda rows: None
 ) -> list[Anchor]:
-    """Sample completions of mundane prompts from the pristine base. A healed model should not move on them."""
-    lm = student.lm
-    tokens = [lm.prompt(prompt) for prompt in prompts]
-    sampling = Sampling(key)
+    """Make `count` texts on which a healed model should not move, in the frames in which a model is used.
+
+    The frames take turns: five of six mundane prompts come with a system text or after a first exchange, and every
+    seventh text is plain text without a chat. The pristine base answers the prompts.
+    """
+    lm, turns = student.lm, len(ANCHORED) + 1
+    texts = [tuple(lm.tokenizer(text).input_ids) for text in data.plain()]
+    asked = [(ANCHORED[i % turns], prompt) for i, prompt in enumerate(data.mundane()[:count]) if i % turns < turns - 1]
+    prompts = [lm.prompt(prompt, frame=frame) for frame, prompt in asked]
     with student.view(history=0.0, now=0.0):
-        written = decode(lm, tokens, config.max_new_tokens, None, sampling, on_rows)
+        written = decode(lm, prompts, config.max_new_tokens, None, Sampling(key), on_rows)
+    answers = [
+        Anchor(frame=frame.name, prompt=prompt, ids=c.ids, ended=c.ended, text=lm.text(c.ids))
+        for (frame, prompt), c in zip(asked, written, strict=True)
+    ]
+    plain = [list(ids[: config.max_new_tokens + 1]) for ids in texts[: count // turns]]
+    on_rows(len(plain))
+    return answers + [Anchor(frame=PLAIN, prompt="", ids=ids, ended=False, text=lm.text(ids)) for ids in plain]
+
+
+def anchor_rows(lm: LM, anchors: list[Anchor]) -> list[Row]:
+    """Anchors as training rows. The first token of plain text (a BOS where the model has one) is its prompt."""
+    frames = {frame.name: frame for frame in ANCHORED}
     return [
-        Anchor(prompt=prompt, ids=c.ids, ended=c.ended, text=lm.text(c.ids))
-        for prompt, c in zip(prompts, written, strict=True)
+        Row(a.ids[:1], a.ids[1:]) if a.frame == PLAIN else Row(lm.prompt(a.prompt, frame=frames[a.frame]), a.ids)
+        for a in anchors
     ]

@@ -98,9 +98,12 @@ DEMO_PPL = Instrument(
 RELEVANT = Instrument(
     *("relevant", "relevant_share", "relevance", "share", "answers to their prompt", "to the prompt", "{:.0%}"),
     damage=-1,
+    bound=0.9,
 )
 INFORMATION = Instrument(
-    *("relevance", "relevance_nats", "relevance", "nats/token", "relevance", "relevance", "{:+.2f}"), damage=-1
+    *("relevance", "relevance_nats", "relevance", "nats/token", "relevance", "relevance", "{:+.2f}"),
+    damage=-1,
+    bound=0.8,
 )
 
 FRAMED = (MASS, RIGHT, NEUTRAL)  # read in every held-out frame
@@ -115,6 +118,7 @@ CATALOGUE = (
     *(CONTRAST, YES_NO, COHERENT, MASS, NEUTRAL, RIGHT, RIGHT_LOG_ODDS, LOOPED, STYLED, DEMO_PPL),
     *(RELEVANT, INFORMATION),
 )
-COHERENCE = tuple(one for one in CATALOGUE if one.bound is not None)  # the instruments by which a verdict finds damage
+COHERENCE = (COHERENT, MASS, NEUTRAL)  # read in every round
+BOUNDED = tuple(one for one in CATALOGUE if one.bound is not None)  # a verdict finds damage by those that were read
 COSTS = tuple(one for one in CATALOGUE if one.damage)
 UNITS = {one.name: one.unit for one in (CONTRAST, YES_NO)}  # unit of a trait score, by the trait's instrument

@@ -98,11 +98,12 @@ def evaluate(
 
 def with_relevance(student: Student, reading: ArmReading, config: EvalConfig) -> ArmReading:
     """Return the reading with the relevance of its demo answers added, read under the pristine base."""
-    prompts = config.counts.relevance
+    prompts, answers = zip(*((demo.prompt, demo.text) for demo in reading.demos), strict=True)
+    count, own = config.counts.relevance, list(range(len(prompts)))
     with packed(student.lm) as lm, student.view(history=0.0, now=0.0):
-        relevant, information = relevance(lm, reading.demos, prompts)
+        relevant, information = relevance(lm, list(prompts), list(answers), own, count)
     items = {"relevant": relevant.tolist(), "relevance": information.tolist()}
-    same = fingerprint([str(prompts), *(demo.prompt for demo in reading.demos)])
+    same = fingerprint([str(count), *prompts])
     arm = {"arm": reading.arm, "instrument": reading.instrument, "dose": reading.dose, "read": ["relevance"]}
     arm |= {"items": items, "asked": dict.fromkeys(items, same)}
     return reading.joined(ArmReading(**arm, **measures(reading.instrument, items)))

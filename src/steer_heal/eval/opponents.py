@@ -20,6 +20,7 @@ from steer_heal.eval.reading import ArmReading, trait_over
 
 LEAST_COST = 0.03
 READINGS = 3
+AROUND = 3.5  # plain_range auto: smallest and largest dose, as a factor of the dose that begins to cost coherence
 NEAR = 0.15  # allowed difference between an arm's cost and the allowed cost, as a share of the latter
 
 
@@ -33,11 +34,18 @@ class Cost(NamedTuple):
 def coherence_cost(arm: ArmReading, base: ArmReading) -> float:
     """Return the larger of the share of answer mass lost and the share of neutral perplexity gained.
 
-    A negative cost is a gain. For a base without answer mass, the share lost is 0. The cost is infinite when a score is
-    not finite.
+    A negative cost is a gain.
     """
-    lost = 1 - arm.answer_mass / base.answer_mass if base.answer_mass else 0.0 * arm.answer_mass
-    gained = arm.neutral_ppl / base.neutral_ppl - 1
+    return share_lost(arm.answer_mass, base.answer_mass, arm.neutral_ppl, base.neutral_ppl)
+
+
+def share_lost(mass: float, base_mass: float, ppl: float, base_ppl: float) -> float:
+    """The coherence cost, from answer mass and neutral perplexity of an arm and of base.
+
+    For a base without answer mass, the share lost is 0. The cost is infinite when a score is not finite.
+    """
+    lost = 1 - mass / base_mass if base_mass else 0.0 * mass
+    gained = ppl / base_ppl - 1
     return max(lost, gained) if math.isfinite(lost + gained) else math.inf
 
 
@@ -46,11 +54,15 @@ def allowed_cost(healed: ArmReading, base: ArmReading) -> float:
     return max(coherence_cost(healed, base), LEAST_COST)
 
 
-def plain_doses(config: EvalConfig) -> list[float]:
-    """Return the doses at which plain steering is measured: log-spaced, up to where text is expected to break."""
+def plain_doses(config: EvalConfig, turning: float | None = None) -> list[float]:
+    """Return the doses at which plain steering is measured: log-spaced, up to where text is expected to break.
+
+    For `eval.plain_range` auto they lie around `turning`, the dose at which steering begins to cost coherence.
+    """
     if "plain" in config.leave_out:
         return []
-    return np.geomspace(*config.plain_range, config.counts.plain_doses).tolist()
+    low, high = (turning / AROUND, turning * AROUND) if config.plain_range == "auto" else config.plain_range
+    return np.geomspace(low, high, config.counts.plain_doses).tolist()
 
 
 def dose_at_cost(curve: list[Cost], allowed: float) -> float:

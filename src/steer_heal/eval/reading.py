@@ -110,6 +110,52 @@ class ArmReading(Measures):
         return replace(self, **own | both | {"read": [*self.read, *other.read]})
 
 
+@dataclass(frozen=True, kw_only=True)
+class SurveyedDose:
+    """Plain steering at one dose of a survey."""
+
+    dose: float
+    cost: float
+    """see `opponents.coherence_cost`"""
+    trait: float
+    """over base, on the trait's instrument"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SurveyedBand:
+    """Plain steering on one band of blocks, dose by dose, and where it costs what bands are compared at."""
+
+    blocks: list[int]
+    doses: list[SurveyedDose]
+    dose: float
+    trait: float
+    """at that dose, interpolated"""
+
+    @property
+    def name(self) -> str:
+        return f"blocks {self.blocks[0]} to {self.blocks[-1]}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Survey:
+    """What plain steering does on this model, band by band, see `eval.survey`."""
+
+    cost: float
+    """the cost at which bands are compared"""
+    bands: list[SurveyedBand]
+
+    @property
+    def best(self) -> SurveyedBand:
+        """The band at which steering moves the trait furthest for that cost."""
+        return max(self.bands, key=lambda band: band.trait)
+
+    @property
+    def described(self) -> str:
+        """The bands in a line."""
+        seen = ", ".join(f"{band.name} {band.trait:+.3f} at dose {band.dose:.2f}" for band in self.bands)
+        return f"plain steering that costs {self.cost:.0%} of coherence moves the trait by: {seen}"
+
+
 @dataclass(frozen=True)
 class Geometry:
     """The direction and size of a round's move. Cosines are means over the band, None for a foreign vector."""

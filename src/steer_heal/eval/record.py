@@ -7,23 +7,12 @@ from dataclasses import dataclass, fields
 import numpy as np
 
 from steer_heal.data import FOUNDATIONS
-from steer_heal.eval.catalogue import FRAME, FRAMED, OFF_TARGET, Instrument
-from steer_heal.eval.intervals import Change, Interval, LogChange, interval, log_mean_over, relative
+from steer_heal.eval.catalogue import OFF_TARGET
+from steer_heal.eval.framed import InFrame, in_frames
+from steer_heal.eval.intervals import Change, Interval, LogChange, interval, log_mean_over
 from steer_heal.eval.opponents import coherence_cost
 from steer_heal.eval.reading import ArmReading, Measures, Profile, over, require_same, trait_over
 from steer_heal.eval.verdict import care_over_authority
-
-
-@dataclass(frozen=True)
-class InFrame:
-    """One measure of an arm in one held-out frame."""
-
-    frame: str
-    measure: str
-    """name of the instrument, see `catalogue.FRAMED`"""
-    value: float
-    over_base: float
-    """divided by base's value"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,24 +60,6 @@ def arm_record(arm: ArmReading, base: ArmReading, dosed: bool = False, healed: A
         reached=arm.reached,
         healed_over=over(healed, arm) if healed else None,
     )
-
-
-def in_frames(arm: ArmReading, base: ArmReading) -> list[InFrame]:
-    """The measures of an arm in the held-out frames that it and base were read in."""
-    found = []
-    for key in (key for key in arm.items if key.startswith(FRAME) and key in base.items):
-        require_same(arm, base, key)
-        frame, name = key.removeprefix(FRAME).rsplit(":", 1)
-        one = next(one for one in FRAMED if one.name == name)
-        value, before = (one.mean(reading.items[key]) for reading in (arm, base))
-        found.append(InFrame(frame, name, value, relative(value, before)))
-    return found
-
-
-def worst(framed: list[InFrame], one: Instrument) -> InFrame | None:
-    """The frame in which an arm stands worst, relative to base."""
-    own = [found for found in framed if found.measure == one.name]
-    return max(own, key=lambda found: one.damage * found.over_base, default=None)
 
 
 def _profile_over(arm: ArmReading, base: ArmReading) -> dict[str, LogChange]:

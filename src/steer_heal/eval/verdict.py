@@ -11,7 +11,17 @@ from dataclasses import dataclass
 import numpy as np
 
 from steer_heal.data import FOUNDATIONS
-from steer_heal.eval.catalogue import COHERENCE, CONTRAST, OFF_TARGET, YES_NO, Instrument
+from steer_heal.eval.catalogue import (
+    BOUNDED,
+    CONTRAST,
+    FRAMED,
+    INFORMATION,
+    OFF_TARGET,
+    RELEVANT,
+    YES_NO,
+    Instrument,
+)
+from steer_heal.eval.framed import in_frames, worst
 from steer_heal.eval.intervals import Interval, correlation, interval, reliability
 from steer_heal.eval.reading import ArmReading, change_of, paired, trait_over
 
@@ -85,15 +95,26 @@ def verdict(base: ArmReading, steered: ArmReading, healed: ArmReading, valid: bo
 
 
 def damages(arm: ArmReading, base: ArmReading) -> list[str]:
-    """Describe the damage to an arm's coherence. Limits relative to base count only if no absolute one is exceeded."""
-    seen = {one: (getattr(arm, one.measure), getattr(base, one.measure)) for one in COHERENCE}
-    if not all(map(math.isfinite, (arm.trait_nats, *(own for own, _ in seen.values())))):
+    """Describe the damage to an arm's coherence, also in the held-out frame where it is worst, if those were read.
+
+    Limits relative to base count only if no absolute one is exceeded.
+    """
+    both = {one: (getattr(arm, one.measure), getattr(base, one.measure)) for one in BOUNDED}
+    unread = () if base.relevance_ci and base.relevance_ci[0] > 0 else (RELEVANT, INFORMATION)  # base's own have none
+    seen = {one: pair for one, pair in both.items() if None not in pair and one not in unread}
+    framed = [(one, found) for one in FRAMED if one.bound and (found := worst(in_frames(arm, base), one))]
+    scores = (arm.trait_nats, *(own for own, _ in seen.values()), *(found.value for _, found in framed))
+    if not all(map(math.isfinite, scores)):
         return ["its scores are not finite"]
-    beyond = {one: own for one, (own, _) in seen.items() if one.worse(own, one.limit)}
+    beyond = {one: own for one, (own, _) in seen.items() if one.limit is not None and one.worse(own, one.limit)}
     return [_beyond(one, own) for one, own in beyond.items()] or [
         f"{one.label} {own / before:.0%} of base"
         for one, (own, before) in seen.items()
         if one.worse(own, one.bound * before)
+    ] + [
+        f"{one.label} {found.over_base:.0%} of base in the frame {found.frame!r}"
+        for one, found in framed
+        if one.worse(found.over_base, one.bound)
     ]
 
 

@@ -4,6 +4,7 @@ import math
 from collections import Counter
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
@@ -11,11 +12,12 @@ from steer_heal import data
 from steer_heal.bake.student import Student
 from steer_heal.coherence import ASKS_NOTHING, Surprise, persona_narration, score, surprises, verdict
 from steer_heal.config import DistilConfig, DoseConfig, FilterConfig, UserError
+from steer_heal.data.frames import ANCHORED, PLAIN
 from steer_heal.distil import dose as dose_module
 from steer_heal.distil import sample as sample_module
 from steer_heal.distil.dose import dose_curve, largest_dose, require_dose
 from steer_heal.distil.record import Completion, DoseCurve, DosePoint
-from steer_heal.distil.sample import Teacher, distil, require_training_set
+from steer_heal.distil.sample import Teacher, anchor_rows, anchors, distil, require_training_set
 from steer_heal.gate.conftest import by
 from steer_heal.model.lm import Row
 from steer_heal.presets import PRESETS
@@ -211,6 +213,62 @@ def test_survival_is_relative_to_unsteered_text(lm, vector, monkeypatch):
     monkeypatch.setattr(dose_module, "sample", Survivors({0.0: 4, 0.5: 3, 1.0: 2, 2.0: 1, 4.0: 0}))
     strict = replace(config, survival=1.0)
     assert require_dose(dose_curve(teacher, list("abcd"), strict)) == 0.5
+
+
+def test_the_anchors_texts_come_in_the_frames_in_which_a_model_is_used(lm):
+    found = anchors(Student(lm), 16, DistilConfig(max_new_tokens=5), (0,))
+    assert Counter(a.frame for a in found)[PLAIN] == 2 and len(found) == 16
+    rows, turns = anchor_rows(lm, found), [frame.name for frame in ANCHORED]
+    asked = [i for i in range(16) if i % 7 < 6]
+    for i, anchor, row in zip(asked, found, rows, strict=False):
+        frame, prompt = ANCHORED[i % 7], data.mundane()[i]
+        assert (anchor.frame, anchor.prompt) == (frame.name, prompt) and 0 < len(anchor.ids) <= 5
+        lead = f"{frame.system}\n\n" if frame.system else ""
+        turn = "<start_of_turn>{}\n{}<end_of_turn>\n"
+        before = turn.format("user", frame.before[0]) + turn.format("model", frame.before[1]) if frame.before else ""
+        written = f"<bos>{before}{turn.format('user', lead + prompt)}<start_of_turn>model\n"
+        assert row == Row(lm.tokenizer(written, add_special_tokens=False).input_ids, anchor.ids)
+    assert {*turns} == {a.frame for a in found} - {PLAIN}
+    for text, row in zip(data.plain(), rows[-2:], strict=False):
+        assert row.prompt + row.completion == lm.tokenizer(text).input_ids[:6] and len(row.prompt) == 1
+    assert [len(anchors(Student(lm), n, DistilConfig(max_new_tokens=1), (0,))) for n in (1, 7, 96)] == [1, 7, 96]
+
+
+def test_a_search_doubles_the_dose_until_completions_fall_apart(lm, vector, monkeypatch):
+    teacher = Teacher(Student(lm), vector, DistilConfig(), LIMITS, ())
+    config = DoseConfig(range="auto", prompts=4, survival=0.75)
+    passing = {0.0: 4, 0.1: 4, 0.2: 4, 0.4: 4, 0.8: 1} | {0.4 * 2 ** (i / 4): 4 - i for i in (1, 2, 3)}
+    monkeypatch.setattr(dose_module, "sample", Survivors(passing))
+    found = dose_curve(teacher, list("abcd"), config, smallest=0.1)
+    assert [p.dose for p in found.curve] == pytest.approx(sorted(passing))
+    assert found.dose == pytest.approx(0.4 * 2**0.25) and not found.open_ended
+    monkeypatch.setattr(dose_module, "sample", Survivors({0.1 * 2**i: 4 for i in range(12)} | {0.0: 4}))
+    whole = dose_curve(teacher, list("abcd"), config, smallest=0.1)
+    assert whole.open_ended and len(whole.curve) == 11 and whole.dose == pytest.approx(0.1 * 2**9)
+
+
+@pytest.mark.parametrize(("known", "dose"), [(True, 0.5), (False, 2.0)])
+def test_a_dose_at_which_completions_lose_their_prompts_is_not_taken(lm, vector, monkeypatch, known, dose):
+    """Every completion passes the filter. What each tells of its prompt falls with the dose, or nothing is known."""
+    teacher = Teacher(Student(lm), vector, DistilConfig(), LIMITS, ())
+    fall = np.repeat([1.0, 0.8, 0.6, 0.4], 4) * np.tile([0.9, 1.0, 1.0, 1.1], 4)
+    nats = fall if known else np.tile([-0.5, 0.5, -0.6, 0.6], 4)
+    survivors = Survivors({0.0: 4, 0.5: 4, 1.0: 4, 2.0: 4})
+
+    def sample(teacher, plan, part=(), on_rows=None):
+        """Completions of NLL 1 after their own prompt, and as much more after one that asks nothing."""
+        known = (surprise(1.0, 1.0 + extra) for extra in nats)
+        return [replace(c, scores=score("t", s)) for c, s in zip(survivors(teacher, plan), known, strict=True)]
+
+    monkeypatch.setattr(dose_module, "sample", sample)
+    found = dose_curve(teacher, list("abcd"), DoseConfig(range=(0.5, 2.0), steps=3, prompts=4))
+    assert found.dose == pytest.approx(dose) and found.survivals.endswith("2.00: 100%")
+    assert found.least_relevance == (pytest.approx(0.8) if known else None)
+    assert [p.relevance for p in found.curve] == pytest.approx(nats.reshape(4, 4).mean(1), abs=1e-6)
+    if known:
+        lost = replace(found, dose=None)
+        with pytest.raises(UserError, match=r"lose their prompts .*below 0\.80 nats.*0\.50: 0\.80"):
+            require_dose(lost)
 
 
 class Survivors:

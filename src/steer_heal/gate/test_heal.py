@@ -1,5 +1,6 @@
 """A heal step against a slow computation of the loss over the whole effective batch; errors that stop a run."""
 
+import math
 import random
 from collections import Counter
 from dataclasses import replace
@@ -15,11 +16,13 @@ from steer_heal.gate.conftest import DEVICE, turned
 from steer_heal.heal import examples as examples_module
 from steer_heal.heal import step as step_module
 from steer_heal.heal import train as heal_module
-from steer_heal.heal.examples import prepare, prepare_anchors, with_tau
+from steer_heal.heal.examples import prepare, prepare_anchors, with_anchor_tau, with_tau
+from steer_heal.heal.schedule import Schedule, most_epochs
 from steer_heal.heal.step import Multipliers, accumulate, loss_terms
+from steer_heal.heal.steps import ANCHOR_TAU_SHARE
 from steer_heal.heal.train import NonFinite, Turn, _epoch_batches, check_optimiser, heal, recomputation, trained_on
 from steer_heal.model.lm import Row
-from steer_heal.model.steering import Steering
+from steer_heal.model.steering import Steering, steering
 from steer_heal.presets import PRESETS
 
 BASE = turned(PRESETS["tiny-random"].heal, {"barrier.tau": 0.0, "anchor.tau": 0.0, "barrier.lam": 2.0})
@@ -289,6 +292,85 @@ def test_tau_auto_to_the_base_is_the_budget_of_round_0(lm, vector):
     near = turned(config, {"barrier.reference": "prev"})
     anew = with_tau(lm, later, near).barrier.tau
     assert with_tau(lm, later, near, before).barrier.tau == anew != first
+
+
+@pytest.mark.parametrize("kind", ["sampled", "mirrored"])
+def test_the_anchors_tau_is_a_share_of_what_the_teacher_moves_on_its_texts_and_stays(lm, vector, kind):
+    config = turned(BASE, {"target.kind": kind, "anchor.prompts": 4, "anchor.tau": "auto", "barrier.agg": "mean"})
+    student, rows, _, _ = student_with_update(lm, vector, config, scale=0.0)
+    anchors, dose = prepare_anchors(student, rows), 0.1
+    at_dose = Steering(vector, torch.full((len(rows),), dose))
+    kl = []
+    for row in rows:
+        read = {way: full_logits(lm, row, vector, way) for way in (0.0, dose, -dose)}
+        mixed = read[0.0] + config.target.gain / 2 * (read[dose] - read[-dose])
+        taught = (mixed if kind == "mirrored" else read[dose]).log_softmax(-1)
+        kl += (taught.exp() * (taught - read[0.0].log_softmax(-1))).sum(-1).tolist()
+    found = with_anchor_tau(student, anchors, at_dose, config).anchor.tau
+    assert found == pytest.approx(ANCHOR_TAU_SHARE * sum(kl) / len(kl), rel=1e-3)
+    (example, *_) = prepare(student, rows, at_dose, config)
+    step = heal(student, [example], anchors, turned(config, {"anchor.tau": 0.5}), Turn(0, 0))[0]
+    assert step.anchor_tau == 0.5
+    assert with_anchor_tau(student, anchors, at_dose, config, [step]).anchor.tau == 0.5  # as in round 0
+    assert with_anchor_tau(student, anchors, at_dose, turned(config, {"anchor.tau": 0.3})).anchor.tau == 0.3
+    unanchored = with_anchor_tau(student, [], Steering(vector, torch.zeros(0)), config)
+    assert heal(student, [example], [], unanchored, Turn(0, 0))[0].anchor_tau is None
+
+
+def full_logits(lm, row, vector, dose):
+    """Logits in float64 of a row's completion, steered at a dose."""
+    ids = torch.tensor([row.prompt + row.completion], device=lm.device)
+    with torch.no_grad(), steering(lm, Steering(vector, torch.ones(1))) as dial:
+        dial.turn(torch.tensor([dose], device=lm.device))
+        return lm.model(ids).logits[0, len(row.prompt) - 1 : -1].double()
+
+
+def test_a_given_number_of_epochs_warms_up_and_falls_by_a_cosine():
+    schedule = Schedule(10, 2)
+    expected = [0.5, 1.0, *(0.5 * (1 + math.cos(math.pi * i / 18)) for i in range(18))]
+    assert [schedule.rate(step) for step in range(20)] == pytest.approx(expected)
+    assert not schedule.done and [schedule.next_epoch([]) or schedule.done for _ in range(2)] == [False, True]
+
+
+def trained(objectives, fired=(), first=1.0):
+    """Epochs of ten steps with these mean objectives, until the schedule ends; `fired` numbers epochs that bind."""
+    schedule, records = Schedule(10, "auto", first), []
+    while not schedule.done:
+        value = objectives[min(schedule.epoch, len(objectives) - 1)]
+        binding = [schedule.epoch in fired and i < 5 for i in range(10)]
+        records += [{"objective": value, "fired": hit, "anchor_fired": False} for hit in binding]
+        schedule.next_epoch(records)
+    return schedule
+
+
+@pytest.mark.parametrize(
+    ("objectives", "fired", "epochs", "why"),
+    [
+        ((0.9, 0.7, 0.5, 0.3), (), 4, "fallen by 50%"),
+        ((0.9, 0.7, 0.69), (), 4, "fell no further"),
+        ((0.9, 0.85, 0.8), (1,), 3, "a barrier fired on 50%"),
+        ((0.95, 0.9, 0.85, 0.8, 0.75, 0.7), (), 6, "the most"),
+        ((0.4,), (), 2, "fallen by 60%"),
+    ],
+)
+def test_training_goes_on_until_the_objective_has_fallen_or_a_barrier_binds(objectives, fired, epochs, why):
+    schedule = trained(objectives, fired)
+    assert schedule.epoch == epochs <= most_epochs("auto") and why in schedule.why
+    rates = [schedule.rate(step) for step in range(10 * epochs)]
+    assert rates[: 10 * (epochs - 1)] == [1.0] * 10 * (epochs - 1)
+    assert rates[10 * (epochs - 1) :] == pytest.approx([0.5 * (1 + math.cos(math.pi * i / 10)) for i in range(10)])
+
+
+def test_the_number_of_epochs_is_found_in_training(lm, vector):
+    config = turned(
+        BASE, {"training.epochs": "auto", "training.batch": 1, "training.val_share": 0.0, "barrier.tau": 1e9}
+    )
+    student, _, examples, _ = student_with_update(lm, vector, config, scale=0.0)
+    rows: list[int] = []
+    records = heal(student, examples, [], config, Turn(0, 0), rows.append)
+    epochs, left = divmod(len(records), len(examples))
+    assert 2 <= epochs <= most_epochs("auto") and left == 0 and sum(rows) == most_epochs("auto") * len(examples)
+    assert records[-1].lr < 0.3 * records[0].lr
 
 
 def test_later_rounds_take_smaller_steps(lm, vector):

@@ -21,7 +21,6 @@ from steer_heal.gate.folders import seal
 from steer_heal.gate.test_input import change, refused
 from steer_heal.model.loading import load
 from steer_heal.model.random_weights import build_random
-from steer_heal.presets import PRESETS
 from steer_heal.runs.environment import environment
 from steer_heal.runs.folder import RunDir
 from steer_heal.runs.resume import described, recorded
@@ -61,17 +60,19 @@ def run(made) -> Path:
 
 def test_a_model_is_run_by_its_path(made, run):
     said = (made / "said").read_text("ascii")
-    assert f"'./{NAME}' is no preset: the model is run with the settings of smollm2-135m, tuned on SmolLM2-135M" in said
+    assert f"'./{NAME}' is no preset: band, dose, thresholds and steps are measured on the model" in said
+    measured = said[said.index("Measured for this model and trait") : said.index("round 0")]
+    assert all(name in measured for name in ("steer.band", "dose.range", "heal.barrier.tau"))
     assert "│" not in said and "? healed" in said  # the table of the round, in the terminal's letters
     config = RunDir(run).read("config.json")
-    assert config["preset"] == "smollm2-135m" and config["model"]["path"] == str(made / NAME)
-    assert config["heal"]["barrier"]["tau"] == PRESETS["smollm2-135m"].heal.barrier.tau
+    assert config["preset"] == "auto" and config["model"]["path"] == str(made / NAME)
+    assert config["heal"]["barrier"]["tau"] == config["steer"]["band"] == "auto"
     assert "_my-model-403_love_s0" in run.name and json.loads((run / "summary.json").read_text())["model"] == NAME
 
 
 def test_a_sweep_knows_the_run_by_the_same_path(made, run, monkeypatch):
     monkeypatch.chdir(made)
-    config = described(parsed(("smollm2-135m", "--model.path", f"./{NAME}", *FEW)))
+    config = described(parsed(("auto", "--model.path", f"./{NAME}", *FEW)))
     assert json.loads(json.dumps(config)) == recorded(run)
 
 
@@ -79,7 +80,7 @@ def test_what_to_do_next_can_be_pasted(made, run):
     said = (made / "said").read_text("ascii")
     folder = run.relative_to(made)
     assert f"chat '{folder}'\n" in said and f"PeftModel.from_pretrained(base_model, '{folder}/adapter')" in said
-    assert f"run smollm2-135m --model.path './{NAME}' --trait mine.toml" in said
+    assert f"run auto --model.path './{NAME}' --trait mine.toml" in said
 
 
 @pytest.mark.parametrize("merge", [[], ["--merge"]])
@@ -89,7 +90,7 @@ def test_what_leaves_the_machine_holds_none_of_its_paths(made, run, tmp_path, mo
     for file in [*(tmp_path / "out").rglob("*"), *(run / "adapter").iterdir(), run / "env.json"]:
         assert str(made).encode() not in file.read_bytes() and str(made.parent).encode() not in file.read_bytes(), file
     card = (tmp_path / "out" / "README.md").read_text()
-    assert f"base_model: {NAME}\n" in card and f"steer-heal run smollm2-135m --model.path '{NAME}' --rounds 1" in card
+    assert f"base_model: {NAME}\n" in card and f"steer-heal run auto --model.path '{NAME}' --rounds 1" in card
     if not merge:
         said = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
         assert said["base_model_name_or_path"] == NAME
@@ -284,10 +285,10 @@ def test_a_run_folder_is_no_model(run, capsys):
 @pytest.mark.parametrize(
     ("words", "preset"),
     [
-        ("run some-owner/some-model --seed 3", "smollm2-135m"),
-        ("run some-owner/some-model --model.device cpu", "smollm2-135m"),
-        ("run model.GGUF", "smollm2-135m"),
-        ("run ./gone", "smollm2-135m"),
+        ("run some-owner/some-model --seed 3", "auto"),
+        ("run some-owner/some-model --model.device cpu", "auto"),
+        ("run model.GGUF", "auto"),
+        ("run ./gone", "auto"),
         ("run tiny-random --model.path a/b", None),
         ("run --seed 3", None),
         ("eval a/b", None),

@@ -22,7 +22,9 @@ from steer_heal.config import BarrierConfig, HealConfig, UserError
 from steer_heal.eval import intervals
 from steer_heal.eval.intervals import across_seeds
 from steer_heal.eval.reading import ArmReading, trait_over
+from steer_heal.gate.conftest import turned
 from steer_heal.gate.folders import seal, write_events
+from steer_heal.presets import PRESETS
 from steer_heal.records import structured, unstructured
 from steer_heal.report import page as report
 from steer_heal.report import words
@@ -30,6 +32,7 @@ from steer_heal.report.figures import frontier_figure, paths_figure
 from steer_heal.report.html import marked
 from steer_heal.runs.folder import RunDir
 from steer_heal.runs.reading import load
+from steer_heal.runs.resume import described
 from steer_heal.runs.rounds import read_round
 from steer_heal.runs.summary import Baselines, RunName, summarise
 from steer_heal.scores import Scores
@@ -92,15 +95,9 @@ def write_arm(
 def write_run(folder: Path, rounds: int = 2, **healed_scores: float) -> Path:
     """Write a finished run: the healed student moved 0.25, the prompt 0.15, steering 0.45 nats/token."""
     heal = asdict(HealConfig(barrier=BarrierConfig(tau=0.05)))  # complete, as in a real run
-    config = {
-        "preset": "tiny-random",
-        "trait": TRAIT + ".toml",
-        "eval": {"size": "tiny"},
-        "rounds": rounds,
-        "seed": 7,
-        "model": {"path": "org/model"},
-        "heal": heal,
-    }
+    own = {"rounds": rounds, "seed": 7, "model.path": "org/model", "dose.range": "auto"}
+    config = described(turned(PRESETS["tiny-random"], own)) | {"preset": "tiny-random", "trait": TRAIT + ".toml"}
+    config["heal"] = heal
     (folder / "config.json").write_text(json.dumps(config), "utf-8")
     (folder / "trait.json").write_text(json.dumps({"name": "love", "title": TRAIT}), "utf-8")
     env = {
@@ -140,7 +137,7 @@ def write_run(folder: Path, rounds: int = 2, **healed_scores: float) -> Path:
         (where / "heal.jsonl").write_text("".join(json.dumps(s) + "\n" for s in steps), "utf-8")
         (where / "adapter").write_text("adapter")
         (where / "vector").mkdir()
-        layers = [{"layer": 1, "depth": 0.5, "relative_norm": 0.1, "split_half": 0.9, "auc": 1.0, "steered": True}]
+        layers = [{"layer": 1, "depth": 0.5, "relative_norm": 0.1, "split_half": 0.9, "auc": 1.0}]
         (where / "vector" / "layers.json").write_text(json.dumps(layers), "utf-8")
         events += [{"event": "stage", "artefact": f"r{index:02d}/{n}", "seconds": 2.0} for n in report.TIMED]
     write_events(folder, events)
@@ -280,6 +277,17 @@ def test_folder_with_config_alone(tmp_path: Path) -> None:
     seal(bare)
     page = report.build(bare).read_text("utf-8")
     assert "unfinished: 0 of 2 rounds" in page and "No arm has been measured yet" in page
+
+
+def test_the_page_shows_what_was_measured_for_auto(tmp_path: Path) -> None:
+    """The run's `dose.range` is auto; its other settings are given."""
+    page = report.build(write_run(tmp_path)).read_text("utf-8")
+    recipe = page[page.index("Recipe") : page.index("Vector</h2>")]
+    assert "dose.range" in recipe and "pass the filter" in recipe and "heal.barrier.tau" not in recipe
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["dose"]["range"] = [0.1, 1.0]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert "Recipe" not in report.page(load(seal(tmp_path)))
 
 
 def test_diary_shows_the_voice_round_by_round(tmp_path: Path) -> None:

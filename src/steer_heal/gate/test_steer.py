@@ -9,14 +9,13 @@ import pytest
 import torch
 
 from steer_heal.config import SteerConfig, UserError
-from steer_heal.distil.dose import iso_kl
+from steer_heal.distil.iso_kl import iso_kl
 from steer_heal.gate.conftest import by
 from steer_heal.model import forward
 from steer_heal.model.decode import decode
 from steer_heal.model.lm import Row
 from steer_heal.model.steering import Steering, Vector, steering
-from steer_heal.steer.extract import auc, auto_band, extract
-from steer_heal.steer.layers import LayerReport
+from steer_heal.steer.extract import auc, extract
 from steer_heal.steer.personas import Personas
 
 CONTEXTS = ["What is a glacier?", "ok", "Write two lines about rain on a tin roof, please.", "Name a bird."]
@@ -102,23 +101,6 @@ def test_auc_counts_pairs():
     high, low = torch.tensor([3.0, 1.0, 2.0]), torch.tensor([1.0, 0.0])
     pairs = [1.0 if a > b else 0.5 if a == b else 0.0 for a in high for b in low]
     assert auc(high, low) == pytest.approx(sum(pairs) / len(pairs))
-
-
-def test_the_automatic_band_is_where_the_vector_is_long_reliable_and_telling(lm):
-    def layer(index, norm, auc=0.9, split_half=0.9):
-        return LayerReport(
-            layer=index, depth=index / 20, relative_norm=norm, split_half=split_half, auc=auc, steered=False
-        )
-
-    report = [layer(i, 0.02) for i in range(21)]
-    report[2] = report[19] = layer(2, 5.0)  # outside AUTO_DEPTHS
-    report[6:9] = [layer(i, 0.5, auc=0.5) for i in (6, 7, 8)]  # long, but it does not tell the personas apart
-    report[10:13] = [layer(i, 0.1) for i in (10, 11, 12)]
-    assert auto_band(report, 21) == (10, 11, 12)
-    found = extract(lm, PERSONAS, replace(BAND, band="auto"))
-    assert [r.layer for r in found.report] == [0, 1, 2, 3]
-    assert [r.layer for r in found.report if r.steered] == list(found.vector.layers)
-    assert set(found.vector.layers) <= {1, 2}
 
 
 def test_extraction_stops_after_the_band(lm):

@@ -16,6 +16,7 @@ from steer_heal import data
 from steer_heal.cli import main
 from steer_heal.commands import evaluate
 from steer_heal.config import ModelConfig, UserError
+from steer_heal.data.frames import Frame
 from steer_heal.eval.arms import Arm
 from steer_heal.eval.instruments import yes_no_scores
 from steer_heal.gate.folders import cut
@@ -108,6 +109,22 @@ def on(monkeypatch):
 MONDAY, TUESDAY = calendar.date(2026, 3, 2), calendar.date(2026, 3, 3)
 
 # ---- what a template does with what it is given
+
+
+@pytest.mark.parametrize("own", ["", "You are Smol.", "You are Smol, and today is fine."])
+def test_no_system_text_means_none_of_the_templates_own(speaking, own):
+    """As Qwen2.5's and SmolLM2's: a default system turn where the first message is of another role."""
+    default = "{% if messages[0].role != 'system' %}<start_of_turn>system\n" + own + "<end_of_turn>\n{% endif %}"
+    template = template_of(speaking((default if own else "") + CHAT), CONFIG)
+    assert template.own_system == bool(own)
+    bare, usual = template.text("Hi.", system=""), template.text("Hi.")
+    turns = [("system", ""), ("user", "Hi.")] if own else [("user", "Hi.")]
+    assert bare == rendered(template.tokenizer, *turns) and (own in usual) and (own not in bare or not own)
+    framed = template.prompt("Hi.", "You love people.", Frame("none", system=""))
+    assert template.tokenizer.decode(framed) == rendered(
+        template.tokenizer, ("system", "You love people."), ("user", "Hi.")
+    )
+
 
 IN_PARTS = MARKED % "{% for part in m.content %}{{ part.text }}{% endfor %}"
 WAYS = {

@@ -99,6 +99,44 @@ def test_a_yes_no_trait_is_broad_where_others_moved_further_than_it_did_on_contr
     assert ("were not compared" in found.why) == (contrast == 0.0)
 
 
+def framed(reading, **values):
+    """The reading, with answer masses (or perplexities) in held-out frames and the relevance of its answers."""
+    items, more = dict(reading.items), {}
+    for name, value in values.items():
+        frame, _, kind = name.partition("__")
+        if frame == "relevance":
+            items |= {"relevant": [1.0, value[0]], "relevance": [value[1] - 0.01, value[1] + 0.01]}
+            more = {"relevant_share": (1 + value[0]) / 2, "relevance_nats": value[1]}
+            more["relevance_ci"] = (value[1] - 0.01, value[1] + 0.01)
+        else:
+            items[f"frame:{frame}:{kind}"] = [math.log(value)] * 2 if kind == "neutral_nll" else [value] * 2
+    return replace(reading, items=items, asked=dict.fromkeys(items, "same"), **more)
+
+
+HELD = {"assistant__mass": 0.5, "turn__mass": 0.4, "assistant__neutral_nll": 30.0}
+
+
+@pytest.mark.parametrize(
+    ("base", "healed", "why"),
+    [
+        (HELD, HELD, ""),
+        (HELD, HELD | {"turn__mass": 0.35}, ""),  # 88% of base
+        (HELD, HELD | {"turn__mass": 0.33}, "answer mass 82% of base in the frame 'turn'"),
+        (HELD, HELD | {"turn__mass": 0.33, "assistant__mass": 0.1}, "answer mass 20% of base in the frame 'assistant'"),
+        (HELD, HELD | {"assistant__neutral_nll": 32.0}, "neutral perplexity 107% of base in the frame 'assistant'"),
+        (HELD | {"turn__mass": 0.04}, HELD | {"turn__mass": 0.001}, ""),  # there was nothing to lose
+        (HELD, HELD | {"turn__mass": math.nan}, "its scores are not finite"),
+        ({"relevance": (1.0, 1.5)}, {"relevance": (1.0, 1.21)}, ""),
+        ({"relevance": (1.0, 1.5)}, {"relevance": (1.0, 1.19)}, "relevance 79% of base"),
+        ({"relevance": (1.0, 1.5)}, {"relevance": (0.7, 1.5)}, "answers to their prompt 85% of base"),
+        ({"relevance": (1.0, 0.005)}, {"relevance": (0.0, -0.1)}, ""),  # the base's own answers have none
+    ],
+)
+def test_damage_in_the_worst_held_out_frame_and_lost_threads_break_a_round(base, healed, why):
+    found = verdict(framed(BASE, **base), STEERED, framed(MOVED, **healed), True)
+    assert (found.word, found.why if why else "") == (("broken", why) if why else ("moved", ""))
+
+
 def test_a_floor_is_absolute_whatever_the_base_was():
     poor = arm((0.0 + SPREAD).tolist(), mass=0.01, kept=0.1, ppl=5000.0)
     healed = arm((0.4 + SPREAD).tolist(), mass=0.02, kept=0.2, ppl=4000.0)  # better than its base in every measure

@@ -6,6 +6,7 @@ states of the reference and of the teacher.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -14,9 +15,9 @@ from loguru import logger
 from torch import Tensor
 
 from steer_heal.bake.student import Student
-from steer_heal.config import HealConfig, UserError
+from steer_heal.config import HealConfig, TargetConfig, UserError
 from steer_heal.heal.barrier import aggregate, position_losses
-from steer_heal.heal.steps import HealStep
+from steer_heal.heal.steps import ANCHOR_TAU_SHARE, HealStep
 from steer_heal.model.forward import states
 from steer_heal.model.lm import LM, Row
 from steer_heal.model.steering import Steering
@@ -45,13 +46,19 @@ def prepare(student: Student, rows: list[Row], steering_: Steering, config: Heal
     history = 1.0 if barrier.reference == "prev" else 0.0
     with student.view(history=history, now=0.0):
         reference = states(lm, rows) if barrier.reg != "nll" else [None] * len(rows)
+    asked = target.kind != "sampled" or barrier.tau == "auto"
+    teacher = _teacher(student, rows, steering_, target) if asked else [None] * len(rows)
+    return [Example(*parts) for parts in zip(rows, reference, teacher, strict=True)]
+
+
+def _teacher(
+    student: Student, rows: list[Row], steering_: Steering, target: TargetConfig
+) -> list[Float[Tensor, "_ d"]]:
+    """States of the teacher that the target is taken from."""
     with student.view(now=0.0):
         if target.kind == "mirrored":
-            teacher = _mirrored(lm, rows, steering_, target.gain)
-        else:
-            asked = target.kind == "soft" or barrier.tau == "auto"
-            teacher = states(lm, rows, steering_) if asked else [None] * len(rows)
-    return [Example(*parts) for parts in zip(rows, reference, teacher, strict=True)]
+            return _mirrored(student.lm, rows, steering_, target.gain)
+        return states(student.lm, rows, steering_)
 
 
 def _mirrored(lm: LM, rows: list[Row], steering_: Steering, gain: float) -> list[Float[Tensor, "n d"]]:
@@ -90,13 +97,46 @@ def with_tau(lm: LM, examples: list[Example], config: HealConfig, before: list[H
         return replace(config, barrier=replace(barrier, tau=0.0))  # there is no divergence to hold at tau
     if before and barrier.reference == "base":
         return replace(config, barrier=replace(barrier, tau=before[-1].tau))
-    teacher, reference = (torch.cat(h) for h in zip(*((e.teacher, e.reference) for e in examples), strict=True))
-    with torch.no_grad():
-        _, kl = position_losses(lm.head, teacher, None, reference, barrier.reg)
-    tau = barrier.tau_share * aggregate(kl, barrier.agg).item()
-    kind = "mirrored" if config.target.kind == "mirrored" else "steered"
-    logger.info(f"tau {tau:.3g} nats: {barrier.tau_share:g} of the {barrier.agg} divergence of the {kind} teacher")
+    tau = barrier.tau_share * _divergence(lm, examples, [e.teacher for e in examples], config)
+    logger.info(f"tau {tau:.3g} nats: {barrier.tau_share:g} of the {barrier.agg} divergence of the {_kind(config)}")
     return replace(config, barrier=replace(barrier, tau=tau))
+
+
+def with_anchor_tau(
+    student: Student,
+    anchors: list[Example],
+    steering_: Steering,
+    config: HealConfig,
+    before: list[HealStep] | None = None,
+) -> HealConfig:
+    """Return the config with a number for `anchor.tau`: for `auto` a share of the teacher's divergence on the anchors.
+
+    The anchor holds the whole loop, so its tau of round 0 is kept. `steering_` has one dose per anchor, `before` is the
+    training record of the previous round.
+    """
+    anchor, barrier = config.anchor, config.barrier
+    if anchor.tau != "auto":
+        return config
+    if not anchors or before:
+        tau = before[-1].anchor_tau if before else None
+        return replace(config, anchor=replace(anchor, tau=math.inf if tau is None else tau))
+    teacher = _teacher(student, [e.row for e in anchors], steering_, config.target)
+    tau = ANCHOR_TAU_SHARE * _divergence(student.lm, anchors, teacher, config)
+    seen = f"{ANCHOR_TAU_SHARE:g} of the {barrier.agg} divergence of the {_kind(config)} on the anchor's texts"
+    logger.info(f"anchor tau {tau:.3g} nats: {seen}")
+    return replace(config, anchor=replace(anchor, tau=tau))
+
+
+def _divergence(lm: LM, examples: list[Example], teacher: list[Tensor], config: HealConfig) -> float:
+    """The teacher's aggregated divergence from the reference on some examples, nats."""
+    reference = torch.cat([e.reference for e in examples])
+    with torch.no_grad():
+        _, kl = position_losses(lm.head, torch.cat(teacher), None, reference, config.barrier.reg)
+    return aggregate(kl, config.barrier.agg).item()
+
+
+def _kind(config: HealConfig) -> str:
+    return "mirrored teacher" if config.target.kind == "mirrored" else "steered teacher"
 
 
 def prepare_anchors(student: Student, rows: list[Row]) -> list[Example]:

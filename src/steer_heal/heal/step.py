@@ -63,6 +63,7 @@ def accumulate(lm: LM, batch: list[Example], config: HealConfig, lam: Multiplier
         "fired": barrier.reg != "nll" and terms["divergence"].item() > barrier.tau,
         "anchor_fired": bool(terms.get("anchor_divergence", 0.0) > anchor.tau),
         "tau": barrier.tau,
+        "anchor_tau": anchor.tau if "anchor_divergence" in terms else None,
         "lam": lam.own,
         "anchor_lam": lam.anchor,
         "tokens": sum(len(e.row.completion) for e in batch),

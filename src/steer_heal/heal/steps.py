@@ -10,6 +10,8 @@ from loguru import logger
 
 from steer_heal.config import FIRED_FLOOR, HealConfig
 
+ANCHOR_TAU_SHARE = 0.1  # anchor.tau auto: share of the teacher's divergence on the anchor's texts
+
 
 @dataclass(frozen=True, kw_only=True)
 class HealStep:
@@ -27,6 +29,7 @@ class HealStep:
     """whether D was above tau"""
     anchor_fired: bool
     tau: float
+    anchor_tau: float | None = None
     lam: float
     """weight of the barrier"""
     anchor_lam: float

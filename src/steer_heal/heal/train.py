@@ -12,21 +12,22 @@ import random
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
+from loguru import logger
 
 from steer_heal.bake.lowrank import OperatorNorm
 from steer_heal.bake.student import Student
 from steer_heal.config import BarrierConfig, HealConfig, TrainingConfig, UserError
 from steer_heal.heal.examples import Example, length
+from steer_heal.heal.schedule import Schedule, most_epochs
 from steer_heal.heal.step import Multipliers, accumulate, losses, micro_batches
 from steer_heal.heal.steps import HealStep
 from steer_heal.model.lm import LM
 
 BETAS = (0.9, 0.95)  # a round is a few hundred steps at most; 0.999 would never warm up
 CLIP = 1.0
-WARMUP = 0.1  # share of the steps with a rising learning rate; cosine afterwards
 ANCHORS_A_STEP = 3  # anchor completions per step; 6 changed nothing (docs/results.md)
 DUAL_START = 1.0  # a multiplier before the first step; the constraint soon moves it
 BUCKET = 8  # batches whose examples are sorted by length together
@@ -68,54 +69,57 @@ def heal(
     training = [e for i, e in enumerate(examples) if i not in held_out]
     validation = [examples[i] for i in sorted(held_out)]
     numbers = {id(e): i for i, e in enumerate(examples)}
-    steps_an_epoch = math.ceil(len(training) / knobs.batch)
-    descent = Descent(student, config, turn, knobs.epochs * steps_an_epoch)
-    records = []
     with student.view(train=True), recomputation(student.lm, knobs.checkpointing):
-        for step in range(descent.steps):
-            if step % steps_an_epoch == 0:
-                epoch = _epoch_batches(training, knobs.batch, shuffle)
-            batch = epoch[step % steps_an_epoch]
-            joined = batch + shuffle.sample(anchors, min(len(anchors), ANCHORS_A_STEP))
-            records.append(descent.step(step, joined, [numbers[id(e)] for e in batch]))
-            on_rows(len(batch))
+        first = _objective(student, training, config) if knobs.epochs == "auto" else math.nan
+        schedule = Schedule(math.ceil(len(training) / knobs.batch), knobs.epochs, first)
+        descent = Descent(student, config, turn, schedule)
+        while not schedule.done:
+            for batch in _epoch_batches(training, knobs.batch, shuffle):
+                joined = batch + shuffle.sample(anchors, min(len(anchors), ANCHORS_A_STEP))
+                descent.step(joined, [numbers[id(e)] for e in batch])
+                on_rows(len(batch))
+            schedule.next_epoch(descent.records)
+        if schedule.why:
+            logger.info(f"trained for {schedule.epoch} epochs: {schedule.why}")
+            on_rows(most_rows(len(examples), knobs) - len(training) * schedule.epoch)
         if validation:
-            records[-1]["val_objective"] = _validation(student, validation, config)
-    return [HealStep(**record) for record in records]
+            descent.records[-1]["val_objective"] = _objective(student, validation, config)
+    return [HealStep(**record) for record in descent.records]
 
 
 class Descent:
     """The optimiser of one round, its learning-rate schedule and the barrier's weights."""
 
-    def __init__(self, student: Student, config: HealConfig, turn: Turn, steps: int) -> None:
+    def __init__(self, student: Student, config: HealConfig, turn: Turn, schedule: Schedule) -> None:
         knobs = config.training
-        self.lm, self.config, self.turn, self.steps = student.lm, config, turn, steps
+        self.lm, self.config, self.turn, self.schedule = student.lm, config, turn, schedule
         self.parameters = student.trainable()
-        lr = knobs.lr * (1 + turn.number) ** knobs.lr_round_pow
-        self.optimiser = _optimiser(self.parameters, replace(knobs, lr=lr))
-        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimiser, lambda step: _cosine(step, steps))
+        self.lr = knobs.lr * (1 + turn.number) ** knobs.lr_round_pow
+        self.optimiser = _optimiser(self.parameters, knobs)
+        self.records: list[dict] = []  # the fields of each step's `HealStep`
         self.operator_norm = OperatorNorm(student.factors(), turn.seed) if knobs.op_norm else None
         self.lam = _weights(config.barrier, turn)
 
-    def step(self, number: int, batch: list[Example], kept: list[int]) -> dict:
-        """Do one optimiser step; return the fields of its `HealStep`. `kept` numbers the batch's completions."""
-        began, knobs = time.perf_counter(), self.config.training
-        record = {"step": number, **accumulate(self.lm, batch, self.config, self.lam)}
+    def step(self, batch: list[Example], kept: list[int]) -> None:
+        """Do one optimiser step and note it. `kept` numbers the batch's completions."""
+        began, knobs, number = time.perf_counter(), self.config.training, len(self.records)
+        rate = self.lr * self.schedule.rate(number)
+        for group in self.optimiser.param_groups:
+            group["lr"] = rate
+        record = {"step": number, "lr": rate, **accumulate(self.lm, batch, self.config, self.lam)}
         if self.operator_norm is not None:
             penalty = self.operator_norm()
             (knobs.op_norm * penalty).backward()
             record["squared_op_norm"] = penalty.item()
         record["grad_norm"] = torch.nn.utils.clip_grad_norm_(self.parameters, CLIP).item()
         _check_finite(record, self.turn.number, kept)
-        record["lr"] = self.schedule.get_last_lr()[0]
         self.optimiser.step()
-        self.schedule.step()
         self.optimiser.zero_grad(set_to_none=True)
         if self.config.barrier.kind == "dual":
             self.lam.ascend(record, self.config)
             record |= {"next_lam": self.lam.own, "next_anchor_lam": self.lam.anchor}
         seconds = time.perf_counter() - began
-        return record | {"step_seconds": seconds, "tokens_per_s": record["tokens"] / seconds}
+        self.records.append(record | {"step_seconds": seconds, "tokens_per_s": record["tokens"] / seconds})
 
 
 def _weights(barrier: BarrierConfig, turn: Turn) -> Multipliers:
@@ -133,6 +137,11 @@ def _weights(barrier: BarrierConfig, turn: Turn) -> Multipliers:
 def trained_on(rows: int, config: TrainingConfig) -> int:
     """How many of a round's completions are trained on; the others are held out for validation."""
     return rows - round(config.val_share * rows)
+
+
+def most_rows(rows: int, config: TrainingConfig) -> int:
+    """How many rows a round of these completions trains on at most, all epochs together."""
+    return trained_on(rows, config) * most_epochs(config.epochs)
 
 
 def _optimiser(parameters: list[torch.nn.Parameter], config: TrainingConfig) -> torch.optim.Optimizer:
@@ -169,13 +178,6 @@ def recomputation(lm: LM, on: bool) -> Iterator[None]:
             lm.model.eval()
 
 
-def _cosine(step: int, total: int) -> float:
-    rising = max(1, round(WARMUP * total))
-    if step < rising:
-        return (step + 1) / rising
-    return 0.5 * (1 + math.cos(math.pi * (step - rising) / max(1, total - rising)))
-
-
 def _epoch_batches(examples: list[Example], size: int, shuffle: random.Random) -> list[list[Example]]:
     """Split the examples into batches of similar length, in random order; each example is in one batch.
 
@@ -202,8 +204,8 @@ def _check_finite(record: dict, round_: int, batch: list[int]) -> None:
             )
 
 
-def _validation(student: Student, examples: list[Example], config: HealConfig) -> float:
-    """Return the training objective on held-out examples: its mean over their tokens, in nats."""
+def _objective(student: Student, examples: list[Example], config: HealConfig) -> float:
+    """Return the training objective on some examples: its mean over their tokens, in nats."""
     with torch.no_grad():
         parts = [losses(student.lm, part, config)[0] for part in micro_batches(examples, config.training.pass_rows)]
     return torch.cat(parts).mean().item()

@@ -37,13 +37,19 @@ class Template:
     """whether a turn's content is a list of parts and no string"""
     system_role: bool = True
     """whether the system text has a turn of its own; else it begins the user turn"""
+    own_system: bool = False
+    """whether a chat without a system text shows one of the template's own"""
     opening: str = ""
     """what a prompt has after the user's text: the assistant's tag"""
     gap: str = ""
     """a space where the template begins the assistant's text with one, as Mistral's `[/INST] Yes`"""
 
     def text(self, user: str, system: str | None = None, before: tuple[str, str] | None = None) -> str:
-        """A chat up to and including the assistant's tag, of one turn or, with `before`, of two."""
+        """A chat up to and including the assistant's tag, of one turn or, with `before`, of two.
+
+        An empty system text takes the place of the template's own, where it has one.
+        """
+        system = None if system == "" and not self.own_system else system
         turns = [("user", user)] if before is None else [("user", before[0]), ("assistant", before[1]), ("user", user)]
         if system is not None and self.system_role:
             turns.insert(0, ("system", system))
@@ -54,7 +60,7 @@ class Template:
     def prompt(self, user: str, system: str | None = None, frame: Frame = USUAL) -> list[int]:
         """Token ids of a chat in a frame, up to where the answer begins or goes on."""
         systems = [text for text in (frame.system, system) if text is not None]
-        asked = self.text(user + frame.ask, " ".join(systems) if systems else None, frame.before)
+        asked = self.text(user + frame.ask, " ".join(systems).strip() if systems else None, frame.before)
         return self._ids(asked) + (self.answer(frame.begun) if frame.begun else [])
 
     def answer(self, text: str, begun: str = "") -> list[int]:
@@ -140,7 +146,7 @@ def template_of(tokenizer: PreTrainedTokenizerBase, config: ModelConfig) -> Temp
     faults = [_fault(way) for way in ways]
     if "" not in faults:
         raise UserError(f"the chat template of {name!r} {faults[2]}: take the template that the model was trained with")
-    template = _with_opening(ways[faults.index("")], name)
+    template = _with_opening(_with_system(ways[faults.index("")]), name)
     for line in template.described:
         logger.info(line)
     return template
@@ -177,6 +183,17 @@ def _fault(template: Template) -> str:
     if USER in alone and USER in both and SYSTEM in both:
         return ""
     return "drops what the user says (it is not in the prompt)"
+
+
+def _with_system(template: Template) -> Template:
+    """The template, and whether a system text of its own makes a chat without one longer than one with an empty one."""
+    if not template.system_role:
+        return template
+    try:
+        empty = template._rendered([("system", ""), ("user", USER)])
+    except Exception:  # see `_fault`
+        return template
+    return replace(template, own_system=len(empty) < len(template.text(USER)))
 
 
 def _with_opening(template: Template, name: str) -> Template:

@@ -190,7 +190,7 @@ def heal_figure(steps: list[HealStep], heal: dict) -> go.Figure:
     at = [s.step for s in steps]
     below = {"row": 2, "col": 1}
     _line(fig, at, [s.objective for s in steps], COLOURS["base"], "objective", row=1, col=1)
-    bounds = {"tau": steps[0].tau, "anchor tau": heal["anchor"]["tau"]}
+    bounds = {"tau": steps[0].tau, "anchor tau": steps[0].anchor_tau}
     series = [("divergence", "tau", "D", DIVERGENCE_COLOUR)] * (heal["barrier"]["reg"] != "nll")
     if steps[0].anchor_divergence is not None:
         series.append(("anchor_divergence", "anchor tau", "D anchor", ANCHOR_COLOUR))

@@ -4,15 +4,27 @@ from __future__ import annotations
 
 from collections import Counter
 
-from steer_heal.config import FIRED_FLOOR
+from steer_heal.config import FIRED_FLOOR, of_record
 from steer_heal.eval.reading import ArmReading, Demo
 from steer_heal.report.figures import dose_figure, heal_figure
-from steer_heal.report.html import folded, marked, panel, prose, safe, section, table_of
+from steer_heal.report.html import folded, marked, panel, prose, safe, section, stacked, table_of
 from steer_heal.runs.reading import Run
+from steer_heal.runs.recipe import choices
 from steer_heal.runs.rounds import Round
 from steer_heal.scores import Judged
 
 SHOWN_COMPLETIONS, SHOWN_DEMOS = 160, 8  # rows of a round's table; cards above the fold
+
+
+def recipe_section(run: Run) -> str:
+    """What the run measured for itself."""
+    config = of_record({key: value for key, value in run.config.items() if key != "preset"})
+    found = choices(config, run.survey, run.rounds[0])
+    if not found:
+        return ""
+    rows = [(one.setting, one.chosen, one.why, one.measured) for one in found]
+    why = "Settings that are auto: what was measured on this model with this trait in round 0, and what was chosen."
+    return section("Recipe", why, stacked(table_of(("setting", "chosen", "because", "measured"), rows)))
 
 
 def vector_section(run: Run) -> str:
@@ -21,8 +33,7 @@ def vector_section(run: Run) -> str:
     body = ""
     for r in run.rounds:
         rows = [tuple(form.format(getattr(layer, key)) for key, form in columns.items()) for layer in r.layers]
-        kinds = ["" if layer.steered else "dropped" for layer in r.layers]
-        body += folded(f"Round {r.number}", table_of(names, rows, kinds))
+        body += folded(f"Round {r.number}", table_of(names, rows))
     why = "The vector at each block: how long it is, how reliable, and how well it tells the two personas apart."
     return section("Vector", why, body) if body else ""
 
@@ -30,7 +41,13 @@ def vector_section(run: Run) -> str:
 def dose_section(run: Run) -> str:
     panels = []
     for r in run.rounds:
-        columns = {"dose": "{:.2f}", "survival": "{:.0%}", "tail_ppl": "{:.1f}", "kl_p95": "{:.3g}"}
+        columns = {
+            "dose": "{:.2f}",
+            "survival": "{:.0%}",
+            "relevance": "{:.2f}",
+            "tail_ppl": "{:.1f}",
+            "kl_p95": "{:.3g}",
+        }
         columns = {key: form for key, form in columns.items() if getattr(r.dose.curve[0], key) is not None}
         rows = [
             (*(form.format(getattr(p, key)) for key, form in columns.items()), prose(p.example)) for p in r.dose.curve
@@ -38,8 +55,9 @@ def dose_section(run: Run) -> str:
         names = {"tail_ppl": "tail ppl", "kl_p95": "p95 KL, nats"}
         table = table_of((*(names.get(key, key) for key in columns), "example"), rows)
         panels.append(panel(f"Round {r.number}", dose_figure(r.dose), folded("Example text at each dose", table)))
-    why = "The chosen dose is the largest at which completions pass the filter nearly as often as unsteered ones, or "
-    why += "the dose that reaches a given divergence. Hover over a point to read its text."
+    why = """The chosen dose is the largest at which completions pass the filter nearly as often as unsteered ones and
+        tell nearly as much of their own prompts (relevance, nats per token); or the dose that reaches a given
+        divergence. Hover over a point to read its text."""
     return section("Dose", why, f'<div class="panels">{"".join(panels)}</div>')
 
 

@@ -13,7 +13,14 @@ from pathlib import Path
 
 from steer_heal.files import write_text
 from steer_heal.report.html import filled, folded, safe, table_of
-from steer_heal.report.making import demo_section, dose_section, filter_section, heal_section, vector_section
+from steer_heal.report.making import (
+    demo_section,
+    dose_section,
+    filter_section,
+    heal_section,
+    recipe_section,
+    vector_section,
+)
 from steer_heal.report.outcome import (
     arms_section,
     coherence_section,
@@ -56,7 +63,7 @@ def page(run: Run) -> str:
         sections += [trajectory_section(run), plain_section(run.summary), coherence_section(run)]
         sections += [frames_section(run.summary)]
         sections += [validity_section(run.summary), others_section(run.summary), profile_section(run.summary)]
-        sections += [vector_section(run), geometry_section(run.summary)]
+        sections += [recipe_section(run), vector_section(run), geometry_section(run.summary)]
         sections += [dose_section(run), heal_section(run)]
         sections += [demo_section(run), filter_section(run)]
     sentences, kind = verdict(run)

@@ -11,6 +11,7 @@ from steer_heal.eval.catalogue import UNITS
 from steer_heal.eval.intervals import interval
 from steer_heal.eval.reading import ArmReading, paired, trait_over
 from steer_heal.eval.verdict import Validity, Verdict
+from steer_heal.runs.recipe import Choice
 from steer_heal.terminal import harmless
 
 SHOWN_ANSWERS = 2
@@ -70,6 +71,15 @@ def validity_table(rows: list[Validity]) -> str:
     )
     with pl.Config(tbl_hide_dataframe_shape=True, tbl_hide_column_data_types=True, tbl_width_chars=120):
         return str(frame)
+
+
+def recipe_table(found: list[Choice]) -> str:
+    """What a run measured for itself, a paragraph for each setting."""
+    lines = ["Measured for this model and trait:"]
+    for one in found:
+        lines.append(f"  {one.setting:<22}{one.chosen}: {one.why}")
+        lines.append(textwrap.fill(one.measured, 118, initial_indent=" " * 24, subsequent_indent=" " * 24))
+    return "\n".join(lines)
 
 
 def _over(arm: ArmReading, base: ArmReading) -> str:

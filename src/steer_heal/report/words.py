@@ -5,8 +5,9 @@ from __future__ import annotations
 import re
 
 from steer_heal.eval.catalogue import MASS
+from steer_heal.eval.framed import worst
 from steer_heal.eval.intervals import relative
-from steer_heal.eval.record import ArmSummary, worst
+from steer_heal.eval.record import ArmSummary
 from steer_heal.report.html import shorten
 from steer_heal.runs.reading import Run
 

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from steer_heal.config import SIZES, model_name
-from steer_heal.eval.reading import ArmReading
+from steer_heal.eval.reading import ArmReading, Survey
 from steer_heal.runs.resume import opened
 from steer_heal.runs.rounds import Round, read_round
-from steer_heal.runs.summary import SUMMARY, Baselines, RunName, Summary, plain_file, summarise
+from steer_heal.runs.summary import SUMMARY, SURVEY, Baselines, RunName, Summary, plain_file, summarise
 
 
 @dataclass(frozen=True)
@@ -21,6 +21,7 @@ class Run:
     env: dict
     events: list[dict]
     base: ArmReading | None
+    survey: Survey | None
     rounds: list[Round]
     summary: Summary
     status: str
@@ -52,5 +53,14 @@ def load(folder: Path) -> Run:
             model=model_name(config["model"]["path"]), trait=name, seed=config["seed"], preset=config["preset"]
         )
         summary = summarise(of, baselines, rounds, folder.stage_seconds())
-    title = trait.get("title", config["trait"])
-    return Run(config, title, folder.read("env.json", {}), folder.events(), arms["base"], rounds, summary, status)
+    return Run(
+        config=config,
+        title=trait.get("title", config["trait"]),
+        env=folder.read("env.json", {}),
+        events=folder.events(),
+        base=arms["base"],
+        survey=folder.load(Survey, SURVEY),
+        rounds=rounds,
+        summary=summary,
+        status=status,
+    )

@@ -14,6 +14,7 @@ from steer_heal.runs.rounds import InRound, Round
 from steer_heal.steer.layers import LayerReport
 
 SUMMARY = "summary.json"
+SURVEY = "survey.json"
 
 
 def plain_file(index: int) -> str:

@@ -11,7 +11,6 @@ from pathlib import Path
 import torch
 from loguru import logger
 
-from steer_heal import data
 from steer_heal.coherence import persona_narration
 from steer_heal.distil.dose import dose_curve, expected_survival, require_dose
 from steer_heal.distil.record import Completion, DoseCurve
@@ -28,15 +27,15 @@ from steer_heal.eval.opponents import (
     fitting,
 )
 from steer_heal.eval.reading import ArmReading, Geometry, side_by_side
-from steer_heal.heal.examples import Example, prepare, with_tau
+from steer_heal.eval.survey import SMALLEST, dose_of
+from steer_heal.heal.examples import Example, prepare, with_anchor_tau, with_tau
 from steer_heal.heal.steps import HealStep
-from steer_heal.heal.train import Turn, heal, trained_on
+from steer_heal.heal.train import Turn, heal, most_rows
 from steer_heal.model.steering import AnyVector, Steering
 from steer_heal.runs.rounds import InRound, Round, folder_of
 from steer_heal.runs.summary import Baselines
 from steer_heal.stages.run import PLAIN, Work, freeing, plainly
 from steer_heal.steer.extract import Extraction, extract, prompts_read, read_vector, write_vector
-from steer_heal.steer.personas import Personas
 from steer_heal.terminal import progress
 
 
@@ -80,37 +79,41 @@ class RoundStages:
     # ---- steer
 
     def extract(self) -> Extraction:
-        """The round's vector. All rounds steer the blocks that round 0 chose."""
+        """The round's vector."""
         work, config = self.work, self.work.config.steer
-        personas = Personas(work.trait.positive, work.trait.negative, list(data.contexts()[: config.n_contexts]))
-        layers = tuple(r.layer for r in self.before[0].layers if r.steered) if self.before else None
+        personas, blocks = work.personas, work.blocks
 
         @freeing
         def compute() -> Extraction:
             own = float(config.source == "student")
             bar = progress(f"{self.name} extract", prompts_read(config) * len(personas.contexts), "prompt")
             with bar as done, work.student.view(history=own, now=0.0):
-                return extract(work.student.lm, personas, config, layers, done)
+                return extract(work.student.lm, personas, config, blocks, done)
 
         extraction = work.folder.stage(self.file(InRound.VECTOR), compute, write_vector, read_vector)
         logger.info(f"{self.name} vector {extraction.described(len(work.student.lm.blocks))}")
         return extraction
 
-    def find_dose(self, vector: AnyVector) -> DoseCurve:
+    def find_dose(self, extraction: Extraction) -> DoseCurve:
         """The dose curve. Raises Exhausted when no dose leaves text to train on."""
-        config = self.work.config.dose
+        config, (vector, layers) = self.work.config.dose, extraction
 
         @freeing
         def compute() -> DoseCurve:
-            with progress(f"{self.name} dose curve", (config.steps + 1) * config.prompts, "row") as done:
-                return dose_curve(self.teacher(vector, "dose"), self.prompts("dose"), config, done)
+            rows = None if config.range == "auto" else (config.steps + 1) * config.prompts
+            with progress(f"{self.name} dose curve", rows, "row") as done:
+                teacher, asked = self.teacher(vector, "dose"), self.prompts("dose")
+                return dose_curve(teacher, asked, config, dose_of(SMALLEST, layers), done)
 
         found = self.work.folder.artefact(DoseCurve, self.file(InRound.DOSE), compute)
         dose = f"{self.name} dose {require_dose(found):.2f}"
         if found.rule == "iso_kl":
             logger.info(f"{dose}: 95th percentile KL {found.kl:.3g} nats  (survival {found.survivals})")
         else:
-            logger.info(f"{dose}, the largest at which {found.target:.0%} survive  ({found.survivals})")
+            relevant = f" and relevance is {found.least_relevance:.2f} nats" if found.least_relevance else ""
+            logger.info(f"{dose}, the largest at which {found.target:.0%} survive{relevant}  ({found.survivals})")
+        if found.open_ended:
+            logger.info(f"{self.name} that is the largest dose tried: a larger one may do as well (dose.range)")
         return found
 
     # ---- distil, heal, bake
@@ -132,12 +135,16 @@ class RoundStages:
         return completions
 
     def heal(
-        self, vector: AnyVector, completions: list[Completion], anchors: Callable[[], list[Example]]
+        self,
+        vector: AnyVector,
+        dose: DoseCurve,
+        completions: list[Completion],
+        anchors: Callable[[], list[Example]],
     ) -> list[HealStep]:
         """Train the round's adapter, or load it. Afterwards it is the student's current adapter."""
         student, folder, config = self.work.student, self.work.folder, self.work.config
         kept = [completion for completion in completions if not completion.dropped]
-        rows = rows_of(student, kept)
+        rows = rows_of(student.lm, kept)
         log = self.file(InRound.STEPS)
 
         @freeing
@@ -147,10 +154,11 @@ class RoundStages:
             steering = Steering(vector, torch.tensor([completion.dose for completion in kept]))
             before = self.before[-1].steps if self.before else None
             examples = prepare(student, rows, steering, config.heal)
-            trained = config.heal.training.epochs * trained_on(len(rows), config.heal.training)
-            with progress(f"{self.name} heal", trained, "row") as done:
-                settled = with_tau(student.lm, examples, config.heal, before)
-                return heal(student, examples, anchors(), settled, Turn(self.number, seed, before), done)
+            held, settled = anchors(), with_tau(student.lm, examples, config.heal, before)
+            at_dose = Steering(vector, torch.full((len(held),), dose.dose))
+            settled = with_anchor_tau(student, held, at_dose, settled, before)
+            with progress(f"{self.name} heal", most_rows(len(rows), config.heal.training), "row") as done:
+                return heal(student, examples, held, settled, Turn(self.number, seed, before), done)
 
         def write(path: Path, steps: list[HealStep]) -> None:
             folder.write_jsonl(log, steps)  # before the adapter: once that exists, the stage is done

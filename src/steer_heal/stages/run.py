@@ -19,24 +19,25 @@ from steer_heal.bake.reach import reach
 from steer_heal.bake.student import Student
 from steer_heal.config import RunConfig
 from steer_heal.distil.record import Anchor
-from steer_heal.distil.sample import anchor_completions, rows_of
+from steer_heal.distil.sample import anchor_rows, anchors
 from steer_heal.eval.arms import Arm
 from steer_heal.eval.geometry import Base, Fixed, read_base
 from steer_heal.eval.instruments import instruments, neutral_rows, read_arm, with_relevance
-from steer_heal.eval.opponents import (
-    plain_doses,
-)
-from steer_heal.eval.reading import ArmReading, side_by_side
+from steer_heal.eval.opponents import plain_doses
+from steer_heal.eval.reading import ArmReading, Survey, side_by_side
+from steer_heal.eval.survey import BANDS, survey
 from steer_heal.heal.examples import Example, prepare_anchors
 from steer_heal.model.decode import MOST_ROWS, rows_that_fit
 from steer_heal.model.dtype import dtype_of
 from steer_heal.model.lm import LM
 from steer_heal.model.memory import give_back_freed_memory, peak_memory
+from steer_heal.model.packing import packed
 from steer_heal.model.steering import AnyVector
 from steer_heal.runs.folder import RunDir
 from steer_heal.runs.rounds import InRound, Round
-from steer_heal.runs.summary import SUMMARY, Baselines, RunName, Summary, plain_file, summarise
-from steer_heal.steer.extract import read_vector
+from steer_heal.runs.summary import SUMMARY, SURVEY, Baselines, RunName, Summary, plain_file, summarise
+from steer_heal.steer.extract import extract, prompts_read, read_vector
+from steer_heal.steer.personas import Personas
 from steer_heal.terminal import progress
 
 T = TypeVar("T")
@@ -160,23 +161,60 @@ class Work:
         return replace(arms, **read)
 
     def anchors(self) -> Callable[[], list[Example]]:
-        """Complete mundane prompts with the base. The returned function computes their states at its first call."""
-        if self.config.heal.anchor.prompts == 0:
+        """Make the anchor's texts with the base. The returned function computes their states at its first call."""
+        count = self.config.heal.anchor.prompts
+        if count == 0:
             return list
 
         @freeing
         def compute() -> list[Anchor]:
-            with progress("anchor", self.config.heal.anchor.prompts, "row") as done:
-                prompts = list(data.mundane()[: self.config.heal.anchor.prompts])
-                return anchor_completions(self.student, prompts, self.config.distil, self.key(-1, "anchor"), done)
+            with progress("anchor", count, "row") as done:
+                return anchors(self.student, count, self.config.distil, self.key(-1, "anchor"), done)
 
-        rows = rows_of(self.student, self.folder.artefacts(Anchor, "anchor.jsonl", compute))
+        rows = anchor_rows(self.student.lm, self.folder.artefacts(Anchor, "anchor.jsonl", compute))
         return cache(lambda: prepare_anchors(self.student, rows))
+
+    @property
+    def personas(self) -> Personas:
+        """The trait's personas, and the user messages that are asked under both."""
+        contexts = list(data.contexts()[: self.config.steer.n_contexts])
+        return Personas(self.trait.positive, self.trait.negative, contexts)
+
+    @cached_property
+    def survey(self) -> Survey | None:
+        """What plain steering does on this model; None where neither the band nor plain steering's range asks for it.
+
+        Computed or loaded at the first use.
+        """
+        band, lm = self.config.steer.band, self.student.lm
+        if "auto" not in (band, self.config.eval.plain_range):
+            return None
+        bands = list(dict.fromkeys(lm.band(share) for share in (BANDS if band == "auto" else [band])))
+
+        @freeing
+        def compute() -> Survey:
+            blocks = tuple(sorted(set().union(*bands)))
+            prompts = prompts_read(self.config.steer) * len(self.personas.contexts)
+            with self.student.view(history=0.0, now=0.0):
+                with progress("survey, extract", prompts, "prompt") as done:
+                    extraction = extract(lm, self.personas, self.config.steer, blocks, done)
+                with progress("survey, plain steering", None, "dose") as done, packed(lm) as packed_lm:
+                    return survey(packed_lm, self.trait, extraction, bands, done)
+
+        found = self.folder.artefact(Survey, SURVEY, compute)
+        logger.info(f"survey: {found.described}")
+        return found
+
+    @property
+    def blocks(self) -> tuple[int, ...]:
+        """The blocks that are steered, in all rounds."""
+        band = self.config.steer.band
+        return tuple(self.survey.best.blocks) if band == "auto" else self.student.lm.band(band)
 
     def steer_plainly(self, first: AnyVector) -> list[ArmReading]:
         """The base steered by the first round's vector, at each dose."""
-        found = []
-        for index, dose in enumerate(plain_doses(self.config.eval)):
+        found, turning = [], self.survey and self.survey.best.dose
+        for index, dose in enumerate(plain_doses(self.config.eval, turning)):
             compute = freeing(partial(self.plain_arm, "plain", first, dose))
             found.append(self.folder.artefact(ArmReading, plain_file(index), compute))
         return found

@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -75,16 +74,14 @@ METHODS = {
 class Extraction(NamedTuple):
     vector: AnyVector
     report: list[LayerReport]
-    """one for every layer that was read"""
+    """one for every block of the vector"""
 
     def described(self, blocks: int) -> str:
         """The vector in one line, for a model with `blocks` blocks."""
-        steered = [r for r in self.report if r.steered]
         keys = ("relative_norm", "split_half", "auc")
-        norm, split_half, auc = (sum(getattr(r, key) for r in steered) / len(steered) for key in keys)
-        chosen = "chosen from" if len(self.report) > len(steered) else "of"
+        norm, split_half, auc = (sum(getattr(r, key) for r in self.report) / len(self.report) for key in keys)
         return (
-            f"on blocks {steered[0].layer} to {steered[-1].layer} {chosen} {blocks}: norm {norm:.1%} of the "
+            f"on blocks {self.report[0].layer} to {self.report[-1].layer} of {blocks}: norm {norm:.1%} of the "
             f"residual stream, halves agree {split_half:.2f}, tells personas apart (AUC) {auc:.2f}"
         )
 
@@ -99,27 +96,25 @@ def extract(
     """Extract the vector from the model, its active adapters included.
 
     Args:
-        layers: blocks to steer; None takes them from `config.band`. "auto" there reads all blocks and chooses a band.
+        layers: blocks to steer; None takes them from `config.band`.
 
     Raises UserError for a vector without a direction: zero, or not finite.
     """
     method = METHODS["mean_diff" if config.method.startswith(lite.PREFIX) else config.method]
-    read = layers or (tuple(range(len(lm.blocks))) if config.band == "auto" else lm.band(config.band))
+    chosen = lm.band(config.band) if layers is None else layers
     systems = [personas.positive, personas.negative] + [None] * (method.operation == "project_out")
     states = [
-        last_token_states(lm, [lm.prompt(text, system) for text in personas.contexts], read, on_prompts)
+        last_token_states(lm, [lm.prompt(text, system) for text in personas.contexts], chosen, on_prompts)
         for system in systems
     ]
-    report = [_report(lm, layer, states[0][:, i], states[1][:, i]) for i, layer in enumerate(read)]
-    chosen = auto_band(report, len(lm.blocks)) if layers is None and config.band == "auto" else read
-    described = [replace(r, steered=r.layer in chosen) for r in report]
-    _require_direction(chosen, [r.relative_norm for r in described if r.steered])
+    report = [_report(lm, layer, states[0][:, i], states[1][:, i]) for i, layer in enumerate(chosen)]
+    _require_direction(chosen, [r.relative_norm for r in report])
     if config.method.startswith(lite.PREFIX):
         trained = lite.train(lm, config.method, personas, chosen)
-        return Extraction(trained, described)
-    direction = method.direction(states[0], states[1], states[-1])[[read.index(layer) for layer in chosen]]
+        return Extraction(trained, report)
+    direction = method.direction(states[0], states[1], states[-1])
     _require_direction(chosen, direction.norm(dim=-1).tolist())
-    return Extraction(Vector(chosen, direction, method.operation), described)
+    return Extraction(Vector(chosen, direction, method.operation), report)
 
 
 def _require_direction(layers: tuple[int, ...], norms: list[float]) -> None:
@@ -129,22 +124,6 @@ def _require_direction(layers: tuple[int, ...], norms: list[float]) -> None:
             same = "both personas leave the model in the same state, so write personas that differ"
             broken = "the model's states are not finite, so try --model.dtype float32 or other weights"
             raise UserError(f"the steering vector of block {layer} has norm {norm:g}: {broken if norm else same}")
-
-
-AUTO_DEPTHS = (0.2, 0.8)  # earlier blocks still assemble words, later ones already write the answer
-AUTO_WIDTH = 0.1  # of the depth; a wide band destroys text sooner
-
-
-def auto_band(report: list[LayerReport], blocks: int) -> tuple[int, ...]:
-    """The window of blocks in which the vector is long, reliable and tells the personas apart.
-
-    It has the largest sum of relative norm x split-half cosine x (2 AUC - 1); each factor is 0 for a useless layer.
-    """
-    width = round(AUTO_WIDTH * (blocks - 1)) + 1
-    inside = [r for r in report if AUTO_DEPTHS[0] <= r.depth <= AUTO_DEPTHS[1]]
-    worth = [r.relative_norm * r.split_half * (2 * r.auc - 1) for r in inside]
-    start = max(range(len(inside) - width + 1), key=lambda i: sum(worth[i : i + width]))
-    return tuple(r.layer for r in inside[start : start + width])
 
 
 def prompts_read(config: SteerConfig) -> int:
@@ -165,7 +144,6 @@ def _report(lm: LM, layer: int, positive: Float[Tensor, "n d"], negative: Float[
         relative_norm=(difference.mean(0).norm() / stream).item(),
         split_half=torch.cosine_similarity(a, b, dim=0).item(),
         auc=sum(aucs) / 2,
-        steered=False,
     )
 
 

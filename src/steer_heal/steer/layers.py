@@ -1,4 +1,4 @@
-"""How well each layer tells the personas apart. No torch."""
+"""How well each block tells the personas apart. No torch."""
 
 from __future__ import annotations
 
@@ -18,5 +18,3 @@ class LayerReport:
     """cosine between the mean differences of two random halves of the contexts"""
     auc: float
     """probability that one half's mean difference ranks a positive prompt of the other half above a negative one"""
-    steered: bool
-    """whether the vector acts on this layer"""

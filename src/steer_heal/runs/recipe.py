@@ -1,0 +1,80 @@
+"""What a run measured for itself: what each setting that is `auto` was chosen to be, and why. No torch."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from steer_heal.config import RunConfig, TrainingConfig
+from steer_heal.distil.record import DoseCurve
+from steer_heal.eval.reading import Survey
+from steer_heal.heal.steps import ANCHOR_TAU_SHARE, HealStep, fired_shares
+from steer_heal.runs.rounds import Round
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A setting, and how it was found."""
+
+    setting: str
+    measured: str
+    chosen: str
+    why: str
+
+
+def choices(config: RunConfig, survey: Survey | None, first: Round) -> list[Choice]:
+    """The settings that are `auto`, after round 0, which is `first`."""
+    heal, found = config.heal, []
+    if survey:
+        found += _surveyed(config, survey)
+    if config.dose.range == "auto":
+        found.append(_dose(first.dose, config.dose.survival))
+    if heal.barrier.tau == "auto" and heal.barrier.reg != "nll":
+        share, tau = heal.barrier.tau_share, first.steps[0].tau
+        measured = f"on its own completions the teacher diverges by {tau / share:.2f} nats from base"
+        found.append(Choice("heal.barrier.tau", measured, f"{tau:.3g} nats", f"{share:g} of that"))
+    if heal.anchor.tau == "auto" and (tau := first.steps[0].anchor_tau) is not None:
+        measured = f"on the anchor's texts the teacher diverges by {tau / ANCHOR_TAU_SHARE:.2f} nats from base"
+        found.append(Choice("heal.anchor.tau", measured, f"{tau:.3g} nats", f"{ANCHOR_TAU_SHARE:g} of that"))
+    if heal.training.epochs == "auto":
+        kept = sum(not c.dropped for c in first.completions)
+        found.append(_epochs(first.steps, kept, heal.training))
+    return found
+
+
+def _surveyed(config: RunConfig, survey: Survey) -> list[Choice]:
+    best, found = survey.best, []
+    if config.steer.band == "auto":
+        seen = ", ".join(f"{band.name} {band.trait:+.2f}" for band in survey.bands)
+        measured = f"trait where plain steering costs {survey.cost:.0%} of coherence: {seen}"
+        found.append(Choice("steer.band", measured, best.name, "the most trait for the same cost"))
+    if config.eval.plain_range == "auto":
+        measured = f"plain steering costs {survey.cost:.0%} of coherence at dose {best.dose:.2f}"
+        found.append(
+            Choice("eval.plain_range", measured, f"around dose {best.dose:.2f}", "to see it cost less and more")
+        )
+    return found
+
+
+def _dose(curve: DoseCurve, survival: float) -> Choice:
+    own, most = curve.curve[0], curve.curve[-1]
+    seen = [f"{point.survival:.0%} pass the filter" for point in (own, most)]
+    why = f"the largest at which {survival:.0%} as many pass as without"
+    if curve.least_relevance is not None:
+        seen = [f"{text}, relevance {point.relevance:.2f}" for text, point in zip(seen, (own, most), strict=True)]
+        why += f", and relevance is {curve.least_relevance:.2f}"
+    if curve.open_ended:
+        why = "the largest tried: the text held at every dose"
+    return Choice(
+        "dose.range", f"unsteered: {seen[0]}; at dose {most.dose:.2f}: {seen[1]}", f"dose {curve.dose:.2f}", why
+    )
+
+
+def _epochs(steps: list[HealStep], kept: int, config: TrainingConfig) -> Choice:
+    an_epoch = math.ceil((kept - round(config.val_share * kept)) / config.batch)
+    last = fired_shares(steps[-an_epoch:])
+    ends = (sum(step.objective for step in part) / len(part) for part in (steps[:an_epoch], steps[-an_epoch:]))
+    measured = "objective {:.3f} nats in the first epoch, {:.3f} in the last".format(*ends)
+    measured += f", where the barrier fired on {last.barrier:.0%} and the anchor on {last.anchor:.0%} of the steps"
+    chosen = f"{len(steps) // an_epoch} epochs, {len(steps)} steps"
+    return Choice("heal.training.epochs", measured, chosen, "until it has halved, falls no further, or a barrier binds")
