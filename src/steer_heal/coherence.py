@@ -3,7 +3,7 @@
 Steered text breaks in four ways. It loops: a loop is probable under every model, but repetition of words and characters
 and compressibility detect it. It turns into rubble, or it drifts away from the question: no single score detects these
 well, so five are summed into one log-odds, `incoherence`. Its weights were fitted on half of a labelled set
-(`data/labelled.jsonl`, 667 completions) and measured on the other half (docs/results.md, `steer-heal bench filter`). Or
+(`data/labelled.jsonl`, 763 completions) and measured on the other half (docs/results.md, `steer-heal bench filter`). Or
 it stays fluent and talks about itself instead of answering: persona narration, refusal boilerplate.
 
 The base model scores each completion twice: after its own prompt, and after a prompt that asks nothing. A completion

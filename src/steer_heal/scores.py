@@ -6,8 +6,8 @@ import math
 from dataclasses import dataclass
 
 # Log-odds of broken against coherent. Fitted on the tuning half under SmolLM2-135M by `steer-heal bench filter`.
-WEIGHTS = {"relevance": -5.087, "confusion": 0.317, "entropy": 2.625, "word_repeat": 14.126, "symbols": 8.605}
-BIAS = -9.524
+WEIGHTS = {"relevance": -6.361, "confusion": 0.236, "entropy": 2.702, "word_repeat": 14.785, "symbols": 9.393}
+BIAS = -9.367
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,11 @@
 """Precision and recall of the filter on the labelled completions.
 
-There are 667 answers, each labelled coherent, broken, narrates or refuses. Most were sampled from the steered
+There are 763 answers, each labelled coherent, broken, narrates or refuses. Most were sampled from the steered
 SmolLM2-135M at all doses. Three readers read them one by one and saw neither the dose nor a score. The others are hard
-cases written by hand; those with source "unseen" are by someone who did not know the filter. No prompt is in both the
-tuning half and the held-out half. Scores that need a model are stored with each row, computed with SmolLM2-135M, so
-that the figures can be checked without the model.
+cases written by hand; those with source "unseen" are by someone who did not know the filter, those with source
+"affect" are answers that gush: some never come to the question, some do. No prompt is in both the tuning half and the
+held-out half. Scores that need a model are stored with each row, computed with SmolLM2-135M, so that the figures can be
+checked without the model.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from steer_heal.presets import PRESETS
 from steer_heal.scores import WEIGHTS, Scores
 
 MODEL_SCORES = ("ppl", "tail_ppl", "surge", "entropy", "confusion", "relevance")
+FAULTS = ("loop", "soup", "salad", "thread", "affect")  # what broken text may be
 CONTRASTED = ("coherent", "broken")  # narration and refusals are fluent; patterns find them, not the log-odds
 SCORE_SIGNS = {  # a larger signed score is worse
     "incoherence": 1,
@@ -75,7 +77,7 @@ def precision_recall(rows: list[dict], scores: list[Scores], limits: FilterConfi
         "broken": lambda row: row["label"] == "broken",
         "narrates": lambda row: row["label"] == "narrates",
         "refuses": lambda row: row["label"] == "refuses",
-        **{fault: lambda row, fault=fault: row["fault"] == fault for fault in ("loop", "soup", "salad", "thread")},
+        **{fault: lambda row, fault=fault: row["fault"] == fault for fault in FAULTS},
     }
     table = {"coherent": {"rows": sum(r["label"] == "coherent" for r in rows), "flagged": alarms}}
     for name, belongs in groups.items():
