@@ -9,7 +9,7 @@ import shlex
 import signal
 import sys
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from json import dumps
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -93,6 +93,8 @@ def carry_out(argv: list[str]) -> None:
             export(asked)
         case Chat():
             chat(asked)
+        case TraitVerb():
+            trait(asked)
         case Bench():
             bench(asked)
 
@@ -360,6 +362,59 @@ def chat(asked: Chat) -> None:
 
 
 @dataclass(frozen=True)
+class TraitVerb:
+    """Traits: `list` and `show` the built-in ones, begin a file with `new`, find what is wrong with one by `check`.
+
+    Example: steer-heal trait check patient.toml --model smollm2-135m
+    """
+
+    action: Positional[Literal["list", "show", "new", "check"]]
+    """list: the built-in traits. show: the file of one. new: write the smallest file. check: all problems of a file"""
+    name: Positional[str] = ""
+    """show: a built-in trait. new: the trait's name. check: a .toml file or a built-in trait"""
+    model: str = ""
+    """check: try the trait out on this model as well (hub id, folder, .gguf, smollm2-135m)"""
+    quant: Literal["none", "nf4"] = "none"
+    """check: nf4 holds that model in 4 bits"""
+
+
+def trait(asked: TraitVerb) -> None:
+    from steer_heal.commands import trait as traits
+
+    if (asked.action == "list") == bool(asked.name):
+        needs = "takes no name" if asked.name else "needs a name"
+        raise UserError(f"trait {asked.action} {needs}: see steer-heal trait --help")
+    if asked.model and asked.action != "check":
+        raise UserError(f"--model {asked.model!r}: only `trait check` tries a trait out, leave it out")
+    match asked.action:
+        case "list":
+            print(traits.listing())
+        case "show":
+            print(traits.show(asked.name), end="")
+        case "new":
+            print(traits.new(asked.name), end="")
+        case "check":
+            _check_trait(asked)
+
+
+def _check_trait(asked: TraitVerb) -> None:
+    from steer_heal.commands import trait as traits
+
+    found = traits.check(asked.name)
+    for line in found.problems:
+        print(line)
+    if found.problems:
+        count = len(found.problems)
+        raise UserError(f"{asked.name}: {count} problem{'s' * (count > 1)} to mend (above)")
+    print("\n".join([f"{asked.name}: no problem found", *(f"advice: {line}" for line in found.advice)]))
+    if asked.model:
+        from steer_heal.commands.try_trait import try_out
+
+        model = replace(PRESETS["auto"].model, path=asked.model, quant=asked.quant)
+        print(try_out(found.trait, model, PRESETS["auto"].eval))
+
+
+@dataclass(frozen=True)
 class Bench:
     """Compare speed, memory or filter quality on this machine; print the figures, and with --json write them to a file.
 
@@ -441,6 +496,7 @@ def _verbs(chosen: Run) -> Any:
         | Annotated[Report, subcommand("report")]
         | Annotated[Export, subcommand("export")]
         | Annotated[Chat, subcommand("chat")]
+        | Annotated[TraitVerb, subcommand("trait")]
         | Annotated[Bench, subcommand("bench")]
     )
 

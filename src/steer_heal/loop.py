@@ -10,8 +10,10 @@ from dataclasses import replace
 
 from loguru import logger
 
+from steer_heal.config import UserError
 from steer_heal.distil.sample import Exhausted
 from steer_heal.eval.reading import ArmReading
+from steer_heal.eval.verdict import expressible
 from steer_heal.heal.steps import barrier_warning
 from steer_heal.report.card import model_card
 from steer_heal.report.tables import arm_table, first_look_text, recipe_table, verdict_line
@@ -24,8 +26,10 @@ from steer_heal.stages.run import Work
 
 def run(work: Work) -> Summary:
     """Do all rounds of a run; return the summary that is also in summary.json."""
+    work = work.with_probes()
     first = work.first_look()
     print(f"\n{first_look_text(work.trait, first)}\n")
+    require_expressible(work, first)
     arms, anchors = work.baselines(first), work.anchors()
     rounds: list[Round] = []
     stopped = ""
@@ -73,6 +77,16 @@ def run(work: Work) -> Summary:
         arms = work.baselines_in_full(arms)
         rounds[-1] = RoundStages(work, len(rounds) - 1, rounds[:-1]).read_fully(rounds[-1], arms)
     return finish(work, arms, rounds, stopped)
+
+
+def require_expressible(work: Work, first: list[ArmReading]) -> None:
+    """Raise UserError, before anything is trained, when the trait cannot be measured on this model."""
+    if not (expressible(first, work.trait.instrument) or work.config.anyway):
+        raise UserError(
+            f"under its two personas this model does not score differently on the probes of {work.trait.name!r}: what "
+            "is trained could not be measured. Write personas that differ more or other probes, take a larger model, "
+            "or go on with --anyway"
+        )
 
 
 def announce(work: Work, arms: Baselines, rounds: list[Round]) -> None:

@@ -87,6 +87,7 @@ PRESETS: dict[str, RunConfig] = {
         model=ModelConfig(path="random:tiny", quant="none", dtype="float32", device="cpu"),
         trait="love",
         rounds=2,
+        anyway=True,
         steer=SteerConfig(n_contexts=32, band=(0.3, 0.7)),
         dose=DoseConfig(steps=4, prompts=4),
         distil=DistilConfig(n_keep=24, max_new_tokens=12),

@@ -8,14 +8,16 @@ from pathlib import Path
 from steer_heal.bake.foreign import config_of, load_adapter, scalable
 from steer_heal.bake.student import Student
 from steer_heal.config import EvalConfig, ModelConfig, UserError
-from steer_heal.data import Trait, load_trait, restored
+from steer_heal.data import Trait, load_trait
 from steer_heal.eval.arms import Arm
 from steer_heal.eval.instruments import instruments, read_arm
+from steer_heal.eval.own_probes import own_probes
 from steer_heal.eval.record import ArmSummary, arm_record
 from steer_heal.eval.verdict import Validity, Verdict, expressible, validity, verdict
 from steer_heal.model.loading import load
 from steer_heal.report.tables import arm_table, validity_table
 from steer_heal.runs.folder import EVENTS
+from steer_heal.runs.resume import measured_trait
 from steer_heal.runs.resume import opened as opened_run
 from steer_heal.runs.student import finished_rounds, student_after
 
@@ -52,6 +54,9 @@ def evaluate_alone(
     Raises UserError when the target cannot be measured.
     """
     found = opened(target, round_, trait, model, gate)
+    if not found.trait.contrast:
+        probes = own_probes(found.student, found.trait, config.judge)
+        found = replace(found, trait=replace(found.trait, contrast=tuple(probes)))
     which = instruments(config, at_end=True)
     systems = {"base": None, "prompted": found.trait.positive, "negative": found.trait.negative}
     wanted = [Arm(name, history=0.0, now=0.0, system=system) for name, system in systems.items()]
@@ -73,9 +78,8 @@ def opened(target: str, round_: int | None, trait: str | None, model: ModelConfi
         run = opened_run(folder)
         config = run.read("config.json")
         rounds = finished_rounds(folder, config["rounds"], round_)
-        of_run = restored(run.read("trait.json"))
         arm = Arm("student", history=gate, now=0.0)
-        return Target(student_after(folder, config, rounds), load_trait(trait) if trait else of_run, arm)
+        return Target(student_after(folder, config, rounds), load_trait(trait) if trait else measured_trait(run), arm)
     if round_ is not None:
         raise UserError(f"--round {round_}: {target!r} is no run folder (it has no {EVENTS})")
     if not (folder / "adapter_config.json").is_file():

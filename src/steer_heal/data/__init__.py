@@ -6,21 +6,26 @@ A trait is a TOML file (see `Trait`); every other file is JSON lines.
 from __future__ import annotations
 
 import json
+import re
 import tomllib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from steer_heal.config import UserError, nearest
 
 HERE = files(__name__)
-BUILT_IN = ("love", "authority", "calm")
+BUILT_IN = ("love", "care-over-authority", "calm", "formal", "less-sycophantic")
+RENAMED = {"authority": "care-over-authority"}  # names that older commands and folders have
 PERSONAS = ("positive", "negative")
 LONGEST_NAME = 64  # characters of a trait's name
+LEAST_PROBES = 8  # with fewer, the interval of a mean says nothing
+UNWRITTEN = "You ... "  # begins the personas of a file that `trait new` wrote
+PERSONA_WORDS = (4, 2000)  # fewest words of a persona, most characters
 FOUNDATIONS = {  # foundations that a scene of the profile may breach, as the model reads them; norms is the control
     "care": "someone is hurt or treated coldly",
     "fairness": "someone cheats or takes more than their share",
@@ -54,18 +59,26 @@ Probe = TypeVar("Probe", Contrast, YesNo)
 
 @dataclass(frozen=True)
 class Trait:
-    """A trait to steer towards, and its probes. `direction` is +1 if the trait raises the score, -1 if it lowers it."""
+    """A trait to steer towards, and its probes. A trait file needs a name and both personas; see `parse_trait`."""
 
     name: str
     title: str
     instrument: str
+    """what the trait is measured on: contrast or yes_no"""
     direction: int
+    """+1 if the trait raises the score, -1 if it lowers it"""
     positive: str
     negative: str
     generation_prompts: tuple[str, ...]
     demo_prompts: tuple[str, ...]
     contrast: tuple[Contrast, ...]
+    """empty: the base writes them at the start of a run, see `eval.own_probes`"""
     yes_no: tuple[YesNo, ...]
+
+    @property
+    def questions(self) -> tuple[YesNo, ...]:
+        """The yes/no questions on which answer mass is read: the trait's own, or plain ones."""
+        return self.yes_no or tuple(YesNo(**row) for row in _records_of("yes_no"))
 
 
 def load_trait(name_or_file: str) -> Trait:
@@ -73,14 +86,20 @@ def load_trait(name_or_file: str) -> Trait:
 
     Raises UserError when there is no such trait, or when the file is incomplete or its trait cannot be measured.
     """
-    if name_or_file in BUILT_IN:
-        return parse_trait((HERE / "traits" / f"{name_or_file}.toml").read_text("utf-8"), name_or_file)
+    return parse_trait(*trait_text(name_or_file))
+
+
+def trait_text(name_or_file: str) -> tuple[str, str]:
+    """The text of a trait file, and what it is called in errors. Raises UserError when it cannot be read."""
+    name = RENAMED.get(name_or_file, name_or_file)
+    if name in BUILT_IN:
+        return (HERE / "traits" / f"{name}.toml").read_text("utf-8"), name
     path = Path(name_or_file).expanduser()
     if path.suffix == ".toml" and path.is_dir():
         raise UserError(f"trait {name_or_file!r} is a folder: give a .toml file")
     if path.suffix == ".toml" and path.is_file():
         try:
-            return parse_trait(path.read_text("utf-8-sig"), str(path))
+            return path.read_text("utf-8-sig"), str(path)
         except UnicodeDecodeError as error:
             raise UserError(
                 f"trait file {str(path)!r} is not UTF-8 text (byte {error.start}): save it as UTF-8"
@@ -94,33 +113,61 @@ def load_trait(name_or_file: str) -> Trait:
 
 
 def parse_trait(text: str, source: str) -> Trait:
-    """Parse a trait from TOML text; `source` names it in errors. Raises UserError as `load_trait` does."""
-    where = f"trait file {source!r}"
-    try:
-        table = tomllib.loads(text)
-    except (tomllib.TOMLDecodeError, RecursionError) as error:
-        raise UserError(f"{where} is not valid TOML: {' '.join(str(error).split())[:200]!r}") from error
-    _known(table, (*(f.name for f in fields(Trait) if f.name not in PERSONAS), "persona"), where)
-    persona = _take(table, "persona", dict, where)
-    _known(persona, PERSONAS, f"{where}, [persona]")
-    trait = Trait(
-        name=_text(table, "name", where),
-        title=_text(table, "title", where),
-        instrument=_text(table, "instrument", where),
-        direction=_take(table, "direction", int, where),
-        positive=_text(persona, "positive", f"{where}, [persona]"),
-        negative=_text(persona, "negative", f"{where}, [persona]"),
-        generation_prompts=_strings(table, "generation_prompts", where),
-        demo_prompts=_strings(table, "demo_prompts", where),
-        contrast=_records(table, "contrast", Contrast, where),
-        yes_no=_records(table, "yes_no", YesNo, where),
-    )
-    _require_measurable(trait, where)
+    """Parse a trait from TOML text; `source` names it in errors.
+
+    What the text leaves out: the title is the name, the instrument contrast, the direction 1; prompts come from the
+    shared pool; contrast probes are written by the base, and yes/no questions about the trait are not asked.
+
+    Raises UserError for the first of the text's problems.
+    """
+    trait, found = read_trait(text)
+    if found:
+        more = f" (and {len(found) - 1} more: `steer-heal trait check` lists all)" if len(found) > 1 else ""
+        raise UserError(f"trait file {source!r}{found[0].what}{more}")
     return trait
 
 
-def _require_measurable(trait: Trait, where: str) -> None:
-    """Raise UserError for a trait whose parts contradict each other."""
+class Problem(NamedTuple):
+    """What is wrong with a trait file."""
+
+    line: int | None
+    """line of the text, from 1, where it can be told"""
+    what: str
+    """continues "trait file NAME"; what is wrong, and how to mend it"""
+
+
+def read_trait(text: str) -> tuple[Trait | None, list[Problem]]:
+    """Read a trait from TOML text; return it and all problems of the text. The trait is None if parts are missing."""
+    try:
+        table = tomllib.loads(text)
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
+        said = " ".join(str(error).split())
+        line = re.search(r"at line (\d+)", said)
+        return None, [Problem(line and int(line[1]), f" is not valid TOML: {said[:200]!r}")]
+    reading = _Reading(text)
+    reading.known(table, (*(f.name for f in fields(Trait) if f.name not in PERSONAS), "persona"), "")
+    persona = reading.take(table, "persona", dict, "") or {}
+    inside = ", [persona]"
+    reading.known(persona, PERSONAS, inside)
+    defaults = {"title": table.get("name", ""), "instrument": "contrast", "direction": 1}
+    defaults |= {f"{use}_prompts": list(pool(use)) for use in ("generation", "demo")}
+    table = defaults | table
+    values = {name: reading.text(table, name, "") for name in ("name", "title", "instrument")}
+    values |= {"direction": reading.take(table, "direction", int, "")}
+    if persona:
+        values |= {name: reading.text(persona, name, inside) for name in PERSONAS}
+        reading.found += [reading.problem(key, f": {what}") for key, what in _of_personas(values)]
+    values |= {name: reading.strings(table, name) for name in ("generation_prompts", "demo_prompts")}
+    for name, kind in (("contrast", Contrast), ("yes_no", YesNo)):
+        values[name] = reading.records(table, name, kind) if name in table else ()
+    if reading.found or not persona:
+        return None, reading.found
+    trait = Trait(**values)
+    return trait, [reading.problem(key, f": {what}") for key, what in _unmeasurable(trait)]
+
+
+def _unmeasurable(trait: Trait) -> list[tuple[str, str]]:
+    """What contradicts itself in a trait: the key, and what is wrong with it."""
     yes = sum(row.trait_answer == "yes" for row in trait.yes_no)
     no = len(trait.yes_no) - yes
     asked, shown = ({_plain(text): text for text in pool} for pool in (trait.generation_prompts, trait.demo_prompts))
@@ -130,25 +177,43 @@ def _require_measurable(trait: Trait, where: str) -> None:
     demands = [
         (
             len(trait.name) <= LONGEST_NAME and trait.name.isprintable(),
+            "name",
             f"name is {_shown(trait.name)}: at most {LONGEST_NAME} characters, none of them a control character",
         ),
-        (trait.direction in (1, -1), f"direction is {trait.direction}, it must be 1 or -1"),
+        (trait.direction in (1, -1), "direction", f"direction is {trait.direction}, it must be 1 or -1"),
         (
             trait.instrument in ("contrast", "yes_no"),
+            "instrument",
             f"instrument is {_shown(trait.instrument)}, it must be 'contrast' or 'yes_no'",
         ),
-        (not odd, f"trait_answer is {_shown(odd[0]) if odd else ''}, it must be 'yes' or 'no'"),
         (
-            _plain(trait.positive) != _plain(trait.negative),
-            f"persona.positive and persona.negative are the same text ({_shown(trait.positive)}): write opposites",
+            trait.instrument != "yes_no" or bool(trait.yes_no),
+            "instrument",
+            "instrument is 'yes_no', and there are no [[yes_no]] questions: write some, or leave the instrument out",
         ),
+        (not odd, "trait_answer", f"trait_answer is {_shown(odd[0]) if odd else ''}, it must be 'yes' or 'no'"),
         (
             abs(yes - no) <= max(1, 0.2 * len(trait.yes_no)),
+            "yes_no",
             f"[[yes_no]] has {yes} probes whose trait_answer is 'yes' and {no} with 'no': a model that likes to say "
             "yes would pass for one with the trait, balance them",
         ),
-        (not both, f"demo_prompts has {_shown(both[0]) if both else ''}, which is a generation prompt: write another"),
-        (not same, f"[[contrast]] {_shown(same[0]) if same else ''} has the same answer twice: write its opposite"),
+        (
+            not both,
+            "demo_prompts",
+            f"demo_prompts has {_shown(both[0]) if both else ''}, which is a generation prompt: write another",
+        ),
+        (
+            not same,
+            "contrast",
+            f"[[contrast]] {_shown(same[0]) if same else ''} has the same answer twice: write its opposite",
+        ),
+        (
+            not 0 < len(trait.contrast) < LEAST_PROBES,
+            "contrast",
+            f"[[contrast]] has {len(trait.contrast)} probes: an interval needs {LEAST_PROBES}, a narrow one 32; write "
+            "more, or none, and the base writes them",
+        ),
     ]
     pools = {
         "generation_prompts": [_plain(text) for text in trait.generation_prompts],
@@ -156,12 +221,24 @@ def _require_measurable(trait: Trait, where: str) -> None:
         "[[contrast]]": [_plain(f"{row.question} | {row.trait}") for row in trait.contrast],
         "[[yes_no]]": [_plain(row.question) for row in trait.yes_no],
     }
-    for name, pool in pools.items():
-        twice = [text for text, count in Counter(pool).items() if count > 1]
-        demands.append((not twice, f"{name} has {_shown(twice[0]) if twice else ''} twice: take one out"))
-    for fine, complaint in demands:
-        if not fine:
-            raise UserError(f"{where}: {complaint}")
+    for name, texts in pools.items():
+        twice = [text for text, count in Counter(texts).items() if count > 1]
+        shown = f"{name} has {_shown(twice[0]) if twice else ''} twice: take one out"
+        demands.append((not twice, name.strip("[]"), shown))
+    return [(key, what) for fine, key, what in demands if not fine]
+
+
+def _of_personas(values: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """What is wrong with the personas: the key, and what is wrong with it."""
+    texts, (few, many) = {key: values[key] for key in PERSONAS if values[key] is not None}, PERSONA_WORDS
+    for key, text in texts.items():
+        shown = f"persona.{key} is {_shown(text)}"
+        if len(text.split()) < few or len(text) > many or text.startswith(UNWRITTEN):
+            yield key, f"{shown}: describe it in {few} words or more, and at most {many} characters"
+        if not text.replace("\n", " ").isprintable():
+            yield key, f"{shown}: it has a control character, take it out"
+    if len({_plain(text) for text in texts.values()}) < len(texts):
+        yield "negative", f"persona.positive and persona.negative are the same text ({shown}): write opposites"
 
 
 def _plain(text: str) -> str:
@@ -182,51 +259,73 @@ def restored(stored: dict) -> Trait:
     return Trait(**plain | {key: tuple(kind(**row) for row in stored[key]) for key, kind in probes.items()})
 
 
-def _known(table: dict, keys: Sequence[str], where: str) -> None:
-    for key in table:
-        if key not in keys:
-            raise UserError(f"{where} has the unknown key {_shown(key)}{nearest(key, keys)}: take it out")
+class _Reading:
+    """Reads the values of a trait file and collects what is wrong with them. A value that is wrong is None."""
 
+    def __init__(self, text: str) -> None:
+        self.lines, self.found = text.splitlines(), []
+        self.begins = 0  # line of the table that is being read
 
-def _take(table: dict, key: str, kind: type, where: str) -> Any:
-    if key not in table:
-        raise UserError(f"{where} lacks the key {key} ({kind.__name__}): see data/traits/love.toml")
-    if type(table[key]) is not kind:
-        found = type(table[key]).__name__
-        raise UserError(f"{where}: {key} is {_shown(table[key])}, a {found}: it must be a {kind.__name__}")
-    return table[key]
+    def line(self, key: str, number: int = 1) -> int | None:
+        """The line that sets `key` in the table being read, or where the `number`-th table of that name begins."""
+        key = re.escape(key)
+        begins = re.compile(rf"\s*(?:[\"']?{key}[\"']?\s*=|\[+\s*{key}\s*\])")
+        at = [i for i, line in enumerate(self.lines, 1) if i > self.begins and begins.match(line)]
+        return at[number - 1] if len(at) >= number else self.begins or None
 
+    def problem(self, key: str, what: str) -> Problem:
+        return Problem(self.line(key), what)
 
-def _text(table: dict, key: str, where: str) -> str:
-    text = _take(table, key, str, where)
-    if not text.strip():
-        raise UserError(f"{where}: {key} is {_shown(text)}: write a text")
-    return text
+    def known(self, table: dict, keys: Sequence[str], where: str) -> None:
+        for key in table:
+            if key not in keys:
+                what = f"{where} has the unknown key {_shown(key)}{nearest(key, keys)}: take it out"
+                self.found.append(self.problem(key, what))
 
+    def take(self, table: dict, key: str, kind: type, where: str) -> Any:
+        if key not in table:
+            form = f"{where} lacks the key {key} ({kind.__name__}): `steer-heal trait new` writes a file to start from"
+            self.found.append(Problem(self.begins or None, form))
+        elif type(table[key]) is not kind:
+            is_ = f"{key} is {_shown(table[key])}, a {type(table[key]).__name__}"
+            self.found.append(self.problem(key, f"{where}: {is_}: it must be a {kind.__name__}"))
+        else:
+            return table[key]
+        return None
 
-def _strings(table: dict, key: str, where: str) -> tuple[str, ...]:
-    items = _take(table, key, list, where)
-    if not items:
-        raise UserError(f"{where}: {key} is empty: write some")
-    for number, item in enumerate(items, 1):
-        if not isinstance(item, str) or not item.strip():
-            raise UserError(f"{where}: {key} number {number} is {_shown(item)}: write a text")
-    return tuple(items)
+    def text(self, table: dict, key: str, where: str) -> str | None:
+        text = self.take(table, key, str, where)
+        if text is None or text.strip():
+            return text
+        self.found.append(self.problem(key, f"{where}: {key} is {_shown(text)}: write a text"))
+        return None
 
+    def strings(self, table: dict, key: str) -> tuple[str, ...] | None:
+        items = self.take(table, key, list, "")
+        if items == []:
+            self.found.append(self.problem(key, f": {key} is empty: write some"))
+        for number, item in enumerate(items or (), 1):
+            if not isinstance(item, str) or not item.strip():
+                self.found.append(self.problem(key, f": {key} number {number} is {_shown(item)}: write a text"))
+        return None if items is None else tuple(item for item in items if isinstance(item, str))
 
-def _records(table: dict, key: str, kind: type[Probe], where: str) -> tuple[Probe, ...]:
-    rows = _take(table, key, list, where)
-    if not rows:
-        raise UserError(f"{where}: [[{key}]] is empty: write some")
-    wanted = tuple(f.name for f in fields(kind))
-    probes = []
-    for number, row in enumerate(rows, 1):
-        here = f"{where}, [[{key}]] number {number}"
-        if not isinstance(row, dict):
-            raise UserError(f"{here} is {_shown(row)}: write {', '.join(wanted)}")
-        _known(row, wanted, here)
-        probes.append(kind(**{name: _text(row, name, here) for name in wanted}))
-    return tuple(probes)
+    def records(self, table: dict, key: str, kind: type[Probe]) -> tuple[Probe, ...] | None:
+        rows = self.take(table, key, list, "")
+        if rows == []:
+            self.found.append(self.problem(key, f": [[{key}]] is empty: write some"))
+        wanted, probes = tuple(f.name for f in fields(kind)), []
+        for number, row in enumerate(rows or (), 1):
+            here = f", [[{key}]] number {number}"
+            if not isinstance(row, dict):
+                self.found.append(self.problem(key, f"{here} is {_shown(row)}: write {', '.join(wanted)}"))
+                continue
+            self.begins = self.line(key, number) or 0
+            self.known(row, wanted, here)
+            values = {name: self.text(row, name, here) for name in wanted}
+            self.begins = 0
+            if None not in values.values():
+                probes.append(kind(**values))
+        return tuple(probes)
 
 
 @cache
@@ -243,6 +342,14 @@ def contexts() -> tuple[str, ...]:
 def neutral() -> tuple[str, ...]:
     """40 plain texts in which no trait plays a role; their perplexity shows damage to the model."""
     return _lines("neutral")
+
+
+def pool(use: str) -> tuple[str, ...]:
+    """User messages that serve every trait, of one use.
+
+    `generation`: 256, a third of them everyday. `demo`: 40. `probe`: 160 questions for probes that the base writes.
+    """
+    return tuple(row["text"] for row in _records_of("pool") if row["use"] == use)
 
 
 def mundane() -> tuple[str, ...]:
@@ -283,7 +390,7 @@ def bystanders(target: str, count: int) -> dict[str, tuple[Contrast, ...]]:
     These are the traits of `off_target`, which are far from it, and the other built-in traits, which may be near it.
     """
     found = off_target() | {name: load_trait(name).contrast for name in BUILT_IN if name != target}
-    return {name: probes[:count] for name, probes in found.items()}
+    return {name: probes[:count] for name, probes in found.items() if probes}
 
 
 def labelled() -> tuple[dict, ...]:

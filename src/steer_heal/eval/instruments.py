@@ -120,10 +120,11 @@ def _read(lm: LM, arm: Arm, trait: Trait, config: EvalConfig, name: str) -> Read
             probes = trait.contrast[: counts.contrast]
             return {name: (trait.direction * contrast_scores(lm, arm, probes), pair_texts(probes))}
         case "yes_no":
-            asked = trait.yes_no[: counts.yes_no]
+            asked = trait.questions[: counts.yes_no]
             log_odds, mass = yes_no_scores(lm, arm, asked)
             texts = [p.question for p in asked]
-            return {name: (trait.direction * log_odds, texts), "mass": (mass, texts)}
+            about_trait = {name: (trait.direction * log_odds, texts)} if trait.yes_no else {}
+            return about_trait | {"mass": (mass, texts)}
         case "neutral":
             return {"neutral_nll": (neutral_scores(lm, arm, counts.neutral), list(neutral()[: counts.neutral]))}
         case "off_target":
@@ -195,7 +196,7 @@ def framed_scores(lm: LM, arm: Arm, trait: Trait, count: int, frame: Frame) -> R
 
     The neutral text is what the assistant writes, after a request for some text.
     """
-    asked, questions, texts = trait.yes_no[:count], spread(canary(), 2 * count), neutral()[:count]
+    asked, questions, texts = trait.questions[:count], spread(canary(), 2 * count), neutral()[:count]
     _, mass = yes_no_scores(lm, arm, asked, frame)
     right, _ = canary_scores(lm, arm, questions, frame)
     prompt = lm.prompt(SOME_TEXT, arm.system, frame)

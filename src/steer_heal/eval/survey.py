@@ -85,7 +85,7 @@ def _band(lm: LM, trait: Trait, base: Seen, extraction: Extraction, on_dose: Cal
 
 def _read(lm: LM, trait: Trait, arm: Arm) -> Seen:
     """The trait by its own instrument, answer mass and perplexity of neutral text."""
-    log_odds, mass = yes_no_scores(lm, arm, trait.yes_no[:QUESTIONS])
+    log_odds, mass = yes_no_scores(lm, arm, trait.questions[:QUESTIONS])
     on_pairs = trait.instrument == "contrast"
     moved = contrast_scores(lm, arm, trait.contrast[:PROBES]) if on_pairs else log_odds
     nll = neutral_scores(lm, arm, TEXTS)

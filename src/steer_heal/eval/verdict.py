@@ -154,10 +154,13 @@ def validity(arms: list[ArmReading]) -> list[Validity]:
     """
     _, positive, negative = arms[:3]
     rows = []
-    for key, other in ((CONTRAST.name, YES_NO.name), (YES_NO.name, CONTRAST.name)):
+    names = [one.name for one in (CONTRAST, YES_NO) if one.name in positive.items]
+    scores = {name: np.array([arm.items[name] for arm in arms]) for name in names}
+    means = [own.mean(1) for own in scores.values()]
+    agreement = correlation(*means) if len(means) == 2 else None
+    for key in names:
         change = paired(positive, negative, key)
         ci = interval(change)
-        scores = {name: np.array([arm.items[name] for arm in arms]) for name in (key, other)}
         rows.append(
             Validity(
                 instrument=key,
@@ -166,7 +169,7 @@ def validity(arms: list[ArmReading]) -> list[Validity]:
                 valid=ci[0] > 0,
                 halves=_halves(change),
                 reliability=reliability(scores[key]),
-                agreement=correlation(scores[key].mean(1), scores[other].mean(1)),
+                agreement=agreement,
                 arms=len(arms),
             )
         )

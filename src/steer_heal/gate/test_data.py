@@ -13,7 +13,17 @@ def words(text):
     return re.findall(r"[a-z']+", text.lower())
 
 
-@pytest.mark.parametrize("name", data.BUILT_IN)
+SMALL = ("formal", "less-sycophantic")  # built-in traits that are a name and two personas
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_the_personas_of_a_small_trait_are_of_one_length(name):
+    trait = data.load_trait(name)
+    assert not trait.contrast and not trait.yes_no and trait.title != name
+    assert abs(len(words(trait.positive)) - len(words(trait.negative))) <= 3
+
+
+@pytest.mark.parametrize("name", [name for name in data.BUILT_IN if name not in SMALL])
 def test_a_built_in_trait_is_complete_and_balanced(name):
     trait = data.load_trait(name)
     assert len(trait.generation_prompts) >= 48 and len(trait.contrast) >= 60 and len(trait.yes_no) >= 16
@@ -36,7 +46,7 @@ def fivegrams(texts):
 
 def test_nothing_that_is_measured_is_nearly_trained_on():
     """Too near: two or more shared words that are half of the shorter text. Short and frequent words do not count."""
-    traits = [data.load_trait(name) for name in data.BUILT_IN]
+    traits = [trait for trait in map(data.load_trait, data.BUILT_IN) if trait.contrast]
     probes = [p.question for t in traits for p in (*t.contrast, *t.yes_no)]
     probes += [p.question for some in data.off_target().values() for p in some]
     probes += [f"{row['question']} {row['right']}" for row in data.canary()]
@@ -45,6 +55,9 @@ def test_nothing_that_is_measured_is_nearly_trained_on():
     for trait in traits:
         measured = [*trait.demo_prompts, *(p.question for p in (*trait.contrast, *trait.yes_no))]
         groups.append((trait.generation_prompts, [*measured, *(row["question"] for row in data.canary())]))
+    shown = [*data.pool("demo"), *data.pool("probe")]  # and those of a trait that is a name and two personas
+    groups.append((data.pool("generation"), [*shown, *(row["question"] for row in data.canary())]))
+    groups.append((trained, shown))
     texts = {text for group in groups for some in group for text in some}
     used = Counter(word for text in texts for word in {*words(text)})
 
@@ -53,6 +66,18 @@ def test_nothing_that_is_measured_is_nearly_trained_on():
         for one, other in itertools.product(some, others):
             left, right = telling[one], telling[other]
             assert len(left & right) < 2 or 2 * len(left & right) < min(len(left), len(right)), (one, other)
+
+
+def test_the_pool_has_every_kind_and_no_text_twice():
+    rows = data._records_of("pool")
+    assert Counter(row["use"] for row in rows) == {"generation": 256, "demo": 40, "probe": 160}
+    assert len({row["text"].lower() for row in rows}) == len(rows)
+    generation = Counter(row["kind"] for row in rows if row["use"] == "generation")
+    assert len(generation) == 7 and 0.3 < generation["everyday"] / 256 < 0.37
+    uses = [{*data.pool(use)} for use in ("generation", "demo", "probe")]
+    for one, other in itertools.combinations(uses, 2):
+        assert not fivegrams(one) & fivegrams(other)
+    assert not {*data.contexts()} & set().union(*uses)
 
 
 def test_contexts_neutral_texts_and_mundane_prompts():

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import tomllib
 from copy import deepcopy
 
@@ -9,8 +10,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from steer_heal.cli import main
+from steer_heal.commands.trait import advice_of
 from steer_heal.config import UserError
-from steer_heal.data import BUILT_IN, HERE, Trait, load_trait, parse_trait
+from steer_heal.data import BUILT_IN, HERE, Trait, load_trait, parse_trait, pool, read_trait
 from steer_heal.terminal import CONTROL
 
 LOVE = tomllib.loads((HERE / "traits" / "love.toml").read_text("utf-8"))
@@ -74,12 +77,16 @@ def all_yes(table: dict) -> None:
 
 
 MISTAKES = [
-    (drop("name"), "lacks the key name (str): see data/traits/love.toml"),
+    (drop("name"), "lacks the key name (str): `steer-heal trait new` writes a file to start from"),
     (drop("persona"), "lacks the key persona (dict)"),
     (drop("persona", "negative"), "[persona] lacks the key negative"),
-    (drop("generation_prompts"), "lacks the key generation_prompts (list)"),
     (drop("contrast", 3, "opposite"), "[[contrast]] number 4 lacks the key opposite"),
-    (drop("yes_no"), "lacks the key yes_no"),
+    (put("persona", "positive", value="kind"), "persona.positive is 'kind': describe it in 4 words or more"),
+    (put("persona", "negative", value="You are rude. " * 200), "at most 2000 characters"),
+    (put("persona", "positive", value="You are \x1b[2J very kind."), "it has a control character"),
+    (put("persona", "positive", value="You ... (describe the positive side)"), "describe it in 4 words or more"),
+    (put("contrast", value=LOVE["contrast"][:7]), "[[contrast]] has 7 probes: an interval needs 8"),
+    (put("yes_no", value=[]), "[[yes_no]] is empty"),
     (put("generation_promts", value=[]), "unknown key 'generation_promts' (did you mean 'generation_prompts'?)"),
     (put("persona", "postive", value="x"), "[persona] has the unknown key 'postive' (did you mean 'positive'?)"),
     (put("contrast", 0, "answer", value="x"), "[[contrast]] number 1 has the unknown key 'answer': take it out"),
@@ -120,6 +127,71 @@ def test_a_trait_that_cannot_work(edit, message):
     edit(table)
     said = refused(written(table))
     assert message in said, said
+
+
+SMALL = {"name": "patient", "persona": {key: LOVE["persona"][key] for key in ("positive", "negative")}}
+
+
+def test_a_name_and_two_personas_are_enough():
+    found = parse_trait(written(SMALL), "mine.toml")
+    assert (found.title, found.instrument, found.direction) == ("patient", "contrast", 1)
+    assert found.generation_prompts == pool("generation") and found.demo_prompts == pool("demo")
+    assert found.contrast == found.yes_no == () and len(found.questions) == 24
+    assert load_trait("love").questions == load_trait("love").yes_no
+    with pytest.raises(UserError, match=r"there are no \[\[yes_no\]\] questions"):
+        parse_trait(written(SMALL | {"instrument": "yes_no"}), "mine.toml")
+    assert load_trait("authority") == load_trait("care-over-authority")
+
+
+def test_all_problems_of_a_file_come_at_once_with_their_lines():
+    text = (
+        'nam = "x"\ndirection = "1"\ntitle = ""\n[persona]\npositive = "kind"\nnegative = "You are rude and loud."\n'
+        '[[contrast]]\nquestion = "q"\ntrait = "a"\nopposite = "b"\n[[contrast]]\nquestion = "r"\ntrait = 3\n'
+    )
+    trait, found = read_trait(text)
+    keys = ("nam'", "name (", "direction", "title", "positive", "number 2: trait", "number 2 lacks")
+    at = {key: one.line for one in found for key in keys if key in one.what}
+    assert trait is None and list(at.values()) == [1, None, 3, 2, 5, 13, 11] and len(found) == 7
+    with pytest.raises(UserError, match=r"and 6 more: `steer-heal trait check` lists all"):
+        parse_trait(text, "mine.toml")
+
+
+def test_a_file_is_begun_checked_and_listed(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    main(["trait", "new", "patient"])
+    for words in ("new patient", "new Not-a-name", "show nobody", "check patient.toml", "list x", "check gone.toml"):
+        with pytest.raises(SystemExit) as end:
+            main(["trait", *words.split()])
+        assert end.value.code == 2
+    said = capsys.readouterr()
+    assert "patient.toml, line 7: persona.positive" in said.out and "2 problems to mend" in said.err
+    file = tmp_path / "patient.toml"
+    text = file.read_text("utf-8")
+    for side in ("positive", "negative"):
+        text = re.sub(rf'{side} = "You \.\.\.[^"]*"', f"{side} = {json.dumps(LOVE['persona'][side])}", text)
+    file.write_text(text, "utf-8")
+    main(["trait", "check", "patient.toml"])
+    main(["trait", "list"])
+    main(["trait", "show", "love"])
+    said = capsys.readouterr().out
+    assert "patient.toml: no problem found" in said and all(name in said for name in BUILT_IN)
+    assert (HERE / "traits" / "love.toml").read_text("utf-8") in said
+
+
+def test_what_tells_the_two_sides_apart_by_itself_is_said():
+    probes = [{"question": f"q{i}?", "trait": "Yes, " + "so " * 9, "opposite": f"no{i}"} for i in range(9)]
+    table = SMALL | {"contrast": probes, "generation_prompts": ["q3?"]}
+    table["persona"] = table["persona"] | {"negative": "You are rude and loud."}
+    trait, _ = read_trait(written(table))
+    said = "\n".join(advice_of(trait))
+    for part in (
+        "9 contrast probes: expect intervals",
+        "longer one in 100%",
+        "begin with 'yes,'",
+        "write them equally",
+    ):
+        assert part in said
+    assert "1 prompts are also probes" in said and "opposite answers begin" not in said
 
 
 def test_what_is_sound_is_taken(tmp_path):

@@ -41,7 +41,7 @@ def first_look_text(trait: Trait, arms: list[ArmReading]) -> str:
     base, positive, negative = arms
     change = paired(positive, negative, trait.instrument)
     low, high = interval(change)
-    told = "yes" if low > 0 else "not with this instrument; the verdict will be 'unreadable'"
+    told = "yes" if low > 0 else "no"
     parts = [
         f"Can {trait.title!r} be measured on this model? {told}. The positive persona as a prompt scores "
         f"{change.mean():+.3f} [{low:+.3f}, {high:+.3f}] {UNITS[trait.instrument]} above the negative one "

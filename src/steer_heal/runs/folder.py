@@ -41,7 +41,7 @@ from steer_heal.records import structured, unstructured
 from steer_heal.terminal import program
 
 T = TypeVar("T")
-EVENTS, LOCK = "events.jsonl", ".lock"
+EVENTS, LOCK, PROBES = "events.jsonl", ".lock", "probes.jsonl"
 GIVEN = ("config.json", "trait.json", "env.json")  # written at the start, before any stage
 
 

@@ -9,15 +9,15 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from steer_heal import VERSION
 from steer_heal.config import PLACE_FIELDS, RunConfig, UserError, nearest, of_record
-from steer_heal.data import Trait, restored
+from steer_heal.data import Contrast, Trait, restored
 from steer_heal.files import remove, writing
-from steer_heal.runs.folder import EVENTS, GIVEN, RunDir
+from steer_heal.runs.folder import EVENTS, GIVEN, PROBES, RunDir
 
 LONGEST_NAME = 40  # characters of a model's or a trait's name in a folder's name
 # A change of these changes a round's result by rounding at most.
@@ -205,6 +205,12 @@ def trait_of(run: RunDir, config: RunConfig, given: Trait | None) -> Trait:
             "Restore the old file, or start a new run"
         )
     return restored(stored)
+
+
+def measured_trait(run: RunDir) -> Trait:
+    """A run's trait, with the probes that the base wrote for it, if it did."""
+    trait = restored(run.read("trait.json"))
+    return trait if trait.contrast else replace(trait, contrast=tuple(run.load(list[Contrast], PROBES) or ()))
 
 
 def require_surroundings(run: RunDir, config: RunConfig, env: dict) -> None:

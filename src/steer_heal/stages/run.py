@@ -18,12 +18,14 @@ from steer_heal import data
 from steer_heal.bake.reach import reach
 from steer_heal.bake.student import Student
 from steer_heal.config import RunConfig
+from steer_heal.data import Contrast
 from steer_heal.distil.record import Anchor
 from steer_heal.distil.sample import anchor_rows, anchors
 from steer_heal.eval.arms import Arm
 from steer_heal.eval.geometry import Base, Fixed, read_base
 from steer_heal.eval.instruments import instruments, neutral_rows, read_arm, with_relevance
 from steer_heal.eval.opponents import plain_doses
+from steer_heal.eval.own_probes import own_probes
 from steer_heal.eval.reading import ArmReading, Survey, side_by_side
 from steer_heal.eval.survey import BANDS, survey
 from steer_heal.heal.examples import Example, prepare_anchors
@@ -33,7 +35,7 @@ from steer_heal.model.lm import LM
 from steer_heal.model.memory import give_back_freed_memory, peak_memory
 from steer_heal.model.packing import packed
 from steer_heal.model.steering import AnyVector
-from steer_heal.runs.folder import RunDir
+from steer_heal.runs.folder import PROBES, RunDir
 from steer_heal.runs.rounds import InRound, Round
 from steer_heal.runs.summary import SUMMARY, SURVEY, Baselines, RunName, Summary, plain_file, summarise
 from steer_heal.steer.extract import extract, prompts_read, read_vector
@@ -127,6 +129,20 @@ class Work:
         """The base as it is, under the positive persona, and under the negative one."""
         systems = {"base": None, "prompted": self.trait.positive, "negative": self.trait.negative}
         return tuple(Arm(name, history=0.0, now=0.0, system=system) for name, system in systems.items())
+
+    def with_probes(self) -> Work:
+        """The work with contrast probes that the base writes, where the trait has none; the same for all seeds."""
+        if self.trait.contrast:
+            return self
+
+        @freeing
+        def compute() -> list[Contrast]:
+            with progress("own probes", 4 * len(data.pool("probe")), "answer") as done:
+                return own_probes(self.student, self.trait, self.config.eval.judge, done)
+
+        probes = self.folder.artefacts(Contrast, PROBES, compute)
+        logger.info(f"the base wrote {len(probes)} contrast probes of {self.trait.name!r}: see {PROBES}")
+        return replace(self, trait=replace(self.trait, contrast=tuple(probes)))
 
     def first_look(self) -> list[ArmReading]:
         """The trait's instrument on base and both personas, and the base's answers: what `loop.run` shows first."""

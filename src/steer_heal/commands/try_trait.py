@@ -1,0 +1,53 @@
+"""Try a trait out on a model, without training: `steer-heal trait check FILE --model M`."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from steer_heal.bake.student import Student
+from steer_heal.config import EvalConfig, ModelConfig
+from steer_heal.data import Trait, bystanders, pool
+from steer_heal.eval.arms import Arm
+from steer_heal.eval.instruments import read_arm
+from steer_heal.eval.intervals import interval
+from steer_heal.eval.own_probes import own_probes
+from steer_heal.eval.reading import ArmReading, paired
+from steer_heal.model.loading import load
+from steer_heal.terminal import progress
+
+SHOWN = 3  # probes and answers
+
+
+def try_out(trait: Trait, model: ModelConfig, config: EvalConfig) -> str:
+    """Whether the model can express the trait, in lines: how far its personas are apart on the probes, with interval
+    and halves; some probes; its answers under both personas; which built-in traits move along."""
+    student = Student(load(model))
+    if not trait.contrast:
+        with progress("own probes", 4 * len(pool("probe")), "answer") as done:
+            trait = replace(trait, contrast=tuple(own_probes(student, trait, config.judge, done)))
+    sides = {"positive": trait.positive, "negative": trait.negative}
+    arms = [Arm(name, history=0.0, now=0.0, system=text) for name, text in sides.items()]
+    which = (trait.instrument, "demos", "off_target")
+    positive, negative = (read_arm(f"check, {arm.name}", student, arm, trait, config, which) for arm in arms)
+    lines = [_separation(trait, model.path, positive, negative)]
+    for probe in trait.contrast[:SHOWN]:
+        lines += [f"  probe: {probe.question}", f"    trait:    {probe.trait}", f"    opposite: {probe.opposite}"]
+    for one, other in list(zip(positive.demos, negative.demos, strict=True))[:SHOWN]:
+        lines += [f"  asked: {one.prompt}", f"    positive: {one.text}", f"    negative: {other.text}"]
+    moves = {name: paired(positive, negative, f"off:{name}") for name in bystanders(trait.name, 1)}
+    along = [f"{name} {move.mean():+.2f}" for name, move in moves.items() if not _holds_zero(interval(move))]
+    return "\n".join([*lines, f"what moves along: {', '.join(along) or 'none of the other traits that were read'}"])
+
+
+def _separation(trait: Trait, model: str, positive: ArmReading, negative: ArmReading) -> str:
+    change = paired(positive, negative, trait.instrument)
+    low, high = interval(change)
+    return (
+        f"{model} {'can' if low > 0 else 'cannot'} express {trait.title!r}: positive over negative persona "
+        f"{change.mean():+.3f} [{low:+.3f}, {high:+.3f}] on {len(change)} {trait.instrument} probes, "
+        f"{change[0::2].mean():+.3f} and {change[1::2].mean():+.3f} on their halves"
+    )
+
+
+def _holds_zero(ends: tuple[float, float]) -> bool:
+    return ends[0] <= 0 <= ends[1]

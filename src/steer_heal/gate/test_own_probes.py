@@ -1,0 +1,99 @@
+"""Probes that the base writes about a trait, against a slow reading of their definition."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from steer_heal import data
+from steer_heal.bake.student import Student
+from steer_heal.config import JUDGES, UserError
+from steer_heal.data import Contrast, Trait
+from steer_heal.eval import own_probes as module
+from steer_heal.eval.arms import Arm
+from steer_heal.eval.instruments import evaluate
+from steer_heal.eval.own_probes import _whole, echoed, own_probes
+from steer_heal.eval.verdict import validity
+from steer_heal.model.decode import Decoded
+from steer_heal.presets import PRESETS
+
+QUESTIONS = [f"Question {'again and ' * i}number {i}?" for i in range(12)]
+LAX = JUDGES["random"]
+
+
+@pytest.fixture
+def small(monkeypatch) -> Trait:
+    monkeypatch.setattr(module, "pool", lambda use: tuple(QUESTIONS))
+    return data.load_trait("formal")
+
+
+def log_prob(lm, prompt, answer):
+    """Mean log-probability of an answer's tokens."""
+    ids = torch.tensor([prompt + answer])
+    with torch.no_grad():
+        logp = lm.model(ids).logits[0].double().log_softmax(-1)
+    return sum(float(logp[len(prompt) - 1 + i, token]) for i, token in enumerate(answer)) / len(answer)
+
+
+def said(texts):
+    """Replaces `decode`: greedy and random answers to each question under the positive and the negative persona."""
+    calls = iter(texts)
+    return lambda lm, prompts, *rest: [Decoded(lm.answer(text), True) for text in next(calls)]
+
+
+def test_the_probes_are_the_greedy_pairs_that_random_answers_tell_apart(lm, small, monkeypatch):
+    greedy = [[f"{side} indeed, {word}." for word in "abcdefghijkl"] for side in ("Certainly", "Nah man")]
+    drawn = [[f"{side} {'so ' * i}it is" for i in range(12)] for side in ("Pray", "Well")]
+    monkeypatch.setattr(module, "decode", said([*greedy, *drawn]))
+    found = own_probes(Student(lm), small, LAX)
+    apart = {}
+    for question, one, other in zip(QUESTIONS, *drawn, strict=True):
+        under = [lm.prompt(question, persona) for persona in (small.positive, small.negative)]
+        (pos_one, neg_one), (pos_other, neg_other) = (
+            [log_prob(lm, prompt, lm.answer(text)) for prompt in under] for text in (one, other)
+        )
+        apart[question] = (pos_one - neg_one + neg_other - pos_other) / 2
+    ranked = sorted((q for q in QUESTIONS if apart[q] > 0), key=apart.get, reverse=True)
+    assert len(ranked) >= 8
+    at = [QUESTIONS.index(question) for question in ranked]
+    assert found == [Contrast(QUESTIONS[i], greedy[0][i], greedy[1][i]) for i in at]
+
+
+def test_pairs_of_unlike_length_echoes_and_equal_answers_are_left_out(lm, small, monkeypatch):
+    apart = [2.0 - i / 10 for i in range(12)]
+    monkeypatch.setattr(module, "_separation", lambda *given: apart)
+    greedy = [
+        [f"Certainly indeed, {word}." for word in "abcdefghijkl"],
+        [f"Nah man, {word}." for word in "abcdefghijkl"],
+    ]
+    greedy[0][2] = "Certainly indeed, and there is a great deal more that ought to be said about this."  # longer
+    greedy[1][4] = greedy[0][4]
+    greedy[0][5] = "Measured sentences, dignified."  # of the persona
+    monkeypatch.setattr(module, "decode", said([*greedy, *greedy]))
+    found = own_probes(Student(lm), small, LAX)
+    assert [probe.question for probe in found] == [q for i, q in enumerate(QUESTIONS) if i not in (2, 4, 5)]
+    apart[:] = [-1.0] * 5 + [1.0] * 7
+    monkeypatch.setattr(module, "decode", said([*greedy, *greedy]))
+    with pytest.raises(UserError, match=r"only 6 of 12 questions .* 8 probes are needed"):
+        own_probes(Student(lm), small, LAX)
+
+
+def test_an_answer_ends_with_its_last_whole_sentence(lm):
+    for text, whole in (("One. Two! Thr", "One. Two!"), ("no end", "no end"), ('He said "go." Then', 'He said "go."')):
+        assert lm.text(_whole(lm, lm.answer(text))) == whole
+    assert echoed("kind people, really", "You are a kinder person. People matter.") == pytest.approx(1 / 2)
+
+
+def test_a_trait_of_two_sentences_is_measured_like_any_other(lm, small, monkeypatch):
+    """Answer mass comes from plain questions; yes/no about the trait is not read and stands in no table."""
+    config = PRESETS["tiny-random"].eval
+    probes = tuple(Contrast(f"{q}", f"Yes {i}.", f"No {i}.") for i, q in enumerate(QUESTIONS[:8]))
+    trait = replace(small, contrast=probes)
+    base, *personas = (
+        evaluate(Student(lm), Arm(name, system=system), trait, config, ["contrast", "yes_no", "frames", "neutral"])
+        for name, system in (("base", None), ("prompted", trait.positive), ("negative", trait.negative))
+    )
+    assert "yes_no" not in base.items and base.yes_no_nats is None and len(base.items["mass"]) == config.counts.yes_no
+    assert base.answer_mass is not None and base.trait_nats == base.contrast_nats
+    (row,) = validity([base, *personas])
+    assert row.instrument == "contrast" and row.agreement is None
