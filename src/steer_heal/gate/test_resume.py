@@ -22,7 +22,7 @@ from steer_heal.cli import main
 from steer_heal.commands import run as runner
 from steer_heal.config import UserError
 from steer_heal.files import writing
-from steer_heal.gate.conftest import turned
+from steer_heal.gate.conftest import BRIEF, FEW, turned
 from steer_heal.gate.folders import cut, seal
 from steer_heal.gate.soak import WORDS, result
 from steer_heal.model import decode as generate
@@ -40,7 +40,7 @@ from steer_heal.terminal import MODULE
 
 pytestmark = pytest.mark.run
 
-KILLS = 3
+KILLS = 2
 
 
 @pytest.fixture
@@ -207,7 +207,7 @@ def test_readers_refuse_what_is_damaged(folder, capsys):
 
 
 def test_the_batch_size_that_memory_allowed_is_kept(whole, folder, monkeypatch):
-    cut(folder, "r00/completions.jsonl")
+    cut(folder, "r01/completions.jsonl")
     monkeypatch.setattr(generate, "free_memory", lambda device: 10_000_000)  # would choose fewer rows now
     main(["run", "--resume", str(folder)])
     assert result(folder) == result(whole)
@@ -262,11 +262,11 @@ def test_another_model_is_refused_and_other_software_must_be_allowed(folder, cap
     assert json.loads((folder / "env.json").read_text())["packages"]["torch"] == "2.12.0"
 
 
-def test_a_changed_trait_file_is_refused_and_a_lost_one_is_not_needed(tmp_path, capsys):
+def test_a_changed_trait_file_is_refused_and_a_lost_one_is_not_needed(tmp_path, capsys, least):
     file = tmp_path / "mine.toml"
     text = (data.HERE / "traits" / "love.toml").read_text("utf-8")
     file.write_text(text, "utf-8")
-    main([*WORDS, "--rounds", "1", "--trait", str(file), "--out", str(tmp_path / "out")])
+    main([*WORDS, "--rounds", "1", *BRIEF, "--trait", str(file), "--out", str(tmp_path / "out")])
     (folder,) = (tmp_path / "out").iterdir()
     cut(folder, "r00/healed.json")
     file.write_text(text.replace('title = "', 'title = "truly ', 1), "utf-8")
@@ -276,10 +276,9 @@ def test_a_changed_trait_file_is_refused_and_a_lost_one_is_not_needed(tmp_path, 
     assert (folder / "summary.json").exists()
 
 
-def test_the_type_of_the_weights_is_chosen_once(tmp_path, monkeypatch):
+def test_the_type_of_the_weights_is_chosen_once(tmp_path, monkeypatch, least):
     """The machine that starts the run chooses. Other machines and `student_after` keep its choice."""
-    words = ["run", "tiny-random", "--model.dtype", "auto", "--rounds", "1", "--distil.n-keep", "8"]
-    words += ["--eval.leave-out", "profile", "plain", "off_target", "canary"]
+    words = ["run", "tiny-random", "--model.dtype", "auto", *FEW, *BRIEF]
     with monkeypatch.context() as native:
         native.setattr(dtype_module, "processor", lambda: Processor("fast", frozenset({"amx_bf16"})))
         native.setattr(dtype_module, "speed_up", lambda: 4.0)

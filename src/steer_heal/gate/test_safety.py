@@ -17,7 +17,7 @@ from loguru import logger
 import steer_heal
 from steer_heal import data, loop
 from steer_heal.cli import main
-from steer_heal.gate.conftest import turned
+from steer_heal.gate.conftest import LONG, turned
 from steer_heal.model.loading import load
 from steer_heal.presets import PRESETS
 from steer_heal.runs.environment import environment
@@ -108,13 +108,13 @@ def resident() -> int:
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="the system does not say what a process holds")
-def test_twenty_rounds_hold_no_more_than_five(tmp_path, monkeypatch, least):
+def test_later_rounds_hold_no_more_than_the_fifth(tmp_path, monkeypatch, least):
     tiny = PRESETS["tiny-random"]
-    left_out = {"eval.leave_out": ("profile", "plain", "off_target", "canary")}
+    left_out = {"eval.leave_out": ("profile", "plain", "off_target", "canary", "frames", "relevance")}
     heal = {"anchor.prompts": 4, "target.kind": "soft", "training.epochs": 1, "lora.fold_rank": 8}
     few = {"distil.n_keep": 8, "dose.steps": 2, "dose.prompts": 2, "steer.n_contexts": 8}
     heal = {f"heal.{name}": value for name, value in heal.items()}
-    config = turned(tiny, {"rounds": 20, "out": str(tmp_path), **left_out, **heal, **few})
+    config = turned(tiny, {"rounds": 20 if LONG else 10, "out": str(tmp_path), **left_out, **heal, **few})
     lm, trait = load(config.model), data.load_trait("love")
     folder = create(config, "tiny-random", trait, environment(lm), [])
     seen = []
@@ -129,7 +129,7 @@ def test_twenty_rounds_hold_no_more_than_five(tmp_path, monkeypatch, least):
     monkeypatch.setattr(RoundStages, "bake", watched)
     loop.run(Work.begun(config, "tiny-random", folder, trait, lm))
     memory, hooked, adapters, open_files = zip(*seen, strict=True)
-    assert memory[-1] <= 1.05 * memory[4], memory
+    assert memory[-1] <= (1.05 if LONG else 1.02) * memory[4], memory
     assert {*hooked} == {0} and {*adapters} == {1} and open_files[-1] <= open_files[4]
 
 
