@@ -1,6 +1,7 @@
 """The whole loop: resumed runs end in the same bits, the records are complete, mistakes end in one line."""
 
 import json
+import os
 import re
 import resource
 import signal
@@ -19,7 +20,8 @@ from steer_heal.cli import main
 from steer_heal.config import AnchorConfig, BarrierConfig, HealConfig, ModelConfig, UserError
 from steer_heal.distil.sample import Exhausted
 from steer_heal.files import read_jsonl
-from steer_heal.gate.conftest import turned
+from steer_heal.gate.conftest import BRIEF, FEW, turned
+from steer_heal.gate.processes import command, started
 from steer_heal.gate.soak import timeless
 from steer_heal.model.loading import load
 from steer_heal.model.memory import peak_memory
@@ -225,14 +227,15 @@ def test_a_mistake_ends_in_one_line_and_code_2(argv, message, tmp_path, monkeypa
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
 def test_a_stopped_run_says_how_to_go_on(tmp_path, how):
-    words = [sys.executable, "-m", MODULE, "run", "tiny-random", "--rounds", "20", "--out", str(tmp_path)]
-    with subprocess.Popen(words, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) as running:
-        while running.poll() is None and not list(tmp_path.glob("*/r00/dose.json")):
-            time.sleep(0.05)
-        running.send_signal(how)
-        said = running.communicate(timeout=60)[1]
-    (folder,) = tmp_path.iterdir()
-    assert running.returncode == 130 and "Traceback" not in said
+    words = ["run", "tiny-random", "--rounds", "20", *FEW[2:], *BRIEF, "--out", str(tmp_path / "out")]
+    running = started(command, words, log=tmp_path / "log")
+    while running.is_alive() and not list(tmp_path.glob("out/*/r00/dose.json")):
+        time.sleep(0.05)
+    os.kill(running.pid, how)
+    running.join(60)
+    said = (tmp_path / "log").read_text()
+    (folder,) = (tmp_path / "out").iterdir()
+    assert running.exitcode == 130 and "Traceback" not in said
     assert said.strip().splitlines()[-1].startswith("steer-heal: stopped; what is done is kept, go on with: ")
     assert said.strip().endswith(f"-m {MODULE} run --resume {folder}")
     assert not (folder / "summary.json").exists()

@@ -22,8 +22,10 @@ from steer_heal.cli import main
 from steer_heal.commands import run as runner
 from steer_heal.config import UserError
 from steer_heal.files import writing
+from steer_heal.gate import soak
 from steer_heal.gate.conftest import BRIEF, FEW, turned
 from steer_heal.gate.folders import cut, seal
+from steer_heal.gate.processes import done
 from steer_heal.gate.soak import WORDS, result
 from steer_heal.model import decode as generate
 from steer_heal.model import dtype as dtype_module
@@ -36,7 +38,6 @@ from steer_heal.runs.folder import EVENTS, RunDir
 from steer_heal.runs.resume import create
 from steer_heal.runs.student import student_after
 from steer_heal.stages import round as round_stages
-from steer_heal.terminal import MODULE
 
 pytestmark = pytest.mark.run
 
@@ -66,11 +67,9 @@ def mend(said: str) -> list[str]:
 
 
 def test_killed_at_random_instants_a_run_ends_in_the_same_bits(whole, tmp_path):
-    words = [sys.executable, "-m", "steer_heal.gate.soak", "--kills", str(KILLS), "--out", str(tmp_path)]
-    words += ["--whole", str(whole)]
-    done = subprocess.run(words, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    seen = json.loads(done.stdout[done.stdout.index("{") :])
+    code, said = done(soak.cli, KILLS, tmp_path / "trials", None, whole, log=tmp_path / "log")
+    assert code == 0, said + (tmp_path / "log").read_text()
+    seen = json.loads(said[said.index("{") :])
     assert seen["kills"] == sum(seen["killed_at"].values()) == KILLS and len(seen["killed_at"]) > KILLS / 2
 
 
@@ -352,19 +351,28 @@ def test_two_processes_on_one_folder(folder, capsys):
 # ---- full disk, no permission, no memory
 
 TINY_DISK = """
-set -e
-mount -t tmpfs -o size=$1 none "$2"
-shift; cd "$1"; shift
-"$@" --out . > /dev/null 2> said && exit 9
-tail -n 1 said; find . -name '*.part' | wc -l
-mount -o remount,size=20m none .
-cd /; cd - > /dev/null
-folder=$(ls -d 2*)
-"$1" "$2" "$3" run --resume $folder > /dev/null 2> said2
-mount -o remount,ro none .
-cd /; cd - > /dev/null
-"$1" "$2" "$3" run --resume $folder 2>&1 > /dev/null && exit 9
-cat $folder/summary.json
+import os, subprocess, sys
+from pathlib import Path
+from steer_heal.gate.soak import WORDS, fork
+disk, log, words = Path(sys.argv[1]), Path(sys.argv[2]), [*WORDS, *sys.argv[3:]]
+
+def mount(*given):
+    subprocess.run(["mount", *given, "none", str(disk)], check=True)
+
+def said(words):
+    _, status = os.waitpid(fork(words, log), 0)
+    return status, log.read_text().strip().splitlines()[-1]
+
+mount("-t", "tmpfs", "-o", "size=160k")
+os.chdir(disk)
+full = said([*words, "--out", "."])
+print(*full, len([*disk.rglob("*.part")]), sep="\\n")
+mount("-o", "remount,size=20m")
+(folder,) = disk.glob("2*")
+print(said(["run", "--resume", folder.name])[0])
+mount("-o", "remount,ro")
+print(*said(["run", "--resume", folder.name]), sep="\\n")
+print((folder / "summary.json").read_text())
 """
 
 
@@ -375,28 +383,14 @@ def can_mount() -> bool:
 
 @pytest.mark.skipif(not shutil.which("unshare") or not can_mount(), reason="no file system can be mounted here")
 def test_a_full_disk_and_a_read_only_one(tmp_path):
-    words = [
-        sys.executable,
-        "-m",
-        MODULE,
-        *WORDS,
-        "--rounds",
-        "1",
-        "--eval.leave-out",
-        "profile",
-        "off_target",
-        "canary",
-    ]
-    done = subprocess.run(
-        ["unshare", "-rm", "bash", "-c", TINY_DISK, "bash", "160k", str(tmp_path), *words],
-        capture_output=True,
-        text=True,
-    )
+    (tmp_path / "disk").mkdir()
+    words = [sys.executable, "-c", TINY_DISK, str(tmp_path / "disk"), str(tmp_path / "log"), "--rounds", "1", *BRIEF]
+    done = subprocess.run(["unshare", "-rm", *words], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    full, halves, read_only, *summary = done.stdout.splitlines()
+    code, full, halves, resumed, again, read_only, *summary = done.stdout.splitlines()
     assert re.match(r"steer-heal: cannot write .*: No space left on device\. What is done is kept, go on with: ", full)
-    assert halves == "0"
-    assert re.match(r"steer-heal: cannot write .*: Read-only file system$", read_only)
+    assert code != "0" and halves == "0" and resumed == "0"
+    assert again != "0" and re.match(r"steer-heal: cannot write .*: Read-only file system$", read_only)
     assert len(json.loads("\n".join(summary))["rounds"]) == 1
 
 

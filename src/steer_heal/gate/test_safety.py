@@ -17,7 +17,8 @@ from loguru import logger
 import steer_heal
 from steer_heal import data, loop
 from steer_heal.cli import main
-from steer_heal.gate.conftest import LONG, turned
+from steer_heal.gate.conftest import BRIEF, FEW, LONG, turned
+from steer_heal.gate.processes import done
 from steer_heal.model.loading import load
 from steer_heal.presets import PRESETS
 from steer_heal.runs.environment import environment
@@ -53,24 +54,22 @@ def test_the_source_unpickles_nothing_and_trusts_no_remote_code():
             assert not (isinstance(node, ast.keyword) and node.arg == "shell"), file
 
 
+def unpickling(out: Path) -> None:
+    """Run, resume, export and evaluate, and end with what was unpickled on the way."""
+    found = []
+    sys.addaudithook(lambda event, args: found.append(args) if event == "pickle.find_class" else None)
+    main(["run", "tiny-random", *FEW, *BRIEF, "--out", str(out)])
+    (run,) = out.iterdir()
+    main(["run", "--resume", str(run)])
+    main(["export", str(run), "--to", str(out / "model"), "--merge"])
+    main(["eval", str(run / "adapter"), "--base", "random:tiny", *BRIEF])
+    sys.exit(f"unpickled: {found}" if found else 0)
+
+
 def test_nothing_unpickles_while_a_run_loads_what_it_wrote(tmp_path):
     """Checked by audit events: the interpreter raises one for every global that an unpickler looks up."""
-    code = """
-import sys
-from steer_heal.cli import main
-found = []
-sys.addaudithook(lambda event, args: found.append(args) if event == "pickle.find_class" else None)
-words = ["--rounds", "1", "--eval.leave-out", "profile", "plain"]
-main(["run", "tiny-random", *words, "--out", sys.argv[1]])
-from pathlib import Path
-(run,) = Path(sys.argv[1]).iterdir()
-main(["run", "--resume", str(run)])
-main(["export", str(run), "--to", sys.argv[1] + "/model", "--merge"])
-main(["eval", str(run / "adapter"), "--base", "random:tiny", "--eval.leave-out", "profile"])
-sys.exit(f"unpickled: {found}" if found else 0)
-"""
-    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-500:]
+    code, _ = done(unpickling, tmp_path / "out", log=tmp_path / "log")
+    assert code == 0, (tmp_path / "log").read_text()[-500:]
 
 
 def test_the_network_can_be_blocked():
