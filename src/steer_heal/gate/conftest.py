@@ -97,6 +97,15 @@ def least(monkeypatch):
     monkeypatch.setitem(SIZES, "tiny", Counts(2, 2, 2, 2, 1, 2, 4, 1, 2, 2, 2))
 
 
+@pytest.fixture(scope="session")
+def smollm2():
+    """The packaged SmolLM2-135M as its preset loads it. Checks must leave it as it is."""
+    from steer_heal.model.loading import load
+    from steer_heal.presets import PRESETS
+
+    return load(PRESETS["smollm2-135m"].model)
+
+
 @pytest.fixture
 def lm():
     """A fresh tiny random gemma-3 in float32."""
