@@ -32,9 +32,11 @@ fast-dev-run: setup
     STEER_HEAL_CHECK_TYPES=1 STEER_HEAL_BLOCK_NETWORK=1 {{bin}}/steer-heal run tiny-random --out outputs/fast-dev
     STEER_HEAL_CHECK_TYPES=1 STEER_HEAL_BLOCK_NETWORK=1 {{bin}}/steer-heal run tiny-random --out outputs/fast-dev --model.quant nf4
 
-# kill the tiny run at random instants of every stage, resume, compare bit for bit (about half an hour)
+# kill the tiny run at random instants of every stage, resume, compare bit for bit; then the long form of three checks
+# of the gate: more rounds, more random configs and flags (about half an hour)
 soak kills="200": setup
     {{bin}}/python -m steer_heal.gate.soak --kills {{kills}} --out "outputs/soak-$(date +%Y%m%d-%H%M%S)"
+    STEER_HEAL_GATE_LONG=1 OMP_NUM_THREADS=1 {{bin}}/python -m pytest -q -k "later_rounds or what_is_accepted or any_value"
 
 # how long `results` takes over many run folders, which it makes from a tiny run (a few minutes)
 many-folders folders="1000": setup

@@ -17,7 +17,17 @@ check_types()
 warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
 # Flags of a run for checks that need one, but not its figures.
 FEW = ("--rounds", "1", "--steer.n-contexts", "8", "--dose.steps", "2", "--dose.prompts", "2", "--distil.n-keep", "8")
+BRIEF = (
+    "--eval.leave-out",
+    "plain",
+    "off_target",
+    "canary",
+    "profile",
+    "frames",
+    "relevance",
+)  # and for its evaluations
 DEVICE = os.environ.get("STEER_HEAL_GATE_DEVICE", "cpu")
+LONG = os.environ.get("STEER_HEAL_GATE_LONG") == "1"  # more rounds and random examples; `just soak` sets it
 
 
 def pytest_configure(config):
@@ -85,6 +95,15 @@ def least(monkeypatch):
     from steer_heal.config import SIZES, Counts
 
     monkeypatch.setitem(SIZES, "tiny", Counts(2, 2, 2, 2, 1, 2, 4, 1, 2, 2, 2))
+
+
+@pytest.fixture(scope="session")
+def smollm2():
+    """The packaged SmolLM2-135M as its preset loads it. Checks must leave it as it is."""
+    from steer_heal.model.loading import load
+    from steer_heal.presets import PRESETS
+
+    return load(PRESETS["smollm2-135m"].model)
 
 
 @pytest.fixture

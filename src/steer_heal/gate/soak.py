@@ -3,7 +3,7 @@
     python -m steer_heal.gate.soak --kills 200 --out FOLDER
 
 Every trial is a process of its own, forked from one that has only imported the modules. It is killed while it makes a
-given artefact, after a random part of the time that the undisturbed run took for it. Every third trial is killed once
+given artefact, after a random part of the time that the undisturbed run took for it. Every second trial is killed once
 more while it resumes. Then it is resumed to the end. Every artefact, the final adapter and summary.json must be equal
 bit for bit, except times and memory sizes.
 """
@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shlex
 import signal
 import subprocess
 import sys
@@ -29,16 +30,10 @@ from steer_heal.commands import run as runner  # noqa: F401  imports all that a 
 from steer_heal.gate.folders import sha256
 from steer_heal.runs.folder import EVENTS, RunDir
 
-WORDS = [
-    "run",
-    "tiny-random",
-    "--heal.target.kind",
-    "soft",
-    "--heal.anchor.prompts",
-    "32",
-    "--heal.lora.fold-rank",
-    "5",
-]
+WORDS = shlex.split(
+    "run tiny-random --steer.n-contexts 8 --dose.steps 2 --dose.prompts 2 --distil.n-keep 8 --distil.max-new-tokens 8 "
+    "--heal.target.kind soft --heal.anchor.prompts 8 --heal.lora.fold-rank 5"
+)
 CLOCKED = ("heal.jsonl", "summary.json", EVENTS, "report.html", "diary.md")  # hold times, or are made from these
 CLOCKS = ("seconds", "stage_seconds", "peak_memory_bytes")
 POLL_SECONDS = 0.002
@@ -144,7 +139,7 @@ def soak(kills: int, out: Path, seed: int, whole: Path | None) -> dict:
         stage = stages[number]
         kill_during([*WORDS, "--out", str(here)], log, here, stage["line"], dice.random() * stage["took"])
         folder = run_folder(here)
-        if trial % 3 == 2:
+        if trial % 2 == 1:
             later = dice.choice(stages[number:])
             kill_during(["run", "--resume", str(folder)], log, here, later["line"] + 1, dice.random() * later["took"])
         finish(["run", "--resume", str(folder)], log)

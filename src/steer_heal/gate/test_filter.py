@@ -92,7 +92,7 @@ def test_a_sweep_is_what_counting_by_hand_gives():
 
 @pytest.mark.run
 def test_stored_scores_are_those_of_the_model():
-    rows = sorted(data.labelled(), key=lambda row: hashlib.blake2b(row["text"].encode()).digest())[:12]
+    rows = sorted(data.labelled(), key=lambda row: hashlib.blake2b(row["text"].encode()).digest())[:6]
     lm = load(replace(PRESETS["smollm2-135m"].model, dtype="float32"))  # as they were stored
     for row, now in zip(rows, filterproof.measured_scores(by(lm, 4), rows), strict=True):
         then = filterproof.stored_scores(row)

@@ -25,7 +25,7 @@ from steer_heal import data
 from steer_heal.cli import main
 from steer_heal.commands import run as runner
 from steer_heal.config import COMMON, RunConfig, UserError, check, flag, knobs
-from steer_heal.gate.conftest import turned
+from steer_heal.gate.conftest import LONG, turned
 from steer_heal.model.random_weights import build_random
 from steer_heal.presets import PRESETS
 from steer_heal.sweep.plan import parsed
@@ -267,7 +267,9 @@ NUMBERS = st.one_of(
 )
 
 
-@settings(max_examples=150, derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(
+    max_examples=150 if LONG else 75, derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
 @given(
     st.sampled_from([flag(knob.name) for knob in knobs(RunConfig())]),
     st.lists(st.one_of(NUMBERS.map(str), st.text(max_size=6)), max_size=3),
@@ -297,7 +299,7 @@ SMALL = turned(
         "distil.n_keep": 6,
         "distil.max_new_tokens": 4,
         "heal.training.epochs": 1,
-        "eval.leave_out": ("off_target", "canary", "profile", "plain"),
+        "eval.leave_out": ("off_target", "canary", "profile", "plain", "frames", "relevance"),
     },
 )
 PART = st.floats(0, 1)
@@ -328,7 +330,7 @@ SANE = {  # values that a user may choose, extremes included
 }
 
 
-@settings(max_examples=40, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=40 if LONG else 16, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))
 @given(st.data())
 def test_what_is_accepted_runs_or_is_refused(tmp_path_factory, least, drawn):
     out = tmp_path_factory.mktemp("any")

@@ -1,14 +1,13 @@
 """Models of other shapes than the tiny gemma: packaged SmolLM2, multimodal gemma."""
 
-import os
+import ctypes
 import platform
 import resource
-import subprocess
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -23,6 +22,7 @@ from steer_heal.data import load_trait
 from steer_heal.eval.arms import Arm
 from steer_heal.eval.instruments import contrast_scores
 from steer_heal.gate.conftest import by
+from steer_heal.gate.processes import done
 from steer_heal.heal.barrier import position_losses
 from steer_heal.model import decode as generate
 from steer_heal.model import loading, packing
@@ -32,32 +32,34 @@ from steer_heal.model.forward import forward, states
 from steer_heal.model.likelihood import row_nll, row_surprise, token_kl
 from steer_heal.model.lm import Row
 from steer_heal.model.loading import load
+from steer_heal.model.memory import keep_freed_memory
 from steer_heal.model.packing import packed
 from steer_heal.model.random_weights import RANDOM_ARCHITECTURES, build_random
 from steer_heal.model.steering import Steering
 from steer_heal.presets import PRESETS
+from steer_heal.runs.folder import RunDir
+from steer_heal.stages.run import freeing
 
 
 @pytest.mark.run
-def test_the_packaged_smollm2_answers_and_follows_a_persona():
-    lm = load(PRESETS["smollm2-135m"].model)
+def test_the_packaged_smollm2_answers_and_follows_a_persona(smollm2):
+    lm = smollm2
     (answer,) = decode(lm, [lm.prompt("What is the capital of France?")], 16)
     assert "Paris" in lm.text(answer.ids) and answer.ended
     trait = load_trait("love")
     kind, cruel = (
-        contrast_scores(lm, Arm(name, system=persona), trait.contrast[:16]).mean()
+        contrast_scores(lm, Arm(name, system=persona), trait.contrast[:6]).mean()
         for name, persona in (("kind", trait.positive), ("cruel", trait.negative))
     )
     assert kind > cruel + 0.05
 
 
 @pytest.mark.run
-def test_a_gguf_file_given_by_path_is_the_packaged_model():
+def test_a_gguf_file_given_by_path_is_the_packaged_model(smollm2):
     ids = torch.tensor([[1, 4093, 198, 28120]])
-    a = load(PRESETS["smollm2-135m"].model)
     b = load(replace(PRESETS["smollm2-135m"].model, path=str(loading._gguf_file("smollm2-135m"))))
     with torch.no_grad():
-        assert torch.equal(a.model(ids).logits, b.model(ids).logits)
+        assert torch.equal(smollm2.model(ids).logits, b.model(ids).logits)
 
 
 def test_runs_that_start_together_make_the_float_weights_once(tmp_path, monkeypatch):
@@ -203,58 +205,55 @@ def test_a_row_has_the_same_bits_in_any_batch(lm, vector, steered, monkeypatch):
         assert all(map(torch.equal, values, again))
 
 
+PR_SET_THP_DISABLE = 41  # of linux/prctl.h
+
+
+def count_faults(keep: bool) -> None:
+    """In a process with the modules of a run, because what they leave on the heap matters: print the pages given."""
+    ctypes.CDLL(None).prctl(PR_SET_THP_DISABLE, 1, 0, 0, 0)  # small pages
+    if keep:
+        keep_freed_memory()
+    for _ in range(4):
+        torch.ones(2**24)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(4):
+        torch.ones(2**24)
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+
+
 @pytest.mark.run
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only there is freed memory kept")
-def test_on_a_cpu_the_memory_of_freed_tensors_serves_the_next_ones():
+def test_on_a_cpu_the_memory_of_freed_tensors_serves_the_next_ones(tmp_path):
     """Otherwise the system gives every page of 64 MiB again. The first tensors may leave holes that the next one does
     not fit, so four are made before counting."""
-    code = """
-import resource, sys, torch
-import steer_heal.model.loading  # as in a run: what its modules leave on the heap matters
-from steer_heal.model.memory import keep_freed_memory
-if sys.argv[1] == "keep":
-    keep_freed_memory()
-for _ in range(4):
-    torch.ones(2**24)
-before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-for _ in range(4):
-    torch.ones(2**24)
-print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
-"""
-    small_pages = os.environ | {"THP_MEM_ALLOC_ENABLE": "0"}
-    faults = [
-        int(subprocess.run([sys.executable, "-c", code, how], env=small_pages, capture_output=True, check=True).stdout)
-        for how in ("keep", "as usual")
-    ]
+    faults = [int(done(count_faults, keep, log=tmp_path / how)[1]) for keep, how in ((True, "keep"), (False, "usual"))]
     pages = 4 * 2**26 // resource.getpagesize()
     assert faults[0] < pages / 200 and faults[1] > 0.9 * pages
+
+
+def measure_freeing(folder: Path) -> None:
+    """Print the bytes that a stage holds more at its end than at its beginning, and those after it."""
+
+    def held():
+        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+    def compute():
+        large = [torch.ones(2**22) for _ in range(16)]
+        alive.append(torch.ones(2**10))
+        del large
+        return held() - before
+
+    keep_freed_memory()
+    folder.mkdir()
+    RunDir.begin(folder, {}, [])
+    before, alive = held(), []
+    print(RunDir(folder).artefact(int, "stage.json", freeing(compute)), held() - before)
 
 
 @pytest.mark.run
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only there is freed memory kept")
 def test_what_a_stage_freed_goes_back_to_the_system_when_it_ends(tmp_path):
     """256 MiB below a tensor that stays alive: kept within the stage, returned after it."""
-    code = """
-import resource, sys, torch
-from pathlib import Path
-from steer_heal.model.memory import keep_freed_memory
-from steer_heal.runs.folder import RunDir
-from steer_heal.stages.run import freeing
-
-def held():
-    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
-
-def compute():
-    large = [torch.ones(2**22) for _ in range(16)]
-    alive.append(torch.ones(2**10))
-    del large
-    return held() - before
-
-keep_freed_memory()
-RunDir.begin(Path(sys.argv[1]), {}, [])
-before, alive = held(), []
-print(RunDir(Path(sys.argv[1])).artefact(int, "stage.json", freeing(compute)), held() - before)
-"""
-    said = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, check=True, text=True)
-    within, after = map(int, said.stdout.split())
+    _, said = done(measure_freeing, tmp_path / "run", log=tmp_path / "log")
+    within, after = map(int, said.split())
     assert within >= 2**28 and after < 2**25

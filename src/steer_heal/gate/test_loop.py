@@ -1,6 +1,7 @@
 """The whole loop: resumed runs end in the same bits, the records are complete, mistakes end in one line."""
 
 import json
+import os
 import re
 import resource
 import signal
@@ -19,7 +20,8 @@ from steer_heal.cli import main
 from steer_heal.config import AnchorConfig, BarrierConfig, HealConfig, ModelConfig, UserError
 from steer_heal.distil.sample import Exhausted
 from steer_heal.files import read_jsonl
-from steer_heal.gate.conftest import turned
+from steer_heal.gate.conftest import BRIEF, FEW, turned
+from steer_heal.gate.processes import command, started
 from steer_heal.gate.soak import timeless
 from steer_heal.model.loading import load
 from steer_heal.model.memory import peak_memory
@@ -37,6 +39,9 @@ from steer_heal.terminal import MODULE
 pytestmark = pytest.mark.run
 
 TINY = turned(PRESETS["tiny-random"], {"heal.target.kind": "soft", "heal.anchor.prompts": 32})
+LITTLE = turned(TINY, {"steer.n_contexts": 8, "dose.steps": 2, "dose.prompts": 2, "distil.n_keep": 8})
+LITTLE = turned(LITTLE, {"heal.anchor.prompts": 8})
+LEFT_OUT = ("plain", "off_target", "canary", "profile", "frames", "relevance")
 
 
 def do(config, **changes):
@@ -46,8 +51,8 @@ def do(config, **changes):
     return folder, unstructured(loop.run(Work.begun(config, "tiny-random", folder, trait, lm)))
 
 
-def test_the_record_of_a_run_is_complete(tmp_path):
-    folder, summary = do(TINY, out=str(tmp_path), seed=3)
+def test_the_record_of_a_run_is_complete(tmp_path, least):
+    folder, summary = do(LITTLE, out=str(tmp_path), seed=3)
     assert json.loads((folder.path / "summary.json").read_text()) == json.loads(json.dumps(summary))
     arm = {"trait_nats", "trait_ci", "answer_mass", "coherent_share", "demo_ppl", "neutral_ppl"}
     assert {
@@ -70,7 +75,7 @@ def test_the_record_of_a_run_is_complete(tmp_path):
         assert round_["verdict"]["word"] == "broken"  # the model is random
         assert -1 <= round_["cos_shift_vector"] <= 1 and round_["kl_to_base_nats"] > 0
         assert {"extract", "dose", "distil", "heal", "eval"} == round_["stage_seconds"].keys()
-        assert 0 < round_["kept"] <= TINY.distil.n_keep <= round_["generated"] <= 2 * TINY.distil.n_keep
+        assert 0 < round_["kept"] <= LITTLE.distil.n_keep <= round_["generated"] <= 2 * LITTLE.distil.n_keep
     assert [arm["dose"] for arm in summary["plain"]] == pytest.approx([0.125, 12.0])
     assert "equal_trait" not in summary["rounds"][0]
     assert {"canary", "demo_coherent", "mass"} <= summary["rounds"][-1]["equal_trait"]["healed_over"].keys()
@@ -83,7 +88,7 @@ def test_the_record_of_a_run_is_complete(tmp_path):
     assert not list(folder.path.rglob("*.part"))
 
 
-def test_a_loop_that_steering_exhausts_ends_with_what_it_has(tmp_path, monkeypatch, capsys):
+def test_a_loop_that_steering_exhausts_ends_with_what_it_has(tmp_path, monkeypatch, capsys, least):
     fine, asked = round_stages.require_dose, []
 
     def second_fails(artefact):
@@ -94,7 +99,7 @@ def test_a_loop_that_steering_exhausts_ends_with_what_it_has(tmp_path, monkeypat
 
     monkeypatch.setattr(round_stages, "require_dose", second_fails)
     at_end = ("off_target", "canary", "profile")
-    folder, summary = do(TINY, out=str(tmp_path), eval=replace(TINY.eval, ends_only=at_end))
+    folder, summary = do(LITTLE, out=str(tmp_path), eval=replace(LITTLE.eval, ends_only=at_end))
     printed = capsys.readouterr().out
     assert (
         0
@@ -119,16 +124,16 @@ def test_a_loop_that_steering_exhausts_ends_with_what_it_has(tmp_path, monkeypat
     asked.clear()
     monkeypatch.setattr(round_stages, "require_dose", lambda artefact: second_fails(asked.append(0) or artefact))
     with pytest.raises(Exhausted):
-        do(TINY, out=str(tmp_path))  # in round 0 it is an error: nothing was learned yet
+        do(LITTLE, out=str(tmp_path))  # in round 0 it is an error: nothing was learned yet
 
 
 @pytest.mark.parametrize("source", ["student", "base"])
-def test_what_the_base_fixes_is_the_same_in_every_round(tmp_path, source, capsys):
+def test_what_the_base_fixes_is_the_same_in_every_round(tmp_path, source, capsys, least):
     """With `source base` the vector stays the same. With `reference base` tau does, and the multiplier continues."""
     barrier = {"reference": "base", "tau": "auto", "kind": "dual"}
     knobs = {f"heal.barrier.{name}": value for name, value in barrier.items()}
-    knobs |= {"steer.source": source, "eval.leave_out": ("off_target", "canary", "profile", "plain")}
-    folder, _ = do(turned(TINY, knobs), out=str(tmp_path))
+    knobs |= {"steer.source": source, "eval.leave_out": LEFT_OUT}
+    folder, _ = do(turned(LITTLE, knobs), out=str(tmp_path))
     records = [read_jsonl(folder.path / f"r{i:02d}" / "heal.jsonl") for i in range(2)]
     assert len({record["tau"] for of_round in records for record in of_round}) == 1
     assert records[1][0]["lam"] == records[0][-1]["next_lam"]
@@ -139,8 +144,9 @@ def test_what_the_base_fixes_is_the_same_in_every_round(tmp_path, source, capsys
 
 
 def test_batch_sizes_change_no_bit(tmp_path):
-    whole, summary = do(TINY, out=str(tmp_path / "a"), rounds=1)
-    small = turned(TINY, {"model.decode_rows": 5, "model.read_rows": 3})
+    little = turned(LITTLE, {"eval.leave_out": ("plain",)})  # an arm that is read as the steered one is
+    whole, summary = do(little, out=str(tmp_path / "a"), rounds=1)
+    small = turned(little, {"model.decode_rows": 5, "model.read_rows": 3})
     other, again = do(small, out=str(tmp_path / "b"), rounds=1)
     assert timeless(again) == timeless(summary)
     a, b = (load_file(run.path / "adapter" / "adapter_model.safetensors") for run in (whole, other))
@@ -221,14 +227,15 @@ def test_a_mistake_ends_in_one_line_and_code_2(argv, message, tmp_path, monkeypa
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
 def test_a_stopped_run_says_how_to_go_on(tmp_path, how):
-    words = [sys.executable, "-m", MODULE, "run", "tiny-random", "--rounds", "20", "--out", str(tmp_path)]
-    with subprocess.Popen(words, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) as running:
-        while running.poll() is None and not list(tmp_path.glob("*/r00/dose.json")):
-            time.sleep(0.05)
-        running.send_signal(how)
-        said = running.communicate(timeout=60)[1]
-    (folder,) = tmp_path.iterdir()
-    assert running.returncode == 130 and "Traceback" not in said
+    words = ["run", "tiny-random", "--rounds", "20", *FEW[2:], *BRIEF, "--out", str(tmp_path / "out")]
+    running = started(command, words, log=tmp_path / "log")
+    while running.is_alive() and not list(tmp_path.glob("out/*/r00/dose.json")):
+        time.sleep(0.05)
+    os.kill(running.pid, how)
+    running.join(60)
+    said = (tmp_path / "log").read_text()
+    (folder,) = (tmp_path / "out").iterdir()
+    assert running.exitcode == 130 and "Traceback" not in said
     assert said.strip().splitlines()[-1].startswith("steer-heal: stopped; what is done is kept, go on with: ")
     assert said.strip().endswith(f"-m {MODULE} run --resume {folder}")
     assert not (folder / "summary.json").exists()

@@ -22,8 +22,10 @@ from steer_heal.cli import main
 from steer_heal.commands import run as runner
 from steer_heal.config import UserError
 from steer_heal.files import writing
-from steer_heal.gate.conftest import turned
+from steer_heal.gate import soak
+from steer_heal.gate.conftest import BRIEF, FEW, turned
 from steer_heal.gate.folders import cut, seal
+from steer_heal.gate.processes import done
 from steer_heal.gate.soak import WORDS, result
 from steer_heal.model import decode as generate
 from steer_heal.model import dtype as dtype_module
@@ -36,11 +38,10 @@ from steer_heal.runs.folder import EVENTS, RunDir
 from steer_heal.runs.resume import create
 from steer_heal.runs.student import student_after
 from steer_heal.stages import round as round_stages
-from steer_heal.terminal import MODULE
 
 pytestmark = pytest.mark.run
 
-KILLS = 3
+KILLS = 2
 
 
 @pytest.fixture
@@ -66,11 +67,9 @@ def mend(said: str) -> list[str]:
 
 
 def test_killed_at_random_instants_a_run_ends_in_the_same_bits(whole, tmp_path):
-    words = [sys.executable, "-m", "steer_heal.gate.soak", "--kills", str(KILLS), "--out", str(tmp_path)]
-    words += ["--whole", str(whole)]
-    done = subprocess.run(words, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    seen = json.loads(done.stdout[done.stdout.index("{") :])
+    code, said = done(soak.cli, KILLS, tmp_path / "trials", None, whole, log=tmp_path / "log")
+    assert code == 0, said + (tmp_path / "log").read_text()
+    seen = json.loads(said[said.index("{") :])
     assert seen["kills"] == sum(seen["killed_at"].values()) == KILLS and len(seen["killed_at"]) > KILLS / 2
 
 
@@ -207,7 +206,7 @@ def test_readers_refuse_what_is_damaged(folder, capsys):
 
 
 def test_the_batch_size_that_memory_allowed_is_kept(whole, folder, monkeypatch):
-    cut(folder, "r00/completions.jsonl")
+    cut(folder, "r01/completions.jsonl")
     monkeypatch.setattr(generate, "free_memory", lambda device: 10_000_000)  # would choose fewer rows now
     main(["run", "--resume", str(folder)])
     assert result(folder) == result(whole)
@@ -262,11 +261,11 @@ def test_another_model_is_refused_and_other_software_must_be_allowed(folder, cap
     assert json.loads((folder / "env.json").read_text())["packages"]["torch"] == "2.12.0"
 
 
-def test_a_changed_trait_file_is_refused_and_a_lost_one_is_not_needed(tmp_path, capsys):
+def test_a_changed_trait_file_is_refused_and_a_lost_one_is_not_needed(tmp_path, capsys, least):
     file = tmp_path / "mine.toml"
     text = (data.HERE / "traits" / "love.toml").read_text("utf-8")
     file.write_text(text, "utf-8")
-    main([*WORDS, "--rounds", "1", "--trait", str(file), "--out", str(tmp_path / "out")])
+    main([*WORDS, "--rounds", "1", *BRIEF, "--trait", str(file), "--out", str(tmp_path / "out")])
     (folder,) = (tmp_path / "out").iterdir()
     cut(folder, "r00/healed.json")
     file.write_text(text.replace('title = "', 'title = "truly ', 1), "utf-8")
@@ -276,10 +275,9 @@ def test_a_changed_trait_file_is_refused_and_a_lost_one_is_not_needed(tmp_path, 
     assert (folder / "summary.json").exists()
 
 
-def test_the_type_of_the_weights_is_chosen_once(tmp_path, monkeypatch):
+def test_the_type_of_the_weights_is_chosen_once(tmp_path, monkeypatch, least):
     """The machine that starts the run chooses. Other machines and `student_after` keep its choice."""
-    words = ["run", "tiny-random", "--model.dtype", "auto", "--rounds", "1", "--distil.n-keep", "8"]
-    words += ["--eval.leave-out", "profile", "plain", "off_target", "canary"]
+    words = ["run", "tiny-random", "--model.dtype", "auto", *FEW, *BRIEF]
     with monkeypatch.context() as native:
         native.setattr(dtype_module, "processor", lambda: Processor("fast", frozenset({"amx_bf16"})))
         native.setattr(dtype_module, "speed_up", lambda: 4.0)
@@ -353,19 +351,28 @@ def test_two_processes_on_one_folder(folder, capsys):
 # ---- full disk, no permission, no memory
 
 TINY_DISK = """
-set -e
-mount -t tmpfs -o size=$1 none "$2"
-shift; cd "$1"; shift
-"$@" --out . > /dev/null 2> said && exit 9
-tail -n 1 said; find . -name '*.part' | wc -l
-mount -o remount,size=20m none .
-cd /; cd - > /dev/null
-folder=$(ls -d 2*)
-"$1" "$2" "$3" run --resume $folder > /dev/null 2> said2
-mount -o remount,ro none .
-cd /; cd - > /dev/null
-"$1" "$2" "$3" run --resume $folder 2>&1 > /dev/null && exit 9
-cat $folder/summary.json
+import os, subprocess, sys
+from pathlib import Path
+from steer_heal.gate.soak import WORDS, fork
+disk, log, words = Path(sys.argv[1]), Path(sys.argv[2]), [*WORDS, *sys.argv[3:]]
+
+def mount(*given):
+    subprocess.run(["mount", *given, "none", str(disk)], check=True)
+
+def said(words):
+    _, status = os.waitpid(fork(words, log), 0)
+    return status, log.read_text().strip().splitlines()[-1]
+
+mount("-t", "tmpfs", "-o", "size=160k")
+os.chdir(disk)
+full = said([*words, "--out", "."])
+print(*full, len([*disk.rglob("*.part")]), sep="\\n")
+mount("-o", "remount,size=20m")
+(folder,) = disk.glob("2*")
+print(said(["run", "--resume", folder.name])[0])
+mount("-o", "remount,ro")
+print(*said(["run", "--resume", folder.name]), sep="\\n")
+print((folder / "summary.json").read_text())
 """
 
 
@@ -376,28 +383,14 @@ def can_mount() -> bool:
 
 @pytest.mark.skipif(not shutil.which("unshare") or not can_mount(), reason="no file system can be mounted here")
 def test_a_full_disk_and_a_read_only_one(tmp_path):
-    words = [
-        sys.executable,
-        "-m",
-        MODULE,
-        *WORDS,
-        "--rounds",
-        "1",
-        "--eval.leave-out",
-        "profile",
-        "off_target",
-        "canary",
-    ]
-    done = subprocess.run(
-        ["unshare", "-rm", "bash", "-c", TINY_DISK, "bash", "160k", str(tmp_path), *words],
-        capture_output=True,
-        text=True,
-    )
+    (tmp_path / "disk").mkdir()
+    words = [sys.executable, "-c", TINY_DISK, str(tmp_path / "disk"), str(tmp_path / "log"), "--rounds", "1", *BRIEF]
+    done = subprocess.run(["unshare", "-rm", *words], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    full, halves, read_only, *summary = done.stdout.splitlines()
+    code, full, halves, resumed, again, read_only, *summary = done.stdout.splitlines()
     assert re.match(r"steer-heal: cannot write .*: No space left on device\. What is done is kept, go on with: ", full)
-    assert halves == "0"
-    assert re.match(r"steer-heal: cannot write .*: Read-only file system$", read_only)
+    assert code != "0" and halves == "0" and resumed == "0"
+    assert again != "0" and re.match(r"steer-heal: cannot write .*: Read-only file system$", read_only)
     assert len(json.loads("\n".join(summary))["rounds"]) == 1
 
 

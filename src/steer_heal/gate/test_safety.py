@@ -17,7 +17,8 @@ from loguru import logger
 import steer_heal
 from steer_heal import data, loop
 from steer_heal.cli import main
-from steer_heal.gate.conftest import turned
+from steer_heal.gate.conftest import BRIEF, FEW, LONG, turned
+from steer_heal.gate.processes import done
 from steer_heal.model.loading import load
 from steer_heal.presets import PRESETS
 from steer_heal.runs.environment import environment
@@ -53,24 +54,22 @@ def test_the_source_unpickles_nothing_and_trusts_no_remote_code():
             assert not (isinstance(node, ast.keyword) and node.arg == "shell"), file
 
 
+def unpickling(out: Path) -> None:
+    """Run, resume, export and evaluate, and end with what was unpickled on the way."""
+    found = []
+    sys.addaudithook(lambda event, args: found.append(args) if event == "pickle.find_class" else None)
+    main(["run", "tiny-random", *FEW, *BRIEF, "--out", str(out)])
+    (run,) = out.iterdir()
+    main(["run", "--resume", str(run)])
+    main(["export", str(run), "--to", str(out / "model"), "--merge"])
+    main(["eval", str(run / "adapter"), "--base", "random:tiny", *BRIEF])
+    sys.exit(f"unpickled: {found}" if found else 0)
+
+
 def test_nothing_unpickles_while_a_run_loads_what_it_wrote(tmp_path):
     """Checked by audit events: the interpreter raises one for every global that an unpickler looks up."""
-    code = """
-import sys
-from steer_heal.cli import main
-found = []
-sys.addaudithook(lambda event, args: found.append(args) if event == "pickle.find_class" else None)
-words = ["--rounds", "1", "--eval.leave-out", "profile", "plain"]
-main(["run", "tiny-random", *words, "--out", sys.argv[1]])
-from pathlib import Path
-(run,) = Path(sys.argv[1]).iterdir()
-main(["run", "--resume", str(run)])
-main(["export", str(run), "--to", sys.argv[1] + "/model", "--merge"])
-main(["eval", str(run / "adapter"), "--base", "random:tiny", "--eval.leave-out", "profile"])
-sys.exit(f"unpickled: {found}" if found else 0)
-"""
-    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-500:]
+    code, _ = done(unpickling, tmp_path / "out", log=tmp_path / "log")
+    assert code == 0, (tmp_path / "log").read_text()[-500:]
 
 
 def test_the_network_can_be_blocked():
@@ -108,13 +107,13 @@ def resident() -> int:
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="the system does not say what a process holds")
-def test_twenty_rounds_hold_no_more_than_five(tmp_path, monkeypatch, least):
+def test_later_rounds_hold_no_more_than_the_fifth(tmp_path, monkeypatch, least):
     tiny = PRESETS["tiny-random"]
-    left_out = {"eval.leave_out": ("profile", "plain", "off_target", "canary")}
+    left_out = {"eval.leave_out": ("profile", "plain", "off_target", "canary", "frames", "relevance")}
     heal = {"anchor.prompts": 4, "target.kind": "soft", "training.epochs": 1, "lora.fold_rank": 8}
     few = {"distil.n_keep": 8, "dose.steps": 2, "dose.prompts": 2, "steer.n_contexts": 8}
     heal = {f"heal.{name}": value for name, value in heal.items()}
-    config = turned(tiny, {"rounds": 20, "out": str(tmp_path), **left_out, **heal, **few})
+    config = turned(tiny, {"rounds": 20 if LONG else 10, "out": str(tmp_path), **left_out, **heal, **few})
     lm, trait = load(config.model), data.load_trait("love")
     folder = create(config, "tiny-random", trait, environment(lm), [])
     seen = []
@@ -129,7 +128,7 @@ def test_twenty_rounds_hold_no_more_than_five(tmp_path, monkeypatch, least):
     monkeypatch.setattr(RoundStages, "bake", watched)
     loop.run(Work.begun(config, "tiny-random", folder, trait, lm))
     memory, hooked, adapters, open_files = zip(*seen, strict=True)
-    assert memory[-1] <= 1.05 * memory[4], memory
+    assert memory[-1] <= (1.05 if LONG else 1.02) * memory[4], memory
     assert {*hooked} == {0} and {*adapters} == {1} and open_files[-1] <= open_files[4]
 
 
