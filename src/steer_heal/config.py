@@ -99,7 +99,8 @@ class DoseConfig:
     prompts: Annotated[int, COUNT] = 12
     """generation prompts answered at every dose and without steering"""
     survival: Annotated[float, Within("(0, 1]"), COMMON] = 0.75
-    """share of completions that must pass the filter at the chosen dose, relative to unsteered completions"""
+    """share of completions that must pass the filter at the chosen dose, and of what they tell of their prompts, both
+    relative to unsteered completions"""
     kl_target: Annotated[float, POSITIVE] = 1.0
     """iso_kl: 95th percentile over tokens of KL(steered || unsteered) to reach, nats"""
 

@@ -41,7 +41,7 @@ AUTO = RunConfig(
     trait="love",
     rounds=4,
     steer=SteerConfig(n_contexts=32, band="auto"),
-    dose=DoseConfig(range="auto", prompts=16),
+    dose=DoseConfig(range="auto", prompts=24),
     distil=DistilConfig(n_keep=48, max_new_tokens=32),
     heal=HealConfig(
         target=TargetConfig(kind="mirrored"),

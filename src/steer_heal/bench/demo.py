@@ -55,7 +55,8 @@ def stages(run: RunDir) -> dict:
     seconds, summary = run.stage_seconds(), run.load(Summary, SUMMARY)
     found = {stage: sum(round_.stage_seconds[stage] for round_ in summary.rounds) for stage in STAGES}
     for name, artefacts in AROUND.items():
-        found[name] = sum(spent for artefact, spent in seconds.items() if artefact.startswith(artefacts))
+        spent = [spent for artefact, spent in seconds.items() if artefact.startswith(artefacts)]
+        found |= {name: sum(spent)} if spent else {}
     together = sum(seconds.values())
     return {
         "stages": found | {"other": together - sum(found.values())},

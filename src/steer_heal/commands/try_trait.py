@@ -12,6 +12,7 @@ from steer_heal.eval.instruments import read_arm
 from steer_heal.eval.intervals import interval
 from steer_heal.eval.own_probes import own_probes
 from steer_heal.eval.reading import ArmReading, paired
+from steer_heal.model.decode import rows_that_fit
 from steer_heal.model.loading import load
 from steer_heal.terminal import progress
 
@@ -21,9 +22,11 @@ SHOWN = 3  # probes and answers
 def try_out(trait: Trait, model: ModelConfig, config: EvalConfig) -> str:
     """Whether the model can express the trait, in lines: how far its personas are apart on the probes, with interval
     and halves; some probes; its answers under both personas; which built-in traits move along."""
-    student = Student(load(model))
+    lm = load(model)
+    longest = max(len(lm.prompt(text, trait.positive)) for text in (*pool("probe"), *trait.demo_prompts))
+    student = Student(replace(lm, decode_rows=rows_that_fit(lm, longest, config.counts.demo_tokens)))
     if not trait.contrast:
-        with progress("own probes", 4 * len(pool("probe")), "answer") as done:
+        with progress("own probes", None, "answer") as done:
             trait = replace(trait, contrast=tuple(own_probes(student, trait, config.judge, done)))
     sides = {"positive": trait.positive, "negative": trait.negative}
     arms = [Arm(name, history=0.0, now=0.0, system=text) for name, text in sides.items()]

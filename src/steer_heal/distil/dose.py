@@ -17,13 +17,12 @@ from dataclasses import replace
 import numpy as np
 from scipy.optimize import isotonic_regression
 
-from steer_heal.config import DoseConfig
+from steer_heal.config import JUDGES, DoseConfig
 from steer_heal.distil.iso_kl import iso_kl
 from steer_heal.distil.record import Completion, DoseCurve, DosePoint
 from steer_heal.distil.sample import Exhausted, Progress, Teacher, sample
 from steer_heal.model.lm import Row
 
-RELEVANCE_KEPT = 0.8  # target: share of the unsteered completions' relevance
 MOST_DOSES = 10  # in a search
 BETWEEN = 3  # doses tried between the last that meets the targets and the first that does not
 
@@ -104,10 +103,12 @@ class Curve:
         return np.array([c.scores.information for c in self.tried[dose]])
 
     def _least_relevance(self) -> float | None:
-        """The target of relevance, or None where unsteered completions have none, as those of a random model."""
+        """The target of relevance, or None where the filter passes random text or unsteered completions have none."""
+        if self.teacher.limits.incoherence >= JUDGES["random"].incoherence:
+            return None
         own = self._relevance(0.0)
         certain = own.mean() > 2 * own.std() / math.sqrt(len(own))
-        return RELEVANCE_KEPT * float(own.mean()) if certain else None
+        return self.config.survival * float(own.mean()) if certain else None
 
     def _point(self, dose: float, survival: float, fitted: float) -> DosePoint:
         some = self.tried[dose]

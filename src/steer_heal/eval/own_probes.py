@@ -48,17 +48,20 @@ def own_probes(
     questions = pool("probe")
     with student.view(history=0.0, now=0.0):
         lm = student.lm
-        greedy, drawn = (_answers(lm, trait, questions, how, on_answers) for how in (None, DRAWS))
+        greedy = _answers(lm, trait, questions, None, on_answers)
         sound = _sound(lm, trait, questions, greedy, limits)
-        apart = _separation(lm, trait, questions, drawn)
-    found = sorted((i for i in range(len(questions)) if sound[i] and apart[i] > 0), key=lambda i: -apart[i])
+        asked = tuple(question for question, fine in zip(questions, sound, strict=True) if fine)
+        drawn = _answers(lm, trait, asked, DRAWS, on_answers) if asked else []
+        apart = dict(zip(asked, _separation(lm, trait, asked, drawn), strict=True)) if asked else {}
+    pairs = dict(zip(questions, greedy, strict=True))
+    found = sorted((question for question in asked if apart[question] > 0), key=lambda q: -apart[q])
     if len(found) < LEAST:
         raise UserError(
             f"this model answers only {len(found)} of {len(questions)} questions differently, and in whole sentences, "
             f"under the two personas of {trait.name!r}: {LEAST} probes are needed. Write personas that differ more, or "
             "[[contrast]] probes of your own, or take a larger model"
         )
-    return [Contrast(questions[i], *(lm.text(ids) for ids in greedy[i])) for i in found[:MOST]]
+    return [Contrast(question, *(lm.text(ids) for ids in pairs[question])) for question in found[:MOST]]
 
 
 def _answers(

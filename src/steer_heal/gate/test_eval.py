@@ -79,7 +79,7 @@ def test_all_instruments_equal_one_item_at_a_time(lm, trait, system):
     assert items["canary_log_odds"] == pytest.approx(margin, abs=1e-3)
     assert np.allclose(got.scenes, profile, rtol=1e-3, atol=1e-9)
     others = bystanders("love", CONFIG.counts.off_target)
-    assert trait.name == "love" and others.keys() == off_target().keys() | {"authority", "calm"}
+    assert trait.name == "love" and others.keys() == off_target().keys() | {"care-over-authority", "calm"}
     for name, probes in others.items():
         assert len(probes) == CONFIG.counts.off_target
         expected = [contrast(p) for p in probes]

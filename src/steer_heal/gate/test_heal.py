@@ -346,11 +346,11 @@ def trained(objectives, fired=(), first=1.0):
 @pytest.mark.parametrize(
     ("objectives", "fired", "epochs", "why"),
     [
-        ((0.9, 0.7, 0.5, 0.3), (), 4, "fallen by 50%"),
+        ((0.9, 0.7, 0.25, 0.2), (), 4, "fallen by 75%"),
         ((0.9, 0.7, 0.69), (), 4, "fell no further"),
         ((0.9, 0.85, 0.8), (1,), 3, "a barrier fired on 50%"),
         ((0.95, 0.9, 0.85, 0.8, 0.75, 0.7), (), 6, "the most"),
-        ((0.4,), (), 2, "fallen by 60%"),
+        ((0.2,), (), 2, "fallen by 80%"),
     ],
 )
 def test_training_goes_on_until_the_objective_has_fallen_or_a_barrier_binds(objectives, fired, epochs, why):

@@ -38,7 +38,7 @@ def log_prob(lm, prompt, answer):
 def said(texts):
     """Replaces `decode`: greedy and random answers to each question under the positive and the negative persona."""
     calls = iter(texts)
-    return lambda lm, prompts, *rest: [Decoded(lm.answer(text), True) for text in next(calls)]
+    return lambda lm, prompts, *rest: [Decoded(lm.answer(text), True) for text in next(calls)[: len(prompts)]]
 
 
 def test_the_probes_are_the_greedy_pairs_that_random_answers_tell_apart(lm, small, monkeypatch):
@@ -60,7 +60,7 @@ def test_the_probes_are_the_greedy_pairs_that_random_answers_tell_apart(lm, smal
 
 
 def test_pairs_of_unlike_length_echoes_and_equal_answers_are_left_out(lm, small, monkeypatch):
-    apart = [2.0 - i / 10 for i in range(12)]
+    apart = [2.0 - i / 10 for i in range(9)]
     monkeypatch.setattr(module, "_separation", lambda *given: apart)
     greedy = [
         [f"Certainly indeed, {word}." for word in "abcdefghijkl"],
@@ -72,7 +72,7 @@ def test_pairs_of_unlike_length_echoes_and_equal_answers_are_left_out(lm, small,
     monkeypatch.setattr(module, "decode", said([*greedy, *greedy]))
     found = own_probes(Student(lm), small, LAX)
     assert [probe.question for probe in found] == [q for i, q in enumerate(QUESTIONS) if i not in (2, 4, 5)]
-    apart[:] = [-1.0] * 5 + [1.0] * 7
+    apart[:] = [-1.0] * 3 + [1.0] * 6
     monkeypatch.setattr(module, "decode", said([*greedy, *greedy]))
     with pytest.raises(UserError, match=r"only 6 of 12 questions .* 8 probes are needed"):
         own_probes(Student(lm), small, LAX)

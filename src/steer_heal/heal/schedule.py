@@ -6,7 +6,7 @@ import math
 from typing import Literal
 
 WARMUP = 0.1  # share of the steps (epochs auto: of the first epoch's) with a rising learning rate
-FALL = 0.5  # epochs auto: share of the objective that has gone when it is enough
+FALL = 0.75  # epochs auto: share of the objective that has gone when it is enough
 STALLED = 0.02  # epochs auto: smallest share by which an epoch must lower the objective
 BINDING = 0.5  # epochs auto: share of an epoch's steps on which a barrier fires when it binds
 MOST_EPOCHS = 6  # epochs auto, with the last one, in which the rate falls

@@ -59,7 +59,7 @@ def _surveyed(config: RunConfig, survey: Survey) -> list[Choice]:
 def _dose(curve: DoseCurve, survival: float) -> Choice:
     own, most = curve.curve[0], curve.curve[-1]
     seen = [f"{point.survival:.0%} pass the filter" for point in (own, most)]
-    why = f"the largest at which {survival:.0%} as many pass as without"
+    why = f"the largest at which {survival:.0%} as many pass as without steering"
     if curve.least_relevance is not None:
         seen = [f"{text}, relevance {point.relevance:.2f}" for text, point in zip(seen, (own, most), strict=True)]
         why += f", and relevance is {curve.least_relevance:.2f}"
@@ -77,4 +77,9 @@ def _epochs(steps: list[HealStep], kept: int, config: TrainingConfig) -> Choice:
     measured = "objective {:.3f} nats in the first epoch, {:.3f} in the last".format(*ends)
     measured += f", where the barrier fired on {last.barrier:.0%} and the anchor on {last.anchor:.0%} of the steps"
     chosen = f"{len(steps) // an_epoch} epochs, {len(steps)} steps"
-    return Choice("heal.training.epochs", measured, chosen, "until it has halved, falls no further, or a barrier binds")
+    return Choice(
+        "heal.training.epochs",
+        measured,
+        chosen,
+        "until three quarters are gone, it falls no further, or a barrier binds",
+    )

@@ -137,7 +137,7 @@ class Work:
 
         @freeing
         def compute() -> list[Contrast]:
-            with progress("own probes", 4 * len(data.pool("probe")), "answer") as done:
+            with progress("own probes", None, "answer") as done:
                 return own_probes(self.student, self.trait, self.config.eval.judge, done)
 
         probes = self.folder.artefacts(Contrast, PROBES, compute)
