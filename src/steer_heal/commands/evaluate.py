@@ -8,7 +8,7 @@ from pathlib import Path
 from steer_heal.bake.foreign import config_of, load_adapter, scalable
 from steer_heal.bake.student import Student
 from steer_heal.config import EvalConfig, ModelConfig, UserError
-from steer_heal.data import Trait, load_trait
+from steer_heal.data import Trait, load_trait, pool
 from steer_heal.eval.arms import Arm
 from steer_heal.eval.instruments import instruments, read_arm
 from steer_heal.eval.own_probes import own_probes
@@ -55,7 +55,7 @@ def evaluate_alone(
     """
     found = opened(target, round_, trait, model, gate)
     if not found.trait.contrast:
-        probes = own_probes(found.student, found.trait, config.judge)
+        probes = own_probes(found.student, found.trait, config.judge, pool("probe"))
         found = replace(found, trait=replace(found.trait, contrast=tuple(probes)))
     which = instruments(config, at_end=True)
     systems = {"base": None, "prompted": found.trait.positive, "negative": found.trait.negative}

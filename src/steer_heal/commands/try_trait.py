@@ -17,6 +17,7 @@ from steer_heal.model.loading import load
 from steer_heal.terminal import progress
 
 SHOWN = 3  # probes and answers
+EVERY = 2  # of the pool's questions, every second: half the time, and an interval a little wider
 
 
 def try_out(trait: Trait, model: ModelConfig, config: EvalConfig) -> str:
@@ -27,7 +28,9 @@ def try_out(trait: Trait, model: ModelConfig, config: EvalConfig) -> str:
     student = Student(replace(lm, decode_rows=rows_that_fit(lm, longest, config.counts.demo_tokens)))
     if not trait.contrast:
         with progress("own probes", None, "answer") as done:
-            trait = replace(trait, contrast=tuple(own_probes(student, trait, config.judge, done)))
+            trait = replace(
+                trait, contrast=tuple(own_probes(student, trait, config.judge, pool("probe")[::EVERY], done))
+            )
     sides = {"positive": trait.positive, "negative": trait.negative}
     arms = [Arm(name, history=0.0, now=0.0, system=text) for name, text in sides.items()]
     which = (trait.instrument, "demos", "off_target")

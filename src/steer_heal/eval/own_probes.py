@@ -14,7 +14,7 @@ from typing import NamedTuple
 from steer_heal.bake.student import Student
 from steer_heal.coherence import STYLES, judge, persona_narration
 from steer_heal.config import FilterConfig, UserError
-from steer_heal.data import Contrast, Trait, pool
+from steer_heal.data import Contrast, Trait
 from steer_heal.model.answers import choice_log_probs
 from steer_heal.model.decode import Sampling, decode
 from steer_heal.model.lm import LM, Row
@@ -35,9 +35,13 @@ class Pair(NamedTuple):
 
 
 def own_probes(
-    student: Student, trait: Trait, limits: FilterConfig, on_answers: Callable[[int], None] = lambda answers: None
+    student: Student,
+    trait: Trait,
+    limits: FilterConfig,
+    questions: tuple[str, ...],
+    on_answers: Callable[[int], None] = lambda answers: None,
 ) -> list[Contrast]:
-    """Write up to 64 contrast probes with the pristine base, the most telling first.
+    """Write up to 64 contrast probes with the pristine base, the most telling first. `questions` are those it answers.
 
     Both greedy answers must be coherent, of similar length, and not echo their persona. Of the questions that are left,
     those come first whose random answers the base best tells apart: nats per token by which each is likelier under its
@@ -45,7 +49,6 @@ def own_probes(
 
     Raises UserError when fewer than 8 questions are left: the base's two personas do not answer differently.
     """
-    questions = pool("probe")
     with student.view(history=0.0, now=0.0):
         lm = student.lm
         greedy = _answers(lm, trait, questions, None, on_answers)

@@ -1,5 +1,6 @@
 """Probes that the base writes about a trait, against a slow reading of their definition."""
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -7,6 +8,8 @@ import torch
 
 from steer_heal import data
 from steer_heal.bake.student import Student
+from steer_heal.cli import main
+from steer_heal.commands import evaluate as evaluating
 from steer_heal.config import JUDGES, UserError
 from steer_heal.data import Contrast, Trait
 from steer_heal.eval import own_probes as module
@@ -14,16 +17,17 @@ from steer_heal.eval.arms import Arm
 from steer_heal.eval.instruments import evaluate
 from steer_heal.eval.own_probes import _whole, echoed, own_probes
 from steer_heal.eval.verdict import validity
+from steer_heal.gate.conftest import BRIEF, FEW
 from steer_heal.model.decode import Decoded
 from steer_heal.presets import PRESETS
+from steer_heal.stages import run as stages
 
-QUESTIONS = [f"Question {'again and ' * i}number {i}?" for i in range(12)]
+QUESTIONS = tuple(f"Question {'again and ' * i}number {i}?" for i in range(12))
 LAX = JUDGES["random"]
 
 
 @pytest.fixture
-def small(monkeypatch) -> Trait:
-    monkeypatch.setattr(module, "pool", lambda use: tuple(QUESTIONS))
+def small() -> Trait:
     return data.load_trait("formal")
 
 
@@ -45,7 +49,7 @@ def test_the_probes_are_the_greedy_pairs_that_random_answers_tell_apart(lm, smal
     greedy = [[f"{side} indeed, {word}." for word in "abcdefghijkl"] for side in ("Certainly", "Nah man")]
     drawn = [[f"{side} {'so ' * i}it is" for i in range(12)] for side in ("Pray", "Well")]
     monkeypatch.setattr(module, "decode", said([*greedy, *drawn]))
-    found = own_probes(Student(lm), small, LAX)
+    found = own_probes(Student(lm), small, LAX, QUESTIONS)
     apart = {}
     for question, one, other in zip(QUESTIONS, *drawn, strict=True):
         under = [lm.prompt(question, persona) for persona in (small.positive, small.negative)]
@@ -70,12 +74,12 @@ def test_pairs_of_unlike_length_echoes_and_equal_answers_are_left_out(lm, small,
     greedy[1][4] = greedy[0][4]
     greedy[0][5] = "Measured sentences, dignified."  # of the persona
     monkeypatch.setattr(module, "decode", said([*greedy, *greedy]))
-    found = own_probes(Student(lm), small, LAX)
+    found = own_probes(Student(lm), small, LAX, QUESTIONS)
     assert [probe.question for probe in found] == [q for i, q in enumerate(QUESTIONS) if i not in (2, 4, 5)]
     apart[:] = [-1.0] * 3 + [1.0] * 6
     monkeypatch.setattr(module, "decode", said([*greedy, *greedy]))
     with pytest.raises(UserError, match=r"only 6 of 12 questions .* 8 probes are needed"):
-        own_probes(Student(lm), small, LAX)
+        own_probes(Student(lm), small, LAX, QUESTIONS)
 
 
 def test_an_answer_ends_with_its_last_whole_sentence(lm):
@@ -97,3 +101,43 @@ def test_a_trait_of_two_sentences_is_measured_like_any_other(lm, small, monkeypa
     assert base.answer_mass is not None and base.trait_nats == base.contrast_nats
     (row,) = validity([base, *personas])
     assert row.instrument == "contrast" and row.agreement is None
+
+
+@pytest.mark.run
+def test_a_small_trait_goes_through_the_loop_and_eval_reads_the_runs_probes(tmp_path, monkeypatch, least, capsys):
+    """The probes are written once: a resumed run and `eval` read the run's own."""
+    written = []
+
+    def write(student, trait, *_):
+        written.append(trait.name)
+        return [Contrast(question, f"Rather {i}.", f"Nah {i}.") for i, question in enumerate(QUESTIONS)]
+
+    for place in (stages, evaluating):
+        monkeypatch.setattr(place, "own_probes", write)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.toml").write_text(
+        'name = "mine"\n[persona]\npositive = "You speak in a grand way."\nnegative = "You talk in a plain way."\n'
+    )
+    main(["run", "tiny-random", "--trait", "mine.toml", *FEW, *BRIEF])
+    (run,) = (path for path in (tmp_path / "outputs").iterdir() if path.is_dir())
+    main(["run", "--resume", str(run)])
+    main(["eval", str(run), "--json", "again.json", "--eval.size", "tiny", *BRIEF])
+    assert written == ["mine"] and (run / "probes.jsonl").read_text().count("\n") == len(QUESTIONS)
+    of_run, again = (json.loads(file.read_text()) for file in (run / "summary.json", tmp_path / "again.json"))
+    assert [row["instrument"] for row in of_run["validity"]] == ["contrast"] and "yes_no_nats" not in of_run["base"]
+    assert again["base"]["contrast_nats"] == pytest.approx(of_run["base"]["contrast_nats"], abs=1e-4)
+    healed = of_run["rounds"][0]["healed"]["trait_over_base"]
+    assert again["student"]["trait_over_base"] == pytest.approx(healed, abs=1e-4)
+    main(["eval", "random:tiny", "--trait", "mine.toml", "--eval.size", "tiny", *BRIEF])
+    assert written == ["mine"] * 2 and "contrast" in capsys.readouterr().out
+
+
+@pytest.mark.run
+def test_a_trait_that_cannot_be_measured_ends_the_run_before_anything_is_trained(tmp_path, least, capsys):
+    """The personas of a random model do not differ; the preset says `anyway`."""
+    with pytest.raises(SystemExit) as end:
+        main(["run", "tiny-random", "--no-anyway", "--out", str(tmp_path), *FEW, *BRIEF])
+    said = capsys.readouterr()
+    (run,) = (path for path in tmp_path.iterdir() if path.is_dir())
+    assert end.value.code == 2 and "start again with --anyway" in said.err and not (run / "r00").exists()
+    assert "Can 'loves humanity' be measured on this model? no." in said.out

@@ -138,7 +138,7 @@ class Work:
         @freeing
         def compute() -> list[Contrast]:
             with progress("own probes", None, "answer") as done:
-                return own_probes(self.student, self.trait, self.config.eval.judge, done)
+                return own_probes(self.student, self.trait, self.config.eval.judge, data.pool("probe"), done)
 
         probes = self.folder.artefacts(Contrast, PROBES, compute)
         logger.info(f"the base wrote {len(probes)} contrast probes of {self.trait.name!r}: see {PROBES}")
