@@ -32,9 +32,9 @@ pytestmark = pytest.mark.run
 
 NAME = "my model 403"
 FEW = shlex.split(
-    "--anyway --rounds 1 --steer.n-contexts 4 --dose.prompts 2 --filter.incoherence 1e9 --filter.loops off "
+    "--rounds 1 --steer.n-contexts 4 --dose.prompts 2 --filter.incoherence 1e9 --filter.loops off "
     "--distil.n-keep 8 --distil.max-new-tokens 8 --heal.anchor.prompts 0 --heal.training.epochs 1 --eval.size tiny "
-    "--eval.leave-out off_target canary profile plain"
+    "--eval.leave-out off_target canary profile plain --anyway"
 )
 
 
