@@ -215,6 +215,11 @@ def _unmeasurable(trait: Trait) -> list[tuple[str, str]]:
             "more, or none, and the base writes them",
         ),
     ]
+    return [(key, what) for fine, key, what in demands if not fine] + list(_twice(trait))
+
+
+def _twice(trait: Trait) -> Iterator[tuple[str, str]]:
+    """Texts that a pool of prompts or probes has twice: the key, and what is wrong with it."""
     pools = {
         "generation_prompts": [_plain(text) for text in trait.generation_prompts],
         "demo_prompts": [_plain(text) for text in trait.demo_prompts],
@@ -222,10 +227,8 @@ def _unmeasurable(trait: Trait) -> list[tuple[str, str]]:
         "[[yes_no]]": [_plain(row.question) for row in trait.yes_no],
     }
     for name, texts in pools.items():
-        twice = [text for text, count in Counter(texts).items() if count > 1]
-        shown = f"{name} has {_shown(twice[0]) if twice else ''} twice: take one out"
-        demands.append((not twice, name.strip("[]"), shown))
-    return [(key, what) for fine, key, what in demands if not fine]
+        if again := [text for text, count in Counter(texts).items() if count > 1]:
+            yield name.strip("[]"), f"{name} has {_shown(again[0])} twice: take one out"
 
 
 def _of_personas(values: dict[str, Any]) -> Iterator[tuple[str, str]]:
