@@ -9,20 +9,20 @@ import shlex
 import signal
 import sys
 import warnings
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from json import dumps
 from pathlib import Path
-from typing import Annotated, Any, Literal
 
 from loguru import logger
-from tyro.conf import Positional, UseAppendAction, arg, subcommand
 
 from steer_heal import VERSION, flags
 from steer_heal.commands.preset import flag_value, unknown_preset, with_preset
-from steer_heal.config import EvalConfig, ModelConfig, RunConfig, UserError, check
+from steer_heal.config import ModelConfig, RunConfig, UserError
+from steer_heal.demands import check
 from steer_heal.presets import DEFAULT_PRESET, MODELS_TOO, PRESETS
 from steer_heal.processor import processor
 from steer_heal.terminal import harmless, program, take_any_text
+from steer_heal.verbs import Bench, Chat, Eval, Export, Report, Results, Run, Sweep, Trait, verbs
 
 INTERRUPTED = 130  # the shell's code for Ctrl-C
 CANNOT_WRITE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM}
@@ -73,7 +73,7 @@ def carry_out(argv: list[str]) -> None:
         flags.short_help(_chosen(argv).config)
     argv = ["--help" if word == "--help-all" else word for word in argv]
     chosen = _chosen(argv)
-    asked = flags.read(_verbs(chosen), argv, "steer-heal")
+    asked = flags.read(verbs(chosen), argv, "steer-heal")
     match asked:
         case Run() if asked.preset != chosen.preset:
             raise UserError(f"the preset comes first: steer-heal run {asked.preset} ...")
@@ -93,7 +93,7 @@ def carry_out(argv: list[str]) -> None:
             export(asked)
         case Chat():
             chat(asked)
-        case TraitVerb():
+        case Trait():
             trait(asked)
         case Bench():
             bench(asked)
@@ -144,17 +144,6 @@ def _log_above_bars() -> None:
     )
 
 
-@dataclass(frozen=True)
-class Run:
-    """Steer, distil, heal and bake a trait into a model, round after round.
-
-    Example: steer-heal run smollm2-135m --trait mine.toml --rounds 4 --seed 1
-    """
-
-    preset: Positional[Annotated[str, arg(help=f"one of {', '.join(PRESETS)}; or {MODELS_TOO}")]] = DEFAULT_PRESET
-    config: Annotated[RunConfig, arg(name="")] = PRESETS[DEFAULT_PRESET]
-
-
 def run(asked: Run, argv: list[str]) -> None:
     from steer_heal.commands.run import run as do
     from steer_heal.report import page as reporting
@@ -173,35 +162,6 @@ def run(asked: Run, argv: list[str]) -> None:
     )
 
 
-@dataclass(frozen=True)
-class Sweep:
-    """Many runs: a grid over flags times seeds. The same command again continues the runs that are not finished.
-
-    Example: steer-heal sweep agg --grid heal.barrier.agg=mean,rmse --seeds 41,42 -- smollm2-135m --rounds 2
-    """
-
-    name: Positional[str]
-    """name of the sweep and of its folder under --out"""
-    grid: UseAppendAction[tuple[str, ...]] = ()
-    """a flag of `run` and its values, FLAG=VALUE,VALUE; once per dimension; a pair of numbers is written 0.4+0.6"""
-    seeds: str = "0"
-    """seeds of every arm, separated by commas"""
-    hypothesis: str = ""
-    """one sentence that the sweep is to support or refute; `results` shows it above the arms"""
-    engine: Literal["local", "ray"] = "local"
-    """local: one run after another on this machine; ray: tasks on a cluster, or on a Ray started here"""
-    cpus: int | None = None
-    """threads per run (ray: CPUs that a run reserves); default: all of this machine"""
-    gpus: float = 0.0
-    """ray: GPUs that a run reserves, e.g. 1 or 0.5"""
-    workers: int | None = None
-    """ray started here: number of runs at once"""
-    address: str | None = None
-    """ray: address of the cluster, e.g. auto"""
-    out: str = "outputs"
-    """folder that holds sweeps"""
-
-
 def sweep(asked: Sweep, shared: tuple[str, ...]) -> None:
     """`shared` are the preset and the flags of all runs."""
     from steer_heal.sweep.plan import plan, seed_list
@@ -214,35 +174,6 @@ def sweep(asked: Sweep, shared: tuple[str, ...]) -> None:
     failed = do(planned, asked.engine, cpus or os.cpu_count(), gpus, asked.address, workers)
     print(f"the arms as a table:  {program()} results --out {shlex.quote(asked.out)}")
     sys.exit(1 if failed else 0)
-
-
-@dataclass(frozen=True)
-class Eval:
-    """Read the instruments alone: on base, both personas as prompts and, for an adapter or a run, the student.
-
-    Example: steer-heal eval outputs/RUN --round 0 --json round0.json
-    """
-
-    target: Positional[str]
-    """a run folder, a PEFT adapter's folder, or a model (hub id, folder, .gguf, smollm2-135m)"""
-    round: int | None = None
-    """for a run: the student after this round (from 0); default: the last finished round"""
-    gate: float = 1.0
-    """scale of the adapter: 0 is the base, 1 the student"""
-    trait: str | None = None
-    """built-in trait or .toml file; default: the run's own trait, else love"""
-    json: str | None = None
-    """file for every figure with its interval"""
-    base: str = ""
-    """for an adapter: the base model to load instead of the one that the adapter names"""
-    quant: Literal["none", "nf4"] = "none"
-    """for a model or adapter: nf4 holds the base in 4 bits. A run is loaded as it was made"""
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """for a model or adapter: type of the weights that are not quantised"""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """for a model or adapter"""
-    eval: EvalConfig = field(default_factory=EvalConfig)
-    """which instruments are read, and how many items of each"""
 
 
 def evaluate(asked: Eval) -> None:
@@ -260,30 +191,6 @@ def evaluate(asked: Eval) -> None:
         Path(asked.json).write_text(dumps(unstructured(record), indent=1), "utf-8")
 
 
-@dataclass(frozen=True)
-class Results:
-    """Show all runs under a folder: one row per run, and every sweep's arms under its hypothesis.
-
-    Example: steer-heal results --by heal.barrier.agg heal.barrier.tau --markdown table.md
-    """
-
-    out: str = "outputs"
-    """the folder that holds run folders"""
-    by: tuple[str, ...] = ()
-    """flags of `run`: one row for each of their values, with mean and interval over the seeds"""
-    rounds: bool = False
-    """one row per round: the arms, the student minus each, and the cost; for every sweep also the differences between
-    its arms after each round"""
-    csv: str | None = None
-    """file for the table"""
-    json: str | None = None
-    """file for the table"""
-    markdown: str | None = None
-    """file for the table"""
-    html: str | None = None
-    """file for a page with the figures, means and intervals over the seeds"""
-
-
 def results(asked: Results) -> None:
     from steer_heal.sweep import results as listing
 
@@ -292,40 +199,10 @@ def results(asked: Results) -> None:
     listing.show(Path(asked.out), asked.by, asked.rounds, files)
 
 
-@dataclass(frozen=True)
-class Report:
-    """Rebuild report.html and diary.md of a run folder, finished or not.
-
-    Example: steer-heal report outputs/RUN
-    """
-
-    run: Positional[str]
-    """the run folder"""
-
-
 def report(asked: Report) -> None:
     from steer_heal.report import page as reporting
 
     print(reporting.build(Path(asked.run)))
-
-
-@dataclass(frozen=True)
-class Export:
-    """Write a run's result for others to load: a PEFT adapter, or with --merge a whole model.
-
-    Both include a README with the description, the measurements and the command that made the run.
-
-    Example: steer-heal export outputs/RUN --to my-model --merge
-    """
-
-    run: Positional[str]
-    """the run folder"""
-    to: str
-    """the folder to write, new or empty"""
-    merge: bool = False
-    """write a float model that plain transformers loads, instead of an adapter"""
-    round: int | None = None
-    """the student after this round (from 0); default: the last finished round"""
 
 
 def export(asked: Export) -> None:
@@ -333,23 +210,6 @@ def export(asked: Export) -> None:
 
     write(Path(asked.run), Path(asked.to), asked.round, asked.merge)
     print(f"written: {asked.to}")
-
-
-@dataclass(frozen=True)
-class Chat:
-    """Talk to a run's result: base and student answer side by side, streamed; /help lists the commands.
-
-    Example: steer-heal chat outputs/RUN --gate 0.5
-    """
-
-    run: Positional[str]
-    """the run folder"""
-    round: int | None = None
-    """the student after this round (from 0); default: the last finished round"""
-    gate: float = 1.0
-    """scale of the student's adapter: 0 is the base, 1 the student"""
-    max_new_tokens: int = 128
-    """length limit of an answer, tokens"""
 
 
 def chat(asked: Chat) -> None:
@@ -361,24 +221,7 @@ def chat(asked: Chat) -> None:
     talk(Path(asked.run), asked.gate, asked.max_new_tokens, asked.round)
 
 
-@dataclass(frozen=True)
-class TraitVerb:
-    """Traits: `list` and `show` the built-in ones, begin a file with `new`, find what is wrong with one by `check`.
-
-    Example: steer-heal trait check patient.toml --model smollm2-135m
-    """
-
-    action: Positional[Literal["list", "show", "new", "check"]]
-    """list: the built-in traits. show: the file of one. new: write the smallest file. check: all problems of a file"""
-    name: Positional[str] = ""
-    """show: a built-in trait. new: the trait's name. check: a .toml file or a built-in trait"""
-    model: str = ""
-    """check: try the trait out on this model as well (hub id, folder, .gguf, smollm2-135m)"""
-    quant: Literal["none", "nf4"] = "none"
-    """check: nf4 holds that model in 4 bits"""
-
-
-def trait(asked: TraitVerb) -> None:
+def trait(asked: Trait) -> None:
     from steer_heal.commands import trait as traits
 
     if (asked.action == "list") == bool(asked.name):
@@ -397,7 +240,7 @@ def trait(asked: TraitVerb) -> None:
             _check_trait(asked)
 
 
-def _check_trait(asked: TraitVerb) -> None:
+def _check_trait(asked: Trait) -> None:
     from steer_heal.commands import trait as traits
 
     found = traits.check(asked.name)
@@ -412,32 +255,6 @@ def _check_trait(asked: TraitVerb) -> None:
 
         model = replace(PRESETS["auto"].model, path=asked.model, quant=asked.quant)
         print(try_out(found.trait, model, PRESETS["auto"].eval))
-
-
-@dataclass(frozen=True)
-class Bench:
-    """Compare speed, memory or filter quality on this machine; print the figures, and with --json write them to a file.
-
-    Example: steer-heal bench heal --json heal.json
-    """
-
-    what: Positional[Literal["demo", "generate", "heal", "filter", "eval"]]
-    """demo: a whole run, its seconds until something is to be seen and of each stage. generate: steered sampling, one
-    row at a time against one batch. heal: a training step with full logits, plain fine-tuning and ours, and the cost of
-    folded rounds. eval: the instruments against a plain loop with one forward pass per item and answer. filter:
-    precision and recall on labelled completions"""
-    preset: str = "smollm2-135m"
-    """preset whose model is measured (heal has its own models)"""
-    rounds: int | None = None
-    """demo: number of rounds; default: the preset's"""
-    rows: int = 64
-    """generate: number of completions"""
-    tokens: int = 64
-    """generate: length of a completion, tokens"""
-    json: str | None = None
-    """file for the figures"""
-    figure: str | None = None
-    """filter: .html file for precision and recall against the threshold"""
 
 
 def bench(asked: Bench) -> None:
@@ -484,21 +301,6 @@ def _measured(asked: Bench) -> dict:
             return filter.filter(asked.preset)
         case "eval":
             return instruments.instruments_bench(asked.preset)
-
-
-def _verbs(chosen: Run) -> Any:
-    """Return the union of the verbs' dataclasses; the flags of `run` have the chosen preset's values as defaults."""
-    return (
-        Annotated[Run, subcommand("run", default=chosen)]
-        | Annotated[Sweep, subcommand("sweep")]
-        | Annotated[Eval, subcommand("eval")]
-        | Annotated[Results, subcommand("results")]
-        | Annotated[Report, subcommand("report")]
-        | Annotated[Export, subcommand("export")]
-        | Annotated[Chat, subcommand("chat")]
-        | Annotated[TraitVerb, subcommand("trait")]
-        | Annotated[Bench, subcommand("bench")]
-    )
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from loguru import logger
 
 from steer_heal.config import UserError
 from steer_heal.distil.sample import Exhausted
-from steer_heal.eval.reading import ArmReading
+from steer_heal.eval.reading import ArmReading, Survey
 from steer_heal.eval.verdict import expressible
 from steer_heal.heal.steps import barrier_warning
 from steer_heal.report.card import model_card
@@ -24,23 +24,24 @@ from steer_heal.stages.round import RoundStages
 from steer_heal.stages.run import Work
 
 
+class Unmeasurable(UserError):
+    """The trait's two personas do not score differently on its own instrument."""
+
+
 def run(work: Work) -> Summary:
     """Do all rounds of a run; return the summary that is also in summary.json."""
     work = work.with_probes()
-    first = work.first_look()
-    print(f"\n{first_look_text(work.trait, first)}\n")
-    require_expressible(work, first)
-    arms, anchors = work.baselines(first), work.anchors()
+    first = look(work)
+    arms, anchors, survey = work.baselines(first), work.anchors(), work.survey
     rounds: list[Round] = []
     stopped = ""
     for number in range(work.config.rounds):
         stage = RoundStages(work, number, rounds)
-        extraction = stage.extract()
-        vector, layers = extraction
+        vector, layers = stage.extract()
         if number == 0:
             arms = replace(arms, plain=work.steer_plainly(vector))
         try:
-            dose = stage.find_dose(extraction)
+            dose = stage.find_dose(vector, layers)
             completions = stage.distil(vector, dose)
         except Exhausted as end:
             if number == 0:
@@ -69,29 +70,35 @@ def run(work: Work) -> Summary:
             arms = work.baselines_in_full(arms)
             done = stage.read_fully(done, arms)
         rounds.append(done)
-        if number == 0 and (found := choices(work.config, work.survey, done)):
-            print(f"\n{recipe_table(found)}")
         stage.note_demos(arms.base, steered, healed)
-        announce(work, arms, rounds)
+        announce(work, arms, rounds, survey)
     if stopped:
         arms = work.baselines_in_full(arms)
         rounds[-1] = RoundStages(work, len(rounds) - 1, rounds[:-1]).read_fully(rounds[-1], arms)
     return finish(work, arms, rounds, stopped)
 
 
-def require_expressible(work: Work, first: list[ArmReading]) -> None:
-    """Raise UserError, before anything is trained, when the trait cannot be measured on this model."""
+def look(work: Work) -> list[ArmReading]:
+    """Show whether the trait can be measured on this model, and the base's first answers.
+
+    Raises Unmeasurable, before anything is trained, when it cannot.
+    """
+    first = work.first_look()
+    print(f"\n{first_look_text(work.trait, first)}\n")
     if not (expressible(first, work.trait.instrument) or work.config.anyway):
-        raise UserError(
+        raise Unmeasurable(
             f"under its two personas this model does not score differently on the probes of {work.trait.name!r}: what "
             "is trained could not be measured. Write personas that differ more or other probes, take a larger model, "
             "or start again with --anyway"
         )
+    return first
 
 
-def announce(work: Work, arms: Baselines, rounds: list[Round]) -> None:
-    """Report the last round: its arms, how often the barrier fired, the verdict."""
+def announce(work: Work, arms: Baselines, rounds: list[Round], survey: Survey | None) -> None:
+    """Report the last round: its arms, how often the barrier fired, the verdict; after the first, what was chosen."""
     done, left = rounds[-1], work.config.rounds - len(rounds)
+    if done.number == 0 and (found := choices(work.config, survey, done)):
+        print(f"\n{recipe_table(found)}")
     table = arm_table(arms.base, arms.prompted, done.steered, *done.opponents, done.healed)
     print(f"\nround {done.number}\n{table}\n")
     barrier_warning(done.steps, work.config.heal)

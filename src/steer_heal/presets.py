@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 from dataclasses import replace
 from pathlib import Path
-from typing import get_args
 
 from steer_heal.config import (
+    EXTRA,
     JUDGES,
     AdapterConfig,
     AnchorConfig,
@@ -15,7 +15,6 @@ from steer_heal.config import (
     DistilConfig,
     DoseConfig,
     EvalConfig,
-    Extra,
     HealConfig,
     ModelConfig,
     RunConfig,
@@ -24,17 +23,8 @@ from steer_heal.config import (
     TrainingConfig,
 )
 
-EXTRA = get_args(Extra)  # read at the ends only, where a round should be quick
 PUBLISHED = RunConfig(model=ModelConfig(device="cuda"))
-# The settings that kept SmolLM2-135M coherent (docs/results.md). Their thresholds, in nats, are that model's.
 BUDGET = BarrierConfig(kind="dual", reference="base", lam=1.0)  # lam applies only to kind fixed
-ANCHORED = HealConfig(
-    target=TargetConfig(kind="mirrored"),
-    barrier=BUDGET,
-    anchor=AnchorConfig(prompts=96, tau=0.16),
-    training=TrainingConfig(lr_round_pow=-1.0),
-)
-
 # The recipe that sets itself: what differs between models is measured in round 0 (`auto`). This one is for a CPU.
 AUTO = RunConfig(
     model=ModelConfig(quant="none"),
@@ -45,7 +35,7 @@ AUTO = RunConfig(
     distil=DistilConfig(n_keep=48, max_new_tokens=32),
     heal=HealConfig(
         target=TargetConfig(kind="mirrored"),
-        barrier=BarrierConfig(kind="dual", reference="base", tau="auto", tau_share=0.25),
+        barrier=replace(BUDGET, tau="auto", tau_share=0.25),
         anchor=AnchorConfig(prompts=96, tau="auto"),
         training=TrainingConfig(lr=4e-4, lr_round_pow=-1.0, epochs="auto", pass_rows=9, val_share=0.0),
         lora=AdapterConfig(r=16),
@@ -55,10 +45,14 @@ AUTO = RunConfig(
 # The same with the sizes of the published recipe; never run.
 AUTO_GPU = replace(
     PUBLISHED,
-    steer=SteerConfig(band="auto"),
-    dose=replace(AUTO.dose, prompts=24),
-    heal=replace(AUTO.heal, training=replace(AUTO.heal.training, lr=2e-4, pass_rows=3, val_share=0.125)),
-    eval=EvalConfig(plain_range="auto"),
+    steer=replace(PUBLISHED.steer, band="auto"),
+    dose=AUTO.dose,
+    heal=replace(
+        AUTO.heal,
+        training=replace(PUBLISHED.heal.training, lr_round_pow=-1.0, epochs="auto"),
+        lora=PUBLISHED.heal.lora,
+    ),
+    eval=replace(PUBLISHED.eval, plain_range="auto"),
 )
 
 PRESETS: dict[str, RunConfig] = {
@@ -66,21 +60,21 @@ PRESETS: dict[str, RunConfig] = {
     "gemma-3-1b-published": PUBLISHED,
     "gemma-3-4b": replace(AUTO_GPU, model=replace(PUBLISHED.model, path="google/gemma-3-4b-it")),
     "auto": AUTO,
-    "smollm2-135m": RunConfig(
+    # Tuned by hand on love, with an anchor in one frame (docs/results.md); the thresholds, in nats, are this model's.
+    "smollm2-135m": replace(
+        AUTO,
         model=ModelConfig(path="smollm2-135m", quant="none", device="cpu"),
-        trait="love",
         rounds=3,
-        steer=SteerConfig(n_contexts=32, band=(0.3, 0.7)),
+        steer=replace(AUTO.steer, band=(0.3, 0.7)),
         # Small doses keep the text coherent. heal.target.gain sets how far the trait moves.
         dose=DoseConfig(range=(0.2, 0.45), steps=4, prompts=10),
-        distil=DistilConfig(n_keep=48, max_new_tokens=32),
         heal=replace(
-            ANCHORED,
+            AUTO.heal,
             barrier=replace(BUDGET, tau=0.6),  # between 0.6 and 0.8 this model's answers begin to fall apart
-            training=replace(ANCHORED.training, lr=4e-4, pass_rows=9, val_share=0.0),
-            lora=AdapterConfig(r=16),
+            anchor=replace(AUTO.heal.anchor, tau=0.16),
+            training=replace(AUTO.heal.training, epochs=2),
         ),
-        eval=EvalConfig(size="demo", ends_only=EXTRA, plain_range=(0.1, 1.35)),
+        eval=replace(AUTO.eval, plain_range=(0.1, 1.35)),
     ),
     # A random model writes rubbish at any dose, so filter and judge have limits that random text passes.
     "tiny-random": RunConfig(
@@ -101,8 +95,6 @@ PRESETS: dict[str, RunConfig] = {
     ),
 }
 DEFAULT_PRESET = "gemma-3-1b"
-
-
 RECIPES = {"cpu": "auto", "cuda": "gemma-3-1b"}  # presets with which a model without one of its own is run
 MODELS_TOO = "a model: a hub id (owner/name), a folder or a .gguf file"
 

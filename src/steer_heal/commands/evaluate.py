@@ -11,7 +11,7 @@ from steer_heal.config import EvalConfig, ModelConfig, UserError
 from steer_heal.data import Trait, load_trait, pool
 from steer_heal.eval.arms import Arm
 from steer_heal.eval.instruments import instruments, read_arm
-from steer_heal.eval.own_probes import own_probes
+from steer_heal.eval.own_probes import probed
 from steer_heal.eval.record import ArmSummary, arm_record
 from steer_heal.eval.verdict import Validity, Verdict, expressible, validity, verdict
 from steer_heal.model.loading import load
@@ -54,9 +54,7 @@ def evaluate_alone(
     Raises UserError when the target cannot be measured.
     """
     found = opened(target, round_, trait, model, gate)
-    if not found.trait.contrast:
-        probes = own_probes(found.student, found.trait, config.judge, pool("probe"))
-        found = replace(found, trait=replace(found.trait, contrast=tuple(probes)))
+    found = replace(found, trait=probed(found.student, found.trait, config.judge, pool("probe")))
     which = instruments(config, at_end=True)
     systems = {"base": None, "prompted": found.trait.positive, "negative": found.trait.negative}
     wanted = [Arm(name, history=0.0, now=0.0, system=system) for name, system in systems.items()]

@@ -10,7 +10,8 @@ from pathlib import Path
 import torch
 
 from steer_heal import data, loop
-from steer_heal.config import ModelConfig, RunConfig, UserError, check, settled
+from steer_heal.config import ModelConfig, RunConfig, UserError, settled
+from steer_heal.demands import check
 from steer_heal.eval.foundations import check_profile
 from steer_heal.heal.train import check_optimiser
 from steer_heal.model.lm import LM
@@ -87,7 +88,7 @@ def loop_of(config: RunConfig, preset: str, folder: RunDir, trait: data.Trait, l
     folder.follow = follower(config.track, folder.path.name, described(config))
     try:
         return loop.run(Work.begun(config, preset, folder, trait, lm))
-    except Damaged:
+    except (Damaged, loop.Unmeasurable):
         raise
     except UserError as error:
         raise UserError(f"{error}. What is done is kept, go on with: {folder.resuming}") from error

@@ -17,6 +17,7 @@ from steer_heal.data import (
     Contrast,
     Trait,
     load_trait,
+    normalised,
     pool,
     read_trait,
     trait_text,
@@ -116,8 +117,8 @@ def advice_of(trait: Trait) -> Iterator[str]:
         yield f"the personas have {words[0]} and {words[1]} words: write them equally long, or length becomes the trait"
     if trait.contrast:
         yield from _of_probes(trait.contrast)
-    asked = {_plain(p.question) for p in (*trait.contrast, *trait.yes_no)}
-    both = [text for text in (*trait.generation_prompts, *trait.demo_prompts) if _plain(text) in asked]
+    asked = {normalised(p.question) for p in (*trait.contrast, *trait.yes_no)}
+    both = [text for text in (*trait.generation_prompts, *trait.demo_prompts) if normalised(text) in asked]
     if both:
         yield f"{len(both)} prompts are also probes, e.g. {both[0]!r}: what is trained on must not be measured"
 
@@ -135,7 +136,3 @@ def _of_probes(probes: tuple[Contrast, ...]) -> Iterator[str]:
         word, times = first.most_common(1)[0]
         if times >= TELLING * count:
             yield f"{times} of {count} {side} answers begin with {word!r}: the first word alone tells them apart"
-
-
-def _plain(text: str) -> str:
-    return " ".join(text.lower().split())

@@ -6,15 +6,15 @@ from dataclasses import replace
 
 from steer_heal.bake.student import Student
 from steer_heal.config import EvalConfig, ModelConfig
-from steer_heal.data import Trait, bystanders, pool
+from steer_heal.data import Trait, pool
 from steer_heal.eval.arms import Arm
 from steer_heal.eval.instruments import read_arm
 from steer_heal.eval.intervals import interval
-from steer_heal.eval.own_probes import own_probes
+from steer_heal.eval.own_probes import probed
 from steer_heal.eval.reading import ArmReading, paired
+from steer_heal.eval.verdict import off_target_moves
 from steer_heal.model.decode import rows_that_fit
 from steer_heal.model.loading import load
-from steer_heal.terminal import progress
 
 SHOWN = 3  # probes and answers
 EVERY = 2  # of the pool's questions, every second: half the time, and an interval a little wider
@@ -26,11 +26,7 @@ def try_out(trait: Trait, model: ModelConfig, config: EvalConfig) -> str:
     lm = load(model)
     longest = max(len(lm.prompt(text, trait.positive)) for text in (*pool("probe"), *trait.demo_prompts))
     student = Student(replace(lm, decode_rows=rows_that_fit(lm, longest, config.counts.demo_tokens)))
-    if not trait.contrast:
-        with progress("own probes", None, "answer") as done:
-            trait = replace(
-                trait, contrast=tuple(own_probes(student, trait, config.judge, pool("probe")[::EVERY], done))
-            )
+    trait = probed(student, trait, config.judge, pool("probe")[::EVERY])
     sides = {"positive": trait.positive, "negative": trait.negative}
     arms = [Arm(name, history=0.0, now=0.0, system=text) for name, text in sides.items()]
     which = (trait.instrument, "demos", "off_target")
@@ -40,8 +36,7 @@ def try_out(trait: Trait, model: ModelConfig, config: EvalConfig) -> str:
         lines += [f"  probe: {probe.question}", f"    trait:    {probe.trait}", f"    opposite: {probe.opposite}"]
     for one, other in list(zip(positive.demos, negative.demos, strict=True))[:SHOWN]:
         lines += [f"  asked: {one.prompt}", f"    positive: {one.text}", f"    negative: {other.text}"]
-    moves = {name: paired(positive, negative, f"off:{name}") for name in bystanders(trait.name, 1)}
-    along = [f"{name} {move.mean():+.2f}" for name, move in moves.items() if not _holds_zero(interval(move))]
+    along = [f"{name} {move:+.2f}" for name, move in off_target_moves(positive, negative).items()]
     return "\n".join([*lines, f"what moves along: {', '.join(along) or 'none of the other traits that were read'}"])
 
 
@@ -53,7 +48,3 @@ def _separation(trait: Trait, model: str, positive: ArmReading, negative: ArmRea
         f"{change.mean():+.3f} [{low:+.3f}, {high:+.3f}] on {len(change)} {trait.instrument} probes, "
         f"{change[0::2].mean():+.3f} and {change[1::2].mean():+.3f} on their halves"
     )
-
-
-def _holds_zero(ends: tuple[float, float]) -> bool:
-    return ends[0] <= 0 <= ends[1]

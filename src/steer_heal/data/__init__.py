@@ -166,65 +166,54 @@ def read_trait(text: str) -> tuple[Trait | None, list[Problem]]:
     return trait, [reading.problem(key, f": {what}") for key, what in _unmeasurable(trait)]
 
 
-def _unmeasurable(trait: Trait) -> list[tuple[str, str]]:
+def _unmeasurable(trait: Trait) -> Iterator[tuple[str, str]]:
     """What contradicts itself in a trait: the key, and what is wrong with it."""
+    if len(trait.name) > LONGEST_NAME or not trait.name.isprintable():
+        limit = f"at most {LONGEST_NAME} characters, none of them a control character"
+        yield "name", f"name is {_shown(trait.name)}: {limit}"
+    if trait.direction not in (1, -1):
+        yield "direction", f"direction is {trait.direction}, it must be 1 or -1"
+    if trait.instrument not in ("contrast", "yes_no"):
+        yield "instrument", f"instrument is {_shown(trait.instrument)}, it must be 'contrast' or 'yes_no'"
+    if trait.instrument == "yes_no" and not trait.yes_no:
+        missing = "there are no [[yes_no]] questions: write some, or leave the instrument out"
+        yield "instrument", f"instrument is 'yes_no', and {missing}"
+    asked = {*map(normalised, trait.generation_prompts)}
+    if both := [text for text in trait.demo_prompts if normalised(text) in asked]:
+        yield "demo_prompts", f"demo_prompts has {_shown(both[0])}, which is a generation prompt: write another"
+    yield from _of_probes(trait)
+    yield from _twice(trait)
+
+
+def _of_probes(trait: Trait) -> Iterator[tuple[str, str]]:
+    """What is wrong with the probes: the key, and what is wrong with it."""
     yes = sum(row.trait_answer == "yes" for row in trait.yes_no)
     no = len(trait.yes_no) - yes
-    asked, shown = ({_plain(text): text for text in pool} for pool in (trait.generation_prompts, trait.demo_prompts))
-    both = [text for plain, text in shown.items() if plain in asked]
-    same = [row.question for row in trait.contrast if _plain(row.trait) == _plain(row.opposite)]
-    odd = [row.trait_answer for row in trait.yes_no if row.trait_answer not in ("yes", "no")]
-    demands = [
-        (
-            len(trait.name) <= LONGEST_NAME and trait.name.isprintable(),
-            "name",
-            f"name is {_shown(trait.name)}: at most {LONGEST_NAME} characters, none of them a control character",
-        ),
-        (trait.direction in (1, -1), "direction", f"direction is {trait.direction}, it must be 1 or -1"),
-        (
-            trait.instrument in ("contrast", "yes_no"),
-            "instrument",
-            f"instrument is {_shown(trait.instrument)}, it must be 'contrast' or 'yes_no'",
-        ),
-        (
-            trait.instrument != "yes_no" or bool(trait.yes_no),
-            "instrument",
-            "instrument is 'yes_no', and there are no [[yes_no]] questions: write some, or leave the instrument out",
-        ),
-        (not odd, "trait_answer", f"trait_answer is {_shown(odd[0]) if odd else ''}, it must be 'yes' or 'no'"),
-        (
-            abs(yes - no) <= max(1, 0.2 * len(trait.yes_no)),
+    if odd := [row.trait_answer for row in trait.yes_no if row.trait_answer not in ("yes", "no")]:
+        yield "trait_answer", f"trait_answer is {_shown(odd[0])}, it must be 'yes' or 'no'"
+    if abs(yes - no) > max(1, 0.2 * len(trait.yes_no)):
+        yield (
             "yes_no",
             f"[[yes_no]] has {yes} probes whose trait_answer is 'yes' and {no} with 'no': a model that likes to say "
             "yes would pass for one with the trait, balance them",
-        ),
-        (
-            not both,
-            "demo_prompts",
-            f"demo_prompts has {_shown(both[0]) if both else ''}, which is a generation prompt: write another",
-        ),
-        (
-            not same,
-            "contrast",
-            f"[[contrast]] {_shown(same[0]) if same else ''} has the same answer twice: write its opposite",
-        ),
-        (
-            not 0 < len(trait.contrast) < LEAST_PROBES,
+        )
+    if same := [row.question for row in trait.contrast if normalised(row.trait) == normalised(row.opposite)]:
+        yield "contrast", f"[[contrast]] {_shown(same[0])} has the same answer twice: write its opposite"
+    if 0 < len(trait.contrast) < LEAST_PROBES:
+        yield (
             "contrast",
             f"[[contrast]] has {len(trait.contrast)} probes: an interval needs {LEAST_PROBES}, a narrow one 32; write "
             "more, or none, and the base writes them",
-        ),
-    ]
-    return [(key, what) for fine, key, what in demands if not fine] + list(_twice(trait))
+        )
 
 
 def _twice(trait: Trait) -> Iterator[tuple[str, str]]:
     """Texts that a pool of prompts or probes has twice: the key, and what is wrong with it."""
     pools = {
-        "generation_prompts": [_plain(text) for text in trait.generation_prompts],
-        "demo_prompts": [_plain(text) for text in trait.demo_prompts],
-        "[[contrast]]": [_plain(f"{row.question} | {row.trait}") for row in trait.contrast],
-        "[[yes_no]]": [_plain(row.question) for row in trait.yes_no],
+        "generation_prompts": [normalised(text) for text in trait.generation_prompts],
+        "demo_prompts": [normalised(text) for text in trait.demo_prompts],
+        "[[contrast]]": [normalised(f"{row.question} | {row.trait}") for row in trait.contrast],
+        "[[yes_no]]": [normalised(row.question) for row in trait.yes_no],
     }
     for name, texts in pools.items():
         if again := [text for text, count in Counter(texts).items() if count > 1]:
@@ -240,11 +229,11 @@ def _of_personas(values: dict[str, Any]) -> Iterator[tuple[str, str]]:
             yield key, f"{shown}: describe it in {few} words or more, and at most {many} characters"
         if not text.replace("\n", " ").isprintable():
             yield key, f"{shown}: it has a control character, take it out"
-    if len({_plain(text) for text in texts.values()}) < len(texts):
+    if len({normalised(text) for text in texts.values()}) < len(texts):
         yield "negative", f"persona.positive and persona.negative are the same text ({shown}): write opposites"
 
 
-def _plain(text: str) -> str:
+def normalised(text: str) -> str:
     """Normalise case and spaces, so that texts that differ only in them are equal."""
     return " ".join(text.lower().split())
 

@@ -42,17 +42,17 @@ def dose_curve(
     Args:
         smallest: for `dose.range` auto: the dose that is doubled until a target is missed.
     """
-    curve = Curve(teacher, prompts[: config.prompts], config, on_rows)
+    trials = Trials(teacher, prompts[: config.prompts], config, on_rows)
     if config.range == "auto":
-        curve.double(smallest)
+        trials.double(smallest)
     else:
         lowest, highest = config.range
         ratio = (highest / lowest) ** (1 / max(1, config.steps - 1))
-        curve.read([0.0, *(lowest * ratio**i for i in range(config.steps))])
-    return curve.chosen() if config.rule == "survival" else _with_kl(teacher, config, curve.chosen())
+        trials.read([0.0, *(lowest * ratio**i for i in range(config.steps))])
+    return trials.chosen() if config.rule == "survival" else _with_kl(teacher, config, trials.chosen())
 
 
-class Curve:
+class Trials:
     """The doses tried so far, with the completions at each."""
 
     def __init__(self, teacher: Teacher, asked: list[str], config: DoseConfig, on_rows: Progress) -> None:

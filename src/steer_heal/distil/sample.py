@@ -120,16 +120,14 @@ def rows_of(lm: LM, completions: list[Completion]) -> list[Row]:
     return [Row(lm.prompt(c.prompt), c.ids) for c in completions]
 
 
-def anchors(
+def anchor_texts(
     student: Student, count: int, config: DistilConfig, key: tuple, on_rows: Progress = lambda rows: None
 ) -> list[Anchor]:
     """Make `count` texts on which a healed model should not move, in the frames in which a model is used.
 
-    The frames take turns: five of six mundane prompts come with a system text or after a first exchange, and every
-    seventh text is plain text without a chat. The pristine base answers the prompts.
+    The frames of ANCHORED and plain text without a chat take turns. The pristine base answers the mundane prompts.
     """
     lm, turns = student.lm, len(ANCHORED) + 1
-    texts = [tuple(lm.tokenizer(text).input_ids) for text in data.plain()]
     asked = [(ANCHORED[i % turns], prompt) for i, prompt in enumerate(data.mundane()[:count]) if i % turns < turns - 1]
     prompts = [lm.prompt(prompt, frame=frame) for frame, prompt in asked]
     with student.view(history=0.0, now=0.0):
@@ -138,7 +136,7 @@ def anchors(
         Anchor(frame=frame.name, prompt=prompt, ids=c.ids, ended=c.ended, text=lm.text(c.ids))
         for (frame, prompt), c in zip(asked, written, strict=True)
     ]
-    plain = [list(ids[: config.max_new_tokens + 1]) for ids in texts[: count // turns]]
+    plain = [lm.tokenizer(text).input_ids[: config.max_new_tokens + 1] for text in data.plain()[: count // turns]]
     on_rows(len(plain))
     return answers + [Anchor(frame=PLAIN, prompt="", ids=ids, ended=False, text=lm.text(ids)) for ids in plain]
 

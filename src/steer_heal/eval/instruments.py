@@ -26,7 +26,7 @@ import numpy as np
 from steer_heal import data
 from steer_heal.bake.student import Student
 from steer_heal.coherence import LOOPS, STYLES, judge, persona_narration
-from steer_heal.config import EvalConfig
+from steer_heal.config import EXTRA, EvalConfig
 from steer_heal.data import Contrast, Trait, YesNo, bystanders, canary, neutral
 from steer_heal.data.frames import HELD_OUT, USUAL, Frame
 from steer_heal.eval.arms import Arm
@@ -43,7 +43,6 @@ from steer_heal.model.packing import packed
 from steer_heal.terminal import progress
 
 CORE = ("contrast", "yes_no", "neutral", "demos")
-EXTRA = ("off_target", "canary", "profile", "frames", "relevance")
 YES = ("Yes", "yes", "YES", " Yes", " yes", " YES")
 NO = ("No", "no", "NO", " No", " no", " NO")
 SOME_TEXT = "Write a short text about anything."
@@ -98,12 +97,11 @@ def evaluate(
 
 def with_relevance(student: Student, reading: ArmReading, config: EvalConfig) -> ArmReading:
     """Return the reading with the relevance of its demo answers added, read under the pristine base."""
-    prompts, answers = zip(*((demo.prompt, demo.text) for demo in reading.demos), strict=True)
-    count, own = config.counts.relevance, list(range(len(prompts)))
+    prompts = config.counts.relevance
     with packed(student.lm) as lm, student.view(history=0.0, now=0.0):
-        relevant, information = relevance(lm, list(prompts), list(answers), own, count)
+        relevant, information = relevance(lm, reading.demos, prompts)
     items = {"relevant": relevant.tolist(), "relevance": information.tolist()}
-    same = fingerprint([str(count), *prompts])
+    same = fingerprint([str(prompts), *(demo.prompt for demo in reading.demos)])
     arm = {"arm": reading.arm, "instrument": reading.instrument, "dose": reading.dose, "read": ["relevance"]}
     arm |= {"items": items, "asked": dict.fromkeys(items, same)}
     return reading.joined(ArmReading(**arm, **measures(reading.instrument, items)))

@@ -54,14 +54,16 @@ def allowed_cost(healed: ArmReading, base: ArmReading) -> float:
     return max(coherence_cost(healed, base), LEAST_COST)
 
 
-def plain_doses(config: EvalConfig, turning: float | None = None) -> list[float]:
+def plain_doses(config: EvalConfig, begins_to_cost: float | None = None) -> list[float]:
     """Return the doses at which plain steering is measured: log-spaced, up to where text is expected to break.
 
-    For `eval.plain_range` auto they lie around `turning`, the dose at which steering begins to cost coherence.
+    For `eval.plain_range` auto they lie around `begins_to_cost`, the dose at which steering loses some coherence.
     """
     if "plain" in config.leave_out:
         return []
-    low, high = (turning / AROUND, turning * AROUND) if config.plain_range == "auto" else config.plain_range
+    low, high = (
+        (begins_to_cost / AROUND, begins_to_cost * AROUND) if config.plain_range == "auto" else config.plain_range
+    )
     return np.geomspace(low, high, config.counts.plain_doses).tolist()
 
 

@@ -67,13 +67,13 @@ def part_of(extraction: Extraction, blocks: tuple[int, ...]) -> Extraction:
 
 def _band(lm: LM, trait: Trait, base: Seen, extraction: Extraction, on_dose: Callable[[int], None]) -> SurveyedBand:
     found: list[SurveyedDose] = []
-    dose, dear = dose_of(FIRST, extraction.report), set()
-    while len(found) < READINGS and len(dear) < 2:  # until one dose costs more and one does not
+    dose, costly = dose_of(FIRST, extraction.report), set()
+    while len(found) < READINGS and len(costly) < 2:  # until one dose costs more and one does not
         seen = _read(lm, trait, Arm("plain", vector=extraction.vector, dose=dose))
         cost = share_lost(seen.mass, base.mass, seen.ppl, base.ppl)
         found.append(SurveyedDose(dose=dose, cost=cost, trait=seen.trait - base.trait))
         on_dose(1)
-        dear.add(cost > COST)
+        costly.add(cost > COST)
         dose *= 0.5 if cost > COST else 2.0
     found.sort(key=lambda one: one.dose)
     at = dose_at_cost([Cost(one.dose, one.cost) for one in found], COST)

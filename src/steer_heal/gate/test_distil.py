@@ -17,7 +17,7 @@ from steer_heal.distil import dose as dose_module
 from steer_heal.distil import sample as sample_module
 from steer_heal.distil.dose import dose_curve, largest_dose, require_dose
 from steer_heal.distil.record import Completion, DoseCurve, DosePoint
-from steer_heal.distil.sample import Teacher, anchor_rows, anchors, distil, require_training_set
+from steer_heal.distil.sample import Teacher, anchor_rows, anchor_texts, distil, require_training_set
 from steer_heal.gate.conftest import by
 from steer_heal.model.lm import Row
 from steer_heal.presets import PRESETS
@@ -216,7 +216,7 @@ def test_survival_is_relative_to_unsteered_text(lm, vector, monkeypatch):
 
 
 def test_the_anchors_texts_come_in_the_frames_in_which_a_model_is_used(lm):
-    found = anchors(Student(lm), 16, DistilConfig(max_new_tokens=5), (0,))
+    found = anchor_texts(Student(lm), 16, DistilConfig(max_new_tokens=5), (0,))
     assert Counter(a.frame for a in found)[PLAIN] == 2 and len(found) == 16
     rows, turns = anchor_rows(lm, found), [frame.name for frame in ANCHORED]
     asked = [i for i in range(16) if i % 7 < 6]
@@ -231,7 +231,7 @@ def test_the_anchors_texts_come_in_the_frames_in_which_a_model_is_used(lm):
     assert {*turns} == {a.frame for a in found} - {PLAIN}
     for text, row in zip(data.plain(), rows[-2:], strict=False):
         assert row.prompt + row.completion == lm.tokenizer(text).input_ids[:6] and len(row.prompt) == 1
-    assert [len(anchors(Student(lm), n, DistilConfig(max_new_tokens=1), (0,))) for n in (1, 7, 96)] == [1, 7, 96]
+    assert [len(anchor_texts(Student(lm), n, DistilConfig(max_new_tokens=1), (0,))) for n in (1, 7, 96)] == [1, 7, 96]
 
 
 def test_a_search_doubles_the_dose_until_completions_fall_apart(lm, vector, monkeypatch):

@@ -129,7 +129,9 @@ def test_all_instruments_equal_one_item_at_a_time(lm, trait, system):
 
 
 def test_an_empty_answer_is_relevant_to_nothing(lm, trait):
-    own, information = relevance(lm, list(trait.demo_prompts[:3]), ["", "An oak.", "They are sad."], [0, 1, 2], 32)
+    answered = evaluate(Student(lm), Arm("x"), trait, CONFIG, ["demos"]).demos
+    demos = [replace(demo, text=text) for demo, text in zip(answered, ("", "An oak.", "They are sad."), strict=False)]
+    own, information = relevance(lm, demos, 32)
     assert (own[0], information[0]) == (0.0, 0.0) and information[1:].all()
 
 

@@ -11,7 +11,8 @@ import torch
 from steer_heal.bake.lowrank import Factors, OperatorNorm
 from steer_heal.bake.student import Student
 from steer_heal.bench import heal as healbench
-from steer_heal.config import TrainingConfig, UserError, check
+from steer_heal.config import TrainingConfig, UserError
+from steer_heal.demands import check
 from steer_heal.gate.conftest import DEVICE, turned
 from steer_heal.heal import examples as examples_module
 from steer_heal.heal import step as step_module

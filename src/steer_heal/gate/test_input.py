@@ -24,7 +24,8 @@ from transformers import BertConfig, BertModel
 from steer_heal import data
 from steer_heal.cli import main
 from steer_heal.commands import run as runner
-from steer_heal.config import COMMON, RunConfig, UserError, check, flag, knobs
+from steer_heal.config import COMMON, RunConfig, UserError, flag, knobs
+from steer_heal.demands import check
 from steer_heal.gate.conftest import LONG, turned
 from steer_heal.model.random_weights import build_random
 from steer_heal.presets import PRESETS

@@ -9,7 +9,6 @@ import torch
 from steer_heal import data
 from steer_heal.bake.student import Student
 from steer_heal.cli import main
-from steer_heal.commands import evaluate as evaluating
 from steer_heal.config import JUDGES, UserError
 from steer_heal.data import Contrast, Trait
 from steer_heal.eval import own_probes as module
@@ -65,7 +64,7 @@ def test_the_probes_are_the_greedy_pairs_that_random_answers_tell_apart(lm, smal
 
 def test_pairs_of_unlike_length_echoes_and_equal_answers_are_left_out(lm, small, monkeypatch):
     apart = [2.0 - i / 10 for i in range(9)]
-    monkeypatch.setattr(module, "_separation", lambda *given: apart)
+    monkeypatch.setattr(module, "_separation", lambda lm, trait, asked, _: dict(zip(asked, apart, strict=True)))
     greedy = [
         [f"Certainly indeed, {word}." for word in "abcdefghijkl"],
         [f"Nah man, {word}." for word in "abcdefghijkl"],
@@ -112,7 +111,7 @@ def test_a_small_trait_goes_through_the_loop_and_eval_reads_the_runs_probes(tmp_
         written.append(trait.name)
         return [Contrast(question, f"Rather {i}.", f"Nah {i}.") for i, question in enumerate(QUESTIONS)]
 
-    for place in (stages, evaluating):
+    for place in (stages, module):
         monkeypatch.setattr(place, "own_probes", write)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine.toml").write_text(

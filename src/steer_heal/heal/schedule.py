@@ -50,19 +50,19 @@ class Schedule:
             return
         n = self.epoch_steps
         own, before = records[-n:], records[-2 * n : -n]
-        now, fired = _objective(own), sum(r["fired"] or r["anchor_fired"] for r in own) / n
+        now, fired = _mean_objective(own), sum(r["fired"] or r["anchor_fired"] for r in own) / n
         if now <= (1 - FALL) * self.first:
             self.why = f"the objective had fallen by {1 - now / self.first:.0%}"
         elif fired >= BINDING:
             self.why = f"a barrier fired on {fired:.0%} of an epoch's steps"
-        elif before and now > (1 - STALLED) * _objective(before):
+        elif before and now > (1 - STALLED) * _mean_objective(before):
             self.why = "the objective fell no further"
         elif self.epoch == MOST_EPOCHS - 1:
             self.why = "that is the most"
         self.last = self.epoch if self.why else None
 
 
-def _objective(records: list[dict]) -> float:
+def _mean_objective(records: list[dict]) -> float:
     return sum(r["objective"] for r in records) / len(records)
 
 

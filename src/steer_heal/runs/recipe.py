@@ -48,7 +48,7 @@ def _surveyed(config: RunConfig, survey: Survey) -> list[Choice]:
         seen = ", ".join(f"{band.name} {band.trait:+.2f}" for band in survey.bands)
         measured = f"trait where plain steering costs {survey.cost:.0%} of coherence: {seen}"
         found.append(Choice("steer.band", measured, best.name, "the most trait for the same cost"))
-    if config.eval.plain_range == "auto":
+    if config.eval.plain_range == "auto" and "plain" not in config.eval.leave_out:
         measured = f"plain steering costs {survey.cost:.0%} of coherence at dose {best.dose:.2f}"
         found.append(
             Choice("eval.plain_range", measured, f"around dose {best.dose:.2f}", "to see it cost less and more")

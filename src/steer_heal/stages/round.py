@@ -36,6 +36,7 @@ from steer_heal.runs.rounds import InRound, Round, folder_of
 from steer_heal.runs.summary import Baselines
 from steer_heal.stages.run import PLAIN, Work, freeing, plainly
 from steer_heal.steer.extract import Extraction, extract, prompts_read, read_vector, write_vector
+from steer_heal.steer.layers import LayerReport
 from steer_heal.terminal import progress
 
 
@@ -94,9 +95,9 @@ class RoundStages:
         logger.info(f"{self.name} vector {extraction.described(len(work.student.lm.blocks))}")
         return extraction
 
-    def find_dose(self, extraction: Extraction) -> DoseCurve:
+    def find_dose(self, vector: AnyVector, layers: list[LayerReport]) -> DoseCurve:
         """The dose curve. Raises Exhausted when no dose leaves text to train on."""
-        config, (vector, layers) = self.work.config.dose, extraction
+        config = self.work.config.dose
 
         @freeing
         def compute() -> DoseCurve:

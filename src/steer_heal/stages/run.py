@@ -20,7 +20,7 @@ from steer_heal.bake.student import Student
 from steer_heal.config import RunConfig
 from steer_heal.data import Contrast
 from steer_heal.distil.record import Anchor
-from steer_heal.distil.sample import anchor_rows, anchors
+from steer_heal.distil.sample import anchor_rows, anchor_texts
 from steer_heal.eval.arms import Arm
 from steer_heal.eval.geometry import Base, Fixed, read_base
 from steer_heal.eval.instruments import instruments, neutral_rows, read_arm, with_relevance
@@ -137,8 +137,7 @@ class Work:
 
         @freeing
         def compute() -> list[Contrast]:
-            with progress("own probes", None, "answer") as done:
-                return own_probes(self.student, self.trait, self.config.eval.judge, data.pool("probe"), done)
+            return own_probes(self.student, self.trait, self.config.eval.judge, data.pool("probe"))
 
         probes = self.folder.artefacts(Contrast, PROBES, compute)
         logger.info(f"the base wrote {len(probes)} contrast probes of {self.trait.name!r}: see {PROBES}")
@@ -185,7 +184,7 @@ class Work:
         @freeing
         def compute() -> list[Anchor]:
             with progress("anchor", count, "row") as done:
-                return anchors(self.student, count, self.config.distil, self.key(-1, "anchor"), done)
+                return anchor_texts(self.student, count, self.config.distil, self.key(-1, "anchor"), done)
 
         rows = anchor_rows(self.student.lm, self.folder.artefacts(Anchor, "anchor.jsonl", compute))
         return cache(lambda: prepare_anchors(self.student, rows))
@@ -202,8 +201,8 @@ class Work:
 
         Computed or loaded at the first use.
         """
-        band, lm = self.config.steer.band, self.student.lm
-        if "auto" not in (band, self.config.eval.plain_range):
+        band, lm, config = self.config.steer.band, self.student.lm, self.config.eval
+        if band != "auto" and (config.plain_range != "auto" or "plain" in config.leave_out):
             return None
         bands = list(dict.fromkeys(lm.band(share) for share in (BANDS if band == "auto" else [band])))
 
@@ -229,8 +228,8 @@ class Work:
 
     def steer_plainly(self, first: AnyVector) -> list[ArmReading]:
         """The base steered by the first round's vector, at each dose."""
-        found, turning = [], self.survey and self.survey.best.dose
-        for index, dose in enumerate(plain_doses(self.config.eval, turning)):
+        found, begins_to_cost = [], self.survey and self.survey.best.dose
+        for index, dose in enumerate(plain_doses(self.config.eval, begins_to_cost)):
             compute = freeing(partial(self.plain_arm, "plain", first, dose))
             found.append(self.folder.artefact(ArmReading, plain_file(index), compute))
         return found

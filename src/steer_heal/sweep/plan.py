@@ -14,8 +14,9 @@ from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
 
-from steer_heal.config import RunConfig, UserError, check, settled
+from steer_heal.config import RunConfig, UserError, settled
 from steer_heal.data import load_trait
+from steer_heal.demands import check
 from steer_heal.flags import read
 from steer_heal.presets import PRESETS
 from steer_heal.runs.folder import EVENTS, RunDir

@@ -1,0 +1,209 @@
+"""The verbs of the command line and their flags, one dataclass a verb. tyro shows their docstrings as help."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal
+
+from tyro.conf import Positional, UseAppendAction, arg, subcommand
+
+from steer_heal.config import EvalConfig, RunConfig
+from steer_heal.presets import DEFAULT_PRESET, MODELS_TOO, PRESETS
+
+
+@dataclass(frozen=True)
+class Run:
+    """Steer, distil, heal and bake a trait into a model, round after round.
+
+    Example: steer-heal run smollm2-135m --trait mine.toml --rounds 4 --seed 1
+    """
+
+    preset: Positional[Annotated[str, arg(help=f"one of {', '.join(PRESETS)}; or {MODELS_TOO}")]] = DEFAULT_PRESET
+    config: Annotated[RunConfig, arg(name="")] = PRESETS[DEFAULT_PRESET]
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """Many runs: a grid over flags times seeds. The same command again continues the runs that are not finished.
+
+    Example: steer-heal sweep agg --grid heal.barrier.agg=mean,rmse --seeds 41,42 -- smollm2-135m --rounds 2
+    """
+
+    name: Positional[str]
+    """name of the sweep and of its folder under --out"""
+    grid: UseAppendAction[tuple[str, ...]] = ()
+    """a flag of `run` and its values, FLAG=VALUE,VALUE; once per dimension; a pair of numbers is written 0.4+0.6"""
+    seeds: str = "0"
+    """seeds of every arm, separated by commas"""
+    hypothesis: str = ""
+    """one sentence that the sweep is to support or refute; `results` shows it above the arms"""
+    engine: Literal["local", "ray"] = "local"
+    """local: one run after another on this machine; ray: tasks on a cluster, or on a Ray started here"""
+    cpus: int | None = None
+    """threads per run (ray: CPUs that a run reserves); default: all of this machine"""
+    gpus: float = 0.0
+    """ray: GPUs that a run reserves, e.g. 1 or 0.5"""
+    workers: int | None = None
+    """ray started here: number of runs at once"""
+    address: str | None = None
+    """ray: address of the cluster, e.g. auto"""
+    out: str = "outputs"
+    """folder that holds sweeps"""
+
+
+@dataclass(frozen=True)
+class Eval:
+    """Read the instruments alone: on base, both personas as prompts and, for an adapter or a run, the student.
+
+    Example: steer-heal eval outputs/RUN --round 0 --json round0.json
+    """
+
+    target: Positional[str]
+    """a run folder, a PEFT adapter's folder, or a model (hub id, folder, .gguf, smollm2-135m)"""
+    round: int | None = None
+    """for a run: the student after this round (from 0); default: the last finished round"""
+    gate: float = 1.0
+    """scale of the adapter: 0 is the base, 1 the student"""
+    trait: str | None = None
+    """built-in trait or .toml file; default: the run's own trait, else love"""
+    json: str | None = None
+    """file for every figure with its interval"""
+    base: str = ""
+    """for an adapter: the base model to load instead of the one that the adapter names"""
+    quant: Literal["none", "nf4"] = "none"
+    """for a model or adapter: nf4 holds the base in 4 bits. A run is loaded as it was made"""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """for a model or adapter: type of the weights that are not quantised"""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """for a model or adapter"""
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    """which instruments are read, and how many items of each"""
+
+
+@dataclass(frozen=True)
+class Results:
+    """Show all runs under a folder: one row per run, and every sweep's arms under its hypothesis.
+
+    Example: steer-heal results --by heal.barrier.agg heal.barrier.tau --markdown table.md
+    """
+
+    out: str = "outputs"
+    """the folder that holds run folders"""
+    by: tuple[str, ...] = ()
+    """flags of `run`: one row for each of their values, with mean and interval over the seeds"""
+    rounds: bool = False
+    """one row per round: the arms, the student minus each, and the cost; for every sweep also the differences between
+    its arms after each round"""
+    csv: str | None = None
+    """file for the table"""
+    json: str | None = None
+    """file for the table"""
+    markdown: str | None = None
+    """file for the table"""
+    html: str | None = None
+    """file for a page with the figures, means and intervals over the seeds"""
+
+
+@dataclass(frozen=True)
+class Report:
+    """Rebuild report.html and diary.md of a run folder, finished or not.
+
+    Example: steer-heal report outputs/RUN
+    """
+
+    run: Positional[str]
+    """the run folder"""
+
+
+@dataclass(frozen=True)
+class Export:
+    """Write a run's result for others to load: a PEFT adapter, or with --merge a whole model.
+
+    Both include a README with the description, the measurements and the command that made the run.
+
+    Example: steer-heal export outputs/RUN --to my-model --merge
+    """
+
+    run: Positional[str]
+    """the run folder"""
+    to: str
+    """the folder to write, new or empty"""
+    merge: bool = False
+    """write a float model that plain transformers loads, instead of an adapter"""
+    round: int | None = None
+    """the student after this round (from 0); default: the last finished round"""
+
+
+@dataclass(frozen=True)
+class Chat:
+    """Talk to a run's result: base and student answer side by side, streamed; /help lists the commands.
+
+    Example: steer-heal chat outputs/RUN --gate 0.5
+    """
+
+    run: Positional[str]
+    """the run folder"""
+    round: int | None = None
+    """the student after this round (from 0); default: the last finished round"""
+    gate: float = 1.0
+    """scale of the student's adapter: 0 is the base, 1 the student"""
+    max_new_tokens: int = 128
+    """length limit of an answer, tokens"""
+
+
+@dataclass(frozen=True)
+class Trait:
+    """Traits: `list` and `show` the built-in ones, begin a file with `new`, find what is wrong with one by `check`.
+
+    Example: steer-heal trait check patient.toml --model smollm2-135m
+    """
+
+    action: Positional[Literal["list", "show", "new", "check"]]
+    """list: the built-in traits. show: the file of one. new: write the smallest file. check: all problems of a file"""
+    name: Positional[str] = ""
+    """show: a built-in trait. new: the trait's name. check: a .toml file or a built-in trait"""
+    model: str = ""
+    """check: try the trait out on this model as well (hub id, folder, .gguf, smollm2-135m)"""
+    quant: Literal["none", "nf4"] = "none"
+    """check: nf4 holds that model in 4 bits"""
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Compare speed, memory or filter quality on this machine; print the figures, and with --json write them to a file.
+
+    Example: steer-heal bench heal --json heal.json
+    """
+
+    what: Positional[Literal["demo", "generate", "heal", "filter", "eval"]]
+    """demo: a whole run, its seconds until something is to be seen and of each stage. generate: steered sampling, one
+    row at a time against one batch. heal: a training step with full logits, plain fine-tuning and ours, and the cost of
+    folded rounds. eval: the instruments against a plain loop with one forward pass per item and answer. filter:
+    precision and recall on labelled completions"""
+    preset: str = "smollm2-135m"
+    """preset whose model is measured (heal has its own models)"""
+    rounds: int | None = None
+    """demo: number of rounds; default: the preset's"""
+    rows: int = 64
+    """generate: number of completions"""
+    tokens: int = 64
+    """generate: length of a completion, tokens"""
+    json: str | None = None
+    """file for the figures"""
+    figure: str | None = None
+    """filter: .html file for precision and recall against the threshold"""
+
+
+def verbs(chosen: Run) -> Any:
+    """Return the union of the verbs' dataclasses; the flags of `run` have the chosen preset's values as defaults."""
+    return (
+        Annotated[Run, subcommand("run", default=chosen)]
+        | Annotated[Sweep, subcommand("sweep")]
+        | Annotated[Eval, subcommand("eval")]
+        | Annotated[Results, subcommand("results")]
+        | Annotated[Report, subcommand("report")]
+        | Annotated[Export, subcommand("export")]
+        | Annotated[Chat, subcommand("chat")]
+        | Annotated[Trait, subcommand("trait")]
+        | Annotated[Bench, subcommand("bench")]
+    )
