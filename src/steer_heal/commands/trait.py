@@ -22,6 +22,7 @@ from steer_heal.data import (
     read_trait,
     trait_text,
 )
+from steer_heal.terminal import program
 
 ENOUGH = 32  # probes with which an interval is narrow
 SPREAD = 0.3  # standard deviation over a built-in trait's probes of what moves it, nats per token
@@ -86,7 +87,8 @@ def new(name: str) -> str:
     except FileExistsError as error:
         raise UserError(f"{str(file)!r} exists: choose another name, or take it away") from error
     return (
-        f"written: {file}\nFill in the two personas, then: steer-heal trait check {file} --model smollm2-135m\n\n"
+        f"written: {file}\nFill in the two personas, then: {program()} trait check {file}\n"
+        f"and, whether a model can express it (some minutes): {program()} trait check {file} --model smollm2-135m\n\n"
         f"An assistant can draft them. Paste this:\n\n{ASK.format(name=name)}"
     )
 

@@ -95,7 +95,7 @@ def frames_section(summary: Summary) -> str:
     """Coherence in frames that training has not seen, where it was read."""
     arms = {"base": summary.base, "prompted": summary.prompted}
     for index, r in enumerate(summary.rounds):
-        arms |= {f"{name} r{index}": arm for name, arm in r.named().items()}
+        arms |= {f"{printed(name)} r{index}": arm for name, arm in r.named().items()}
     rows = []
     for name, arm in ((name, arm) for name, arm in arms.items() if arm):
         for frame in dict.fromkeys(found.frame for found in arm.framed):

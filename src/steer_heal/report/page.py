@@ -75,17 +75,16 @@ def page(run: Run) -> str:
 def footer(run: Run) -> str:
     """How the run was made and what it cost."""
     env, peak = run.env, run.summary.peak_memory_bytes
-    parts = [f"<p><code>{safe(shlex.join(['steer-heal', *e['argv']]))}</code></p>" for e in run.events if "argv" in e]
+    parts = [f"<p><code>{safe(shlex.join(['steer-heal', *argv]))}</code></p>" for argv in run.commands]
     if env:
         packages = ", ".join(f"{name} {version}" for name, version in env["packages"].items())
         machine = f"{env['cpus']} CPUs, {env['threads']} threads, GPU {env['gpu'] or 'none'}; {env['platform']}"
         parts.append(f"<p>{safe(machine)}, Python {safe(env['python'])}, {safe(packages)}</p>")
-    seconds = {e["artefact"]: e["seconds"] for e in run.events if e["event"] == "stage"}
-    if seconds:
-        spent = [[seconds.get(artefact.of(r.number), 0.0) for artefact in TIMED] for r in run.rounds]
+    if run.seconds:
+        spent = [[run.seconds.get(artefact.of(r.number), 0.0) for artefact in TIMED] for r in run.rounds]
         rows = [(i, *(f"{s:.1f}" for s in row), f"{sum(row):.1f}") for i, row in enumerate(spent)]
         parts.append(table_of(("seconds", *TIMED.values(), "round"), rows))
-        parts.append(f"<p>{sum(seconds.values()):.1f} s in all stages, baselines included.</p>")
+        parts.append(f"<p>{sum(run.seconds.values()):.1f} s in all stages, baselines included.</p>")
     if peak:
         parts.append(f"<p>Peak memory {peak / 1e6:.0f} MB.</p>")
     return "\n".join([*parts, folded("config.json", f"<pre>{safe(json.dumps(run.config, indent=1))}</pre>")])

@@ -19,7 +19,10 @@ class Run:
     config: dict
     title: str
     env: dict
-    events: list[dict]
+    commands: list[list[str]]
+    """the arguments that it was started and resumed with"""
+    seconds: dict[str, float]
+    """computing time of every artefact"""
     base: ArmReading | None
     survey: Survey | None
     rounds: list[Round]
@@ -57,7 +60,8 @@ def load(folder: Path) -> Run:
         config=config,
         title=trait.get("title", config["trait"]),
         env=folder.read("env.json", {}),
-        events=folder.events(),
+        commands=[event["argv"] for event in folder.events() if "argv" in event],
+        seconds=folder.stage_seconds(),
         base=arms["base"],
         survey=folder.load(Survey, SURVEY),
         rounds=rounds,
