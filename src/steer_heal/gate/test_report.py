@@ -140,7 +140,6 @@ def write_run(folder: Path, rounds: int = 2, **healed_scores: float) -> Path:
         layers = [{"layer": 1, "depth": 0.5, "relative_norm": 0.1, "split_half": 0.9, "auc": 1.0}]
         (where / "vector" / "layers.json").write_text(json.dumps(layers), "utf-8")
         events += [{"event": "stage", "artefact": f"r{index:02d}/{n}", "seconds": 2.0} for n in report.TIMED]
-    events.append({"event": "file", "artefact": "r00/healed.json", "seconds": 1.5})  # more was read of it at the end
     write_events(folder, events)
     done = [read_round(RunDir(seal(folder)), index) for index in range(rounds)]
     base, prompted, negative = arms
@@ -152,7 +151,11 @@ def write_run(folder: Path, rounds: int = 2, **healed_scores: float) -> Path:
 
 
 def test_page_is_safe_and_self_contained(tmp_path: Path) -> None:
-    path = report.build(write_run(tmp_path))
+    folder = write_run(tmp_path)
+    sha = RunDir(folder).record.sums["r01/healed.json"]
+    more = {"event": "file", "artefact": "r01/healed.json", "sha256": {"r01/healed.json": sha}, "seconds": 1.5}
+    write_events(folder, [*RunDir(folder).events(), more])  # what the last round adds to an earlier reading
+    path = report.build(folder)
     page = path.read_text("utf-8")
     assert path.stat().st_size < 8e6
     ours = page.replace(get_plotlyjs(), "")
