@@ -23,7 +23,7 @@ from steer_heal.eval import intervals
 from steer_heal.eval.intervals import across_seeds
 from steer_heal.eval.reading import ArmReading, trait_over
 from steer_heal.gate.conftest import turned
-from steer_heal.gate.folders import seal, write_events
+from steer_heal.gate.folders import seal, sha256, write_events
 from steer_heal.presets import PRESETS
 from steer_heal.records import structured, unstructured
 from steer_heal.report import page as report
@@ -152,8 +152,8 @@ def write_run(folder: Path, rounds: int = 2, **healed_scores: float) -> Path:
 
 def test_page_is_safe_and_self_contained(tmp_path: Path) -> None:
     folder = write_run(tmp_path)
-    sha = RunDir(folder).record.sums["r01/healed.json"]
-    more = {"event": "file", "artefact": "r01/healed.json", "sha256": {"r01/healed.json": sha}, "seconds": 1.5}
+    more = {"event": "file", "artefact": "r01/healed.json", "seconds": 1.5}
+    more["sha256"] = {"r01/healed.json": sha256(folder / "r01/healed.json")}
     write_events(folder, [*RunDir(folder).events(), more])  # what the last round adds to an earlier reading
     path = report.build(folder)
     page = path.read_text("utf-8")
