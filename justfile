@@ -108,7 +108,7 @@ taus := if SCALE =~ "gemma" { "auto,0.5,1.0,2.0" } else { "auto,0.05,0.15,0.5" }
 held := if SCALE =~ "gemma" { "1.0" } else { "0.15" } # nats: what a round, or with reference base a whole loop, may move
 # the demo's own doses are small, for a wide band and sound text: a narrow band needs larger ones, a filter broken text
 every_dose := if SCALE =~ "smollm2" { "--dose.range 0.2 1.8 --dose.steps 7" } else { "" }
-breaking_dose := if SCALE =~ "smollm2" { "--heal.target.kind soft --dose.range 0.4 0.9" } else { "" }
+breaking_dose := if SCALE =~ "smollm2" { "--heal.text teacher --heal.objective kl_fwd --heal.target.kind steered --dose.range 0.4 0.9" } else { "" }
 # of the teacher's own divergence; half of it breaks the small model's text in two rounds, and nothing is left to hold
 share := if SCALE =~ "smollm2" { "0.15" } else { "0.5" }
 preset := if SCALE == "tiny" { "tiny-random" } else { SCALE }
@@ -123,7 +123,7 @@ reproduce: setup
     {{bin}}/steer-heal results --out outputs/headline --rounds --html outputs/headline/headline.html
 
 # every sweep, newest first
-queue: sweep-lr sweep-source sweep-barrier sweep-anchor sweep-target sweep-filter sweep-dose sweep-band sweep-pow sweep-tau sweep-reference sweep-agg sweep-reg
+queue: sweep-text sweep-objective sweep-lr sweep-source sweep-barrier sweep-anchor sweep-target sweep-filter sweep-dose sweep-band sweep-pow sweep-tau sweep-reference sweep-agg sweep-reg
 
 # H: a weight that moves until D stays at tau (dual) holds coherence at more trait than a fixed weight
 sweep-barrier: (_sweep "barrier" "--grid heal.barrier.kind=dual,fixed" alone)
@@ -131,8 +131,14 @@ sweep-barrier: (_sweep "barrier" "--grid heal.barrier.kind=dual,fixed" alone)
 # H: an anchor on mundane prompts keeps neutral text intact at little cost in trait
 sweep-anchor: (_sweep "anchor" "--grid heal.anchor.prompts=96,0")
 
-# H: a mirrored teacher moves the trait further at equal coherence than soft targets, and these further than sampled tokens
-sweep-target: (_sweep "target" "--grid heal.target.kind=mirrored,soft,sampled")
+# H: training on one's own text moves the trait further at equal coherence than training on the teacher's
+sweep-text: (_sweep "text" "--grid heal.text=own,mixed,teacher" whole)
+
+# H: the reverse KL to the teacher moves the trait further at equal coherence than the forward KL, and both further than tokens
+sweep-objective: (_sweep "objective" "--grid heal.objective=kl_rev,kl_fwd,nll" whole)
+
+# H: a mirrored teacher moves the trait further at equal coherence than the steered teacher itself
+sweep-target: (_sweep "target" "--grid heal.target.kind=mirrored,steered" whole)
 
 # H: without the log-odds of the filter the student learns the incoherence; the barrier alone does not keep it out
 sweep-filter: (_sweep "filter" "--grid filter.incoherence=" + sound + ",1000000" breaking_dose)

@@ -5,7 +5,7 @@ import os
 
 from steer_heal.processor import processor
 
-VERSION = "0.4.0"  # a run folder is read by versions that share its first two numbers
+VERSION = "0.5.0"  # a run folder is read by versions that share its first two numbers
 
 # A sum must come out the same wherever its numbers lie in memory and whatever else is in the batch. Intel's library
 # promises that for matrix products on x86 in this mode only; it is read at the first product.

@@ -109,7 +109,8 @@ class DistilConfig:
     """Sampling from the steered teacher."""
 
     n_keep: Annotated[int, COUNT, COMMON] = 128
-    """completions to train on per round; up to twice as many are sampled, and the filter drops the rest"""
+    """completions to train on per round (own text: per epoch); of the teacher's text up to twice as many are sampled,
+    and the filter drops the rest"""
     max_new_tokens: Annotated[int, COUNT, COMMON] = 256
     """length limit of a completion, tokens"""
 
@@ -126,11 +127,11 @@ class FilterConfig:
 
 @dataclass(frozen=True)
 class TargetConfig:
-    """The training target on a completion."""
+    """The teacher's next-token distribution, which a KL objective compares the student with."""
 
-    kind: Annotated[Literal["sampled", "soft", "mirrored"], COMMON] = "sampled"
-    """sampled: NLL of the teacher's tokens; soft: forward KL from the steered teacher's distribution; mirrored: from
-    the unsteered logits plus gain x (steered at +dose minus steered at -dose) / 2"""
+    kind: Annotated[Literal["steered", "mirrored"], COMMON] = "steered"
+    """steered: the teacher's own logits; mirrored: the unsteered logits plus gain x (steered at +dose minus steered at
+    -dose) / 2"""
     gain: Annotated[float, POSITIVE] = 2.0
     """mirrored: the gain in that formula; 1: as far as the dose itself"""
 
@@ -189,8 +190,6 @@ class TrainingConfig:
     """AdamW weight decay"""
     op_norm: Annotated[float, NOT_NEGATIVE] = 0.0
     """weight of a penalty on the mean squared operator norm (largest singular value) of the update; 0: no penalty"""
-    val_share: Annotated[float, Within("[0, 0.5]")] = 0.125
-    """share of the completions held out; the training objective is measured on them"""
     checkpointing: bool = False
     """recompute activations in the backward pass: less memory, more time"""
 
@@ -209,8 +208,13 @@ class AdapterConfig:
 
 @dataclass(frozen=True)
 class HealConfig:
-    """One round's training: an objective, a barrier and an anchor."""
+    """One round's training: an objective on some text, a barrier and an anchor."""
 
+    text: Annotated[Literal["teacher", "own", "mixed"], COMMON] = "teacher"
+    """whose text is trained on; teacher: filtered completions of the steered teacher; own: answers of the unsteered
+    student, written anew before every epoch; mixed: half of each"""
+    objective: Annotated[Literal["nll", "kl_fwd", "kl_rev"], COMMON] = "nll"
+    """nll: NLL of the text's tokens; kl_fwd: KL(teacher || student), kl_rev: KL(student || teacher) at each token"""
     target: TargetConfig = field(default_factory=TargetConfig)
     barrier: BarrierConfig = field(default_factory=BarrierConfig)
     anchor: AnchorConfig = field(default_factory=AnchorConfig)

@@ -50,7 +50,7 @@ def run(work: Work) -> Summary:
             logger.warning(f"the loop ends after {number} of {work.config.rounds} rounds: {end}")
             break
         steered = stage.measure_steered(vector, dose)
-        steps = stage.heal(vector, dose, completions, anchors)
+        steps, own = stage.heal(vector, dose, completions, anchors)
         geometry = stage.locate(vector)
         stage.bake()
         healed = stage.measure_healed()
@@ -58,7 +58,7 @@ def run(work: Work) -> Summary:
             number=number,
             layers=layers,
             dose=dose,
-            completions=completions,
+            completions=[*completions, *own],
             steps=steps,
             steered=steered,
             geometry=geometry,

@@ -34,10 +34,12 @@ AUTO = RunConfig(
     dose=DoseConfig(range="auto", prompts=24),
     distil=DistilConfig(n_keep=48, max_new_tokens=32),
     heal=HealConfig(
+        text="own",
+        objective="kl_rev",
         target=TargetConfig(kind="mirrored"),
         barrier=replace(BUDGET, tau="auto", tau_share=0.25),
         anchor=AnchorConfig(prompts=96, tau="auto"),
-        training=TrainingConfig(lr=4e-4, lr_round_pow=-1.0, epochs="auto", pass_rows=9, val_share=0.0),
+        training=TrainingConfig(lr=4e-4, lr_round_pow=-1.0, epochs="auto", pass_rows=9),
         lora=AdapterConfig(r=16),
     ),
     eval=EvalConfig(size="demo", ends_only=EXTRA, plain_range="auto"),
@@ -87,6 +89,7 @@ PRESETS: dict[str, RunConfig] = {
         distil=DistilConfig(n_keep=24, max_new_tokens=12),
         filter=JUDGES["random"],
         heal=HealConfig(
+            text="mixed",
             barrier=BarrierConfig(tau=0.001, lam=1.0),
             training=TrainingConfig(lr=2e-2, batch=8, pass_rows=4),
             lora=AdapterConfig(r=4),

@@ -69,7 +69,11 @@ def speed(run: RunDir, seconds: dict[str, float], number: int) -> dict[str, floa
     """Tokens per second of a round."""
     done = read_round(run, number)
     written = sum(len(completion.ids) for completion in done.completions)
+    spent = seconds.get(InRound.COMPLETIONS.of(number), 0.0)
+    spent += sum(
+        event["seconds"] for event in run.events() if event.get("event") == "own_text" and event["round"] == number
+    )
     return {
-        "completions": written / seconds[InRound.COMPLETIONS.of(number)],
+        "completions": written / spent,
         "training": statistics.median(step.tokens_per_s for step in done.steps),
     }

@@ -32,7 +32,7 @@ TURNS = 2  # processes per alternative
 STEPS = 3  # timed steps per process, after one untimed step
 CONFIG = HealConfig(
     barrier=BarrierConfig(tau=0.0, lam=1.0),
-    training=TrainingConfig(epochs=1, pass_rows=64, val_share=0.0),
+    training=TrainingConfig(epochs=1, pass_rows=64),
     lora=AdapterConfig(r=16),
 )
 ROUNDS = 8

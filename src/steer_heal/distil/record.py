@@ -9,13 +9,17 @@ from steer_heal.scores import Judged
 
 @dataclass(frozen=True, kw_only=True)
 class Completion(Judged):
-    """A completion of the steered teacher, with its scores and the reason why it was dropped."""
+    """A completion of the steered teacher or of the student, with its scores and the reason why the filter drops it."""
 
     prompt: str
     dose: float
+    """0: unsteered"""
     ids: list[int]
     ended: bool
     """whether the model wrote its end token within the length limit"""
+    epoch: int | None = None
+    """own text: the epoch before which the student wrote it. The filter's word is noted; it is trained on all the same
+    """
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,7 +16,7 @@ from steer_heal.coherence import judge
 from steer_heal.config import DistilConfig, FilterConfig, UserError
 from steer_heal.data.frames import ANCHORED, PLAIN
 from steer_heal.distil.record import Anchor, Completion, DoseCurve
-from steer_heal.model.decode import Sampling, decode
+from steer_heal.model.decode import Decoded, Sampling, decode
 from steer_heal.model.lm import LM, Row
 from steer_heal.model.steering import AnyVector, Steering
 
@@ -106,12 +106,20 @@ def sample(
     sampling = Sampling((*teacher.key, *part))
     with student.view(now=0.0):
         written = decode(lm, tokens, config.max_new_tokens, steering_, sampling, on_rows)
-    rows = [Row(p, c.ids) for p, c in zip(tokens, written, strict=True)]
-    with student.view(history=0.0, now=0.0):
-        judged = judge(lm, rows, teacher.limits, teacher.persona)
+    return judged(teacher, plan, written)
+
+
+def judged(
+    teacher: Teacher, plan: list[tuple[float, str]], written: list[Decoded], epoch: int | None = None
+) -> list[Completion]:
+    """What was written to (dose, prompt) pairs, with the scores under the pristine base and the filter's decision."""
+    lm = teacher.student.lm
+    rows = [Row(lm.prompt(prompt), c.ids) for (_, prompt), c in zip(plan, written, strict=True)]
+    with teacher.student.view(history=0.0, now=0.0):
+        found = judge(lm, rows, teacher.limits, teacher.persona)
     return [
-        Completion(prompt=prompt, dose=dose, ids=c.ids, ended=c.ended, **vars(found))
-        for (dose, prompt), c, found in zip(plan, written, judged, strict=True)
+        Completion(prompt=prompt, dose=dose, ids=c.ids, ended=c.ended, epoch=epoch, **vars(one))
+        for (dose, prompt), c, one in zip(plan, written, found, strict=True)
     ]
 
 

@@ -216,7 +216,7 @@ def _heal_stage(lm) -> dict:
     began = time.perf_counter()
     examples = prepare(student, rows, steering, config)
     prepared = time.perf_counter() - began
-    records = heal(student, examples, [], with_tau(lm, examples, config), Turn(0, 0))
+    records = heal(student, lambda epoch: examples, [], with_tau(lm, examples, config), Turn(0, 0))
     student.peft.unload()
     torch.cuda.set_per_process_memory_fraction(1.0)
     seconds = sorted(record.step_seconds for record in records[1:])

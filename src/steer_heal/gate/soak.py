@@ -32,7 +32,7 @@ from steer_heal.runs.folder import EVENTS, RunDir
 
 WORDS = shlex.split(
     "run tiny-random --steer.n-contexts 8 --dose.steps 2 --dose.prompts 2 --distil.n-keep 8 --distil.max-new-tokens 8 "
-    "--heal.target.kind soft --heal.anchor.prompts 8 --heal.lora.fold-rank 5"
+    "--heal.text mixed --heal.objective kl_rev --heal.anchor.prompts 8 --heal.lora.fold-rank 5"
 )
 CLOCKED = ("heal.jsonl", "summary.json", EVENTS, "report.html", "diary.md")  # hold times, or are made from these
 CLOCKS = ("seconds", "stage_seconds", "peak_memory_bytes")

@@ -12,7 +12,6 @@ from steer_heal.bake.lowrank import Factors, OperatorNorm
 from steer_heal.bake.student import Student
 from steer_heal.bench import heal as healbench
 from steer_heal.config import TrainingConfig, UserError
-from steer_heal.demands import check
 from steer_heal.gate.conftest import DEVICE, turned
 from steer_heal.heal import examples as examples_module
 from steer_heal.heal import step as step_module
@@ -21,13 +20,13 @@ from steer_heal.heal.examples import prepare, prepare_anchors, with_anchor_tau, 
 from steer_heal.heal.schedule import Schedule, most_epochs
 from steer_heal.heal.step import Multipliers, accumulate, loss_terms
 from steer_heal.heal.steps import ANCHOR_TAU_SHARE
-from steer_heal.heal.train import NonFinite, Turn, _epoch_batches, check_optimiser, heal, recomputation, trained_on
+from steer_heal.heal.train import NonFinite, Turn, _epoch_batches, check_optimiser, heal, recomputation
 from steer_heal.model.lm import Row
 from steer_heal.model.steering import Steering, steering
 from steer_heal.presets import PRESETS
 
 BASE = turned(PRESETS["tiny-random"].heal, {"barrier.tau": 0.0, "anchor.tau": 0.0, "barrier.lam": 2.0})
-LONG = {"training.epochs": 12, "training.lr": 5e-3, "training.val_share": 0.0}
+LONG = {"training.epochs": 12, "training.lr": 5e-3}
 TEXTS = [
     "A short one.",
     "Something rather longer than that, with commas, and more.",
@@ -48,6 +47,11 @@ def student_with_update(lm, vector, config, scale=0.2):
     steering = Steering(vector, torch.full((3,), 0.1))
     anchors = prepare_anchors(student, rows[3:]) if config.anchor.prompts else []
     return student, rows, prepare(student, rows[:3], steering, config), anchors
+
+
+def always(examples):
+    """Text that is the same in every epoch."""
+    return lambda epoch: examples
 
 
 def fresh(student, config, seed=0):
@@ -82,13 +86,14 @@ def naive_loss(student, rows, steering, config):
             anchor_kl += position_kl
             continue
         kl += position_kl
-        if config.target.kind == "sampled":
+        if config.objective == "nll":
             objective += [-p[i, token] for i, token in enumerate(row.completion)]
         else:
             ahead, plain, behind = (log_probs(row, steered=side, now=0.0).detach() for side in (1, 0, -1))
             tilted = plain.exp() * (ahead.exp() / behind.exp()) ** (config.target.gain / 2)
-            teacher = ahead if config.target.kind == "soft" else (tilted / tilted.sum(-1, keepdim=True)).log()
-            objective += list((teacher.exp() * (teacher - p)).sum(-1))
+            teacher = ahead if config.target.kind == "steered" else (tilted / tilted.sum(-1, keepdim=True)).log()
+            first, second = (teacher, p) if config.objective == "kl_fwd" else (p, teacher)
+            objective += list((first.exp() * (first - second)).sum(-1))
 
     def root_mean_square(values):
         return torch.stack([v**2 for v in values]).mean().sqrt()
@@ -100,11 +105,15 @@ def naive_loss(student, rows, steering, config):
 
 
 @pytest.mark.device
-@pytest.mark.parametrize("target", ["sampled", "soft", "mirrored"])
+@pytest.mark.parametrize(
+    ("objective", "kind"),
+    [("nll", "steered"), ("kl_fwd", "steered"), ("kl_fwd", "mirrored"), ("kl_rev", "steered"), ("kl_rev", "mirrored")],
+)
 @pytest.mark.parametrize("anchors", [0, 2])
 @pytest.mark.parametrize("pass_rows", [6, 2, 1])
-def test_every_split_of_a_batch_gives_the_gradient_of_the_whole(lm, vector, target, anchors, pass_rows):
-    config = turned(BASE, {"target.kind": target, "anchor.prompts": anchors, "training.pass_rows": pass_rows})
+def test_every_split_of_a_batch_gives_the_gradient_of_the_whole(lm, vector, objective, kind, anchors, pass_rows):
+    of = {"objective": objective, "target.kind": kind}
+    config = turned(BASE, of | {"anchor.prompts": anchors, "training.pass_rows": pass_rows})
     student, rows, examples, anchors = student_with_update(lm, vector, config)
     weights = Multipliers(config.barrier.lam, config.barrier.lam)
     with student.view(train=True):
@@ -141,7 +150,7 @@ def test_training_moves_towards_the_text_and_the_barrier_holds_it_back(lm, vecto
         barrier = {"barrier.lam": lam, "barrier.lam_round_pow": 0.0, "barrier.tau": 0.002}
         config = turned(BASE, LONG | barrier)
         student, _, examples, _ = student_with_update(lm, vector, config, scale=0.0)
-        records = heal(fresh(student, config), examples, [], config, Turn(0, 0))
+        records = heal(fresh(student, config), always(examples), [], config, Turn(0, 0))
         final[lam] = records
     assert final[0.0][-1].objective < final[0.0][0].objective - 0.05
     assert final[50.0][-1].divergence < 0.5 * final[0.0][-1].divergence
@@ -150,12 +159,12 @@ def test_training_moves_towards_the_text_and_the_barrier_holds_it_back(lm, vecto
 
 @pytest.mark.device
 def test_training_is_reproducible(lm, vector):
-    config = turned(BASE, {"training.val_share": 0.34})
+    config = BASE
     runs = []
     for _ in range(2):
         student, _, examples, _ = student_with_update(lm, vector, config, scale=0.0)
-        records = heal(fresh(student, config, 7), examples, [], config, Turn(1, 3))
-        runs.append(([p.detach().clone() for p in student.trainable()], records[-1].val_objective))
+        records = heal(fresh(student, config, 7), always(examples), [], config, Turn(1, 3))
+        runs.append(([p.detach().clone() for p in student.trainable()], records[-1].objective))
         student.peft.unload()
     assert all(torch.equal(a, b) for a, b in zip(runs[0][0], runs[1][0], strict=True))
     assert runs[0][1] == runs[1][1]
@@ -165,8 +174,8 @@ def test_training_is_reproducible(lm, vector):
 def test_a_loss_that_is_not_finite_stops_the_run_with_step_and_term(lm, vector):
     student, _, examples, _ = student_with_update(lm, vector, BASE)
     student.trainable()[0].data.fill_(float("nan"))
-    with pytest.raises(NonFinite, match=r"^r00/adapter, step 0: objective is nan on the kept .* number 0, 1, 2 "):
-        heal(student, examples, [], BASE, Turn(0, 0))
+    with pytest.raises(NonFinite, match=r"^r00/adapter, step 0: objective is nan on the completions number 0, 1, 2 "):
+        heal(student, always(examples), [], BASE, Turn(0, 0))
     assert not any(p.requires_grad for p in lm.model.parameters())
 
 
@@ -210,12 +219,12 @@ def test_tau_auto_is_a_share_of_what_the_teacher_diverges(lm, vector, agg):
 def test_the_dual_barrier_ends_at_tau_wherever_it_starts(lm, vector, start, monkeypatch):
     free = turned(BASE, LONG | {"barrier.lam": 0.0, "barrier.tau": 1e9, "training.epochs": 60})
     student, _, examples, _ = student_with_update(lm, vector, free, scale=0.0)
-    unconstrained = heal(fresh(student, free), examples, [], free, Turn(0, 0))[-1].divergence
+    unconstrained = heal(fresh(student, free), always(examples), [], free, Turn(0, 0))[-1].divergence
     tau = 0.3 * unconstrained
     config = turned(free, {"barrier.kind": "dual", "barrier.tau": tau})
     monkeypatch.setattr(heal_module, "DUAL_START", start)
     monkeypatch.setattr(step_module, "DUAL_RATE", 0.5)
-    records = heal(fresh(student, config), examples, [], config, Turn(0, 0))
+    records = heal(fresh(student, config), always(examples), [], config, Turn(0, 0))
     last = [r.divergence for r in records[-15:]]
     assert sum(last) / len(last) == pytest.approx(tau, rel=0.25)
     assert records[0].lam == start and records[-1].lam > 0
@@ -245,37 +254,15 @@ def test_multipliers_of_a_distance_from_base_go_on_and_others_start_anew(lm, vec
     anchors = [replace(examples[0], teacher=None, anchor=True)]
     budget = turned(dual, {"barrier.reference": "base"})
     fixed = turned(budget, {"barrier.kind": "fixed"})
-    before = heal(student, examples, anchors, budget, Turn(0, 0))
+    before = heal(student, always(examples), anchors, budget, Turn(0, 0))
     own, anchor = (
         max(0.0, getattr(before[-1], lam) + step_module.DUAL_RATE * (getattr(before[-1], divergence) / 0.1 - 1))
         for lam, divergence in (("lam", "divergence"), ("anchor_lam", "anchor_divergence"))
     )
     assert own != before[-1].lam and anchor != before[-1].anchor_lam
     for config, *expected in ((dual, 1.0, anchor), (budget, own, anchor), (fixed, 1.0, 1.0)):
-        first = heal(fresh(student, config), examples, anchors, config, Turn(1, 0, before))[0]
+        first = heal(fresh(student, config), always(examples), anchors, config, Turn(1, 0, before))[0]
         assert [first.lam, first.anchor_lam] == pytest.approx(expected)
-
-
-@pytest.mark.parametrize("target", ["sampled", "soft", "mirrored"])
-def test_validation_reads_the_objective_that_is_trained(lm, vector, target):
-    """Compared with the full distributions of the held-out rows."""
-    once = {"training.val_share": 0.34, "training.epochs": 1, "barrier.lam": 0.0}
-    config = turned(BASE, once | {"target.kind": target})
-    student, rows, examples, _ = student_with_update(lm, vector, config, scale=0.0)
-    trained = []
-    last = heal(fresh(student, config), examples, [], config, Turn(0, 0), on_rows=trained.append)[-1]
-    (held_out,) = random.Random(0).sample(range(3), 1)
-    objective, _ = naive_loss(student, [rows[held_out]], Steering(vector, torch.full((1,), 0.1)), config)
-    assert last.val_objective == pytest.approx(objective.item(), rel=1e-4)
-    assert sum(trained) == 2 == trained_on(3, config.training)
-
-
-def test_a_share_of_validation_that_leaves_nothing_to_train_on_is_a_users_mistake():
-    for rows in range(1, 40):
-        assert trained_on(rows, TrainingConfig(val_share=0.5)) >= 1
-    config = PRESETS["tiny-random"]
-    with pytest.raises(UserError, match=r"heal\.training\.val_share is 0\.97: it must lie in \[0, 0\.5\]"):
-        check(turned(config, {"heal.training.val_share": 0.97}))
 
 
 def test_tau_auto_to_the_base_is_the_budget_of_round_0(lm, vector):
@@ -287,7 +274,7 @@ def test_tau_auto_to_the_base_is_the_budget_of_round_0(lm, vector):
     student.begin_round(config.lora, 1)
     later = prepare(student, rows[:3], Steering(vector, torch.full((3,), 0.1)), config)
     assert with_tau(lm, later, config).barrier.tau > 1.5 * first > 0
-    step = heal(student, examples, [], turned(config, {"barrier.tau": 1.0}), Turn(0, 0))[0]
+    step = heal(student, always(examples), [], turned(config, {"barrier.tau": 1.0}), Turn(0, 0))[0]
     before = [replace(step, tau=first)]
     assert with_tau(lm, later, config, before).barrier.tau == first
     near = turned(config, {"barrier.reference": "prev"})
@@ -295,7 +282,7 @@ def test_tau_auto_to_the_base_is_the_budget_of_round_0(lm, vector):
     assert with_tau(lm, later, near, before).barrier.tau == anew != first
 
 
-@pytest.mark.parametrize("kind", ["sampled", "mirrored"])
+@pytest.mark.parametrize("kind", ["steered", "mirrored"])
 def test_the_anchors_tau_is_a_share_of_what_the_teacher_moves_on_its_texts_and_stays(lm, vector, kind):
     config = turned(BASE, {"target.kind": kind, "anchor.prompts": 4, "anchor.tau": "auto", "barrier.agg": "mean"})
     student, rows, _, _ = student_with_update(lm, vector, config, scale=0.0)
@@ -310,12 +297,12 @@ def test_the_anchors_tau_is_a_share_of_what_the_teacher_moves_on_its_texts_and_s
     found = with_anchor_tau(student, anchors, at_dose, config).anchor.tau
     assert found == pytest.approx(ANCHOR_TAU_SHARE * sum(kl) / len(kl), rel=1e-3)
     (example, *_) = prepare(student, rows, at_dose, config)
-    step = heal(student, [example], anchors, turned(config, {"anchor.tau": 0.5}), Turn(0, 0))[0]
+    step = heal(student, always([example]), anchors, turned(config, {"anchor.tau": 0.5}), Turn(0, 0))[0]
     assert step.anchor_tau == 0.5
     assert with_anchor_tau(student, anchors, at_dose, config, [step]).anchor.tau == 0.5  # as in round 0
     assert with_anchor_tau(student, anchors, at_dose, turned(config, {"anchor.tau": 0.3})).anchor.tau == 0.3
     unanchored = with_anchor_tau(student, [], Steering(vector, torch.zeros(0)), config)
-    assert heal(student, [example], [], unanchored, Turn(0, 0))[0].anchor_tau is None
+    assert heal(student, always([example]), [], unanchored, Turn(0, 0))[0].anchor_tau is None
 
 
 def full_logits(lm, row, vector, dose):
@@ -363,12 +350,10 @@ def test_training_goes_on_until_the_objective_has_fallen_or_a_barrier_binds(obje
 
 
 def test_the_number_of_epochs_is_found_in_training(lm, vector):
-    config = turned(
-        BASE, {"training.epochs": "auto", "training.batch": 1, "training.val_share": 0.0, "barrier.tau": 1e9}
-    )
+    config = turned(BASE, {"training.epochs": "auto", "training.batch": 1, "barrier.tau": 1e9})
     student, _, examples, _ = student_with_update(lm, vector, config, scale=0.0)
     rows: list[int] = []
-    records = heal(student, examples, [], config, Turn(0, 0), rows.append)
+    records = heal(student, always(examples), [], config, Turn(0, 0), rows.append)
     epochs, left = divmod(len(records), len(examples))
     assert 2 <= epochs <= most_epochs("auto") and left == 0 and sum(rows) == most_epochs("auto") * len(examples)
     assert records[-1].lr < 0.3 * records[0].lr
@@ -377,7 +362,7 @@ def test_the_number_of_epochs_is_found_in_training(lm, vector):
 def test_later_rounds_take_smaller_steps(lm, vector):
     config = turned(BASE, {"training.lr": 4e-3, "training.lr_round_pow": -0.5})
     student, _, examples, _ = student_with_update(lm, vector, config, scale=0.0)
-    first, fourth = (heal(fresh(student, config), examples, [], config, Turn(round_, 0)) for round_ in (0, 3))
+    first, fourth = (heal(fresh(student, config), always(examples), [], config, Turn(round_, 0)) for round_ in (0, 3))
     assert [r.lr for r in fourth] == pytest.approx([r.lr / 2 for r in first]) and first[0].lr > 0
 
 
@@ -427,7 +412,7 @@ def test_the_operator_norm_penalty_keeps_a_trained_update_small(lm, vector):
     for weight in (0.0, 30.0):
         config = turned(BASE, LONG | {"barrier.reg": "nll", "training.op_norm": weight, "training.epochs": 8})
         student, _, examples, _ = student_with_update(lm, vector, config, scale=0.0)
-        records = heal(fresh(student, config), examples, [], config, Turn(0, 0))
+        records = heal(fresh(student, config), always(examples), [], config, Turn(0, 0))
         norms[weight] = max(torch.linalg.matrix_norm(f.scale * f.b @ f.a, 2).item() for f in student.factors())
         assert (records[0].squared_op_norm is not None) == (weight > 0)
         student.peft.unload()
@@ -453,7 +438,7 @@ def test_paged_8_bit_adamw_goes_where_adamw_goes(lm, vector):
     for optimiser in ("adamw", "paged_adamw_8bit"):
         config = turned(BASE, LONG | {"training.optimiser": optimiser, "barrier.lam": 0.0})
         student, _, examples, _ = student_with_update(lm, vector, config, scale=0.0)
-        records = heal(fresh(student, config), examples, [], config, Turn(0, 0))
+        records = heal(fresh(student, config), always(examples), [], config, Turn(0, 0))
         ends[optimiser] = records[-1].objective
         assert ends[optimiser] < records[0].objective - 0.05
         student.peft.unload()

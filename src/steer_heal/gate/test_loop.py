@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from dataclasses import MISSING, fields, replace
 from types import SimpleNamespace
 
@@ -31,6 +32,7 @@ from steer_heal.report import page as report
 from steer_heal.runs.environment import environment
 from steer_heal.runs.reading import load as read_run
 from steer_heal.runs.resume import create
+from steer_heal.runs.rounds import read_round
 from steer_heal.stages import round as round_stages
 from steer_heal.stages.run import Work
 from steer_heal.sweep import disk
@@ -38,7 +40,7 @@ from steer_heal.terminal import MODULE
 
 pytestmark = pytest.mark.run
 
-TINY = turned(PRESETS["tiny-random"], {"heal.target.kind": "soft", "heal.anchor.prompts": 32})
+TINY = turned(PRESETS["tiny-random"], {"heal.objective": "kl_fwd", "heal.anchor.prompts": 32})
 LITTLE = turned(TINY, {"steer.n_contexts": 8, "dose.steps": 2, "dose.prompts": 2, "distil.n_keep": 8})
 LITTLE = turned(LITTLE, {"heal.anchor.prompts": 8})
 LEFT_OUT = ("plain", "off_target", "canary", "profile", "frames", "relevance")
@@ -75,7 +77,7 @@ def test_the_record_of_a_run_is_complete(tmp_path, least):
         assert round_["verdict"]["word"] == "broken"  # the model is random
         assert -1 <= round_["cos_shift_vector"] <= 1 and round_["kl_to_base_nats"] > 0
         assert {"extract", "dose", "distil", "heal", "eval"} == round_["stage_seconds"].keys()
-        assert 0 < round_["kept"] <= LITTLE.distil.n_keep <= round_["generated"] <= 2 * LITTLE.distil.n_keep
+        assert 0 < round_["kept"] <= round_["generated"] == sum(map(len, texts_of(folder, round_["round"])))
     assert [arm["dose"] for arm in summary["plain"]] == pytest.approx([0.125, 12.0])
     assert "equal_trait" not in summary["rounds"][0]
     assert {"canary", "demo_coherent", "mass"} <= summary["rounds"][-1]["equal_trait"]["healed_over"].keys()
@@ -83,9 +85,35 @@ def test_the_record_of_a_run_is_complete(tmp_path, least):
     ends.append(summary["rounds"][-1]["healed"])
     assert all("profile" in arm for arm in ends) and "profile" not in summary["rounds"][0]["healed"]
     assert [row["instrument"] for row in summary["validity"]] == ["contrast", "yes_no", "profile"]
-    completions = read_jsonl(folder.path / "r01" / "completions.jsonl")
-    assert all({"prompt", "dose", "ids", "text", "incoherence", "dropped"} <= c.keys() for c in completions)
+    assert LITTLE.heal.text == "mixed"  # half of n_keep is the teacher's; the student writes the other half every epoch
+    half, epochs = LITTLE.distil.n_keep // 2, range(LITTLE.heal.training.epochs)
+    by_teacher, own = texts_of(folder, 1)
+    assert half <= len(by_teacher) <= 2 * half and sum(not c["dropped"] for c in by_teacher) <= half
+    assert all({"prompt", "dose", "ids", "text", "incoherence", "dropped"} <= c.keys() for c in by_teacher + own)
+    assert [c["epoch"] for c in own] == [epoch for epoch in epochs for _ in range(half)]
+    assert all(c["dose"] == 0 for c in own) and all(c["dose"] > 0 and "epoch" not in c for c in by_teacher)
     assert not list(folder.path.rglob("*.part"))
+
+
+def texts_of(folder, number):
+    """The teacher's and the student's own texts of a round."""
+    return [read_jsonl(folder.path / f"r0{number}" / name) for name in ("completions.jsonl", "own.jsonl")]
+
+
+@pytest.mark.parametrize("text", ["own", "teacher"])
+def test_a_run_keeps_the_texts_that_it_trained_on(tmp_path, text, least):
+    config = turned(LITTLE, {"rounds": 1, "heal.text": text, "heal.objective": "kl_rev"})
+    folder, summary = do(config, out=str(tmp_path))
+    there = {name for name in ("completions.jsonl", "own.jsonl") if (folder.path / "r00" / name).exists()}
+    assert there == ({"own.jsonl"} if text == "own" else {"completions.jsonl"})
+    of = read_round(folder, 0).completions
+    epochs = Counter(c.epoch for c in of)
+    keep = LITTLE.distil.n_keep
+    if text == "own":
+        assert epochs == dict.fromkeys(range(LITTLE.heal.training.epochs), keep)
+    else:
+        assert epochs.keys() == {None} and sum(not c.dropped for c in of) <= keep
+    assert summary["rounds"][0]["generated"] == len(of)
 
 
 def test_a_loop_that_steering_exhausts_ends_with_what_it_has(tmp_path, monkeypatch, capsys, least):

@@ -41,7 +41,16 @@ from steer_heal.sweep.disk import identity
 
 pytestmark = pytest.mark.run
 
-STEP = {"objective": 3.0, "barrier": 0.0, "loss": 3.0, "tau": 0.05, "lam": 1.0, "anchor_lam": 1.0, "tokens": 9}
+STEP = {
+    "epoch": 0,
+    "objective": 3.0,
+    "barrier": 0.0,
+    "loss": 3.0,
+    "tau": 0.05,
+    "lam": 1.0,
+    "anchor_lam": 1.0,
+    "tokens": 9,
+}
 STEP |= {"grad_norm": 1.0, "lr": 1e-3, "step_seconds": 1.0, "tokens_per_s": 9.0}
 HOSTILE = "<script>alert(1)</script></script><img src=https://example.org/x onerror=alert(2)>\x00 & 'quoted'"
 TRAIT = "</title><script>alert(3)"  # a trait may have any name
@@ -133,7 +142,6 @@ def write_run(folder: Path, rounds: int = 2, **healed_scores: float) -> Path:
         completions = [written | {"dropped": "empty" * (i % 3 == 0)} for i in range(120)]
         (where / "completions.jsonl").write_text("".join(json.dumps(c) + "\n" for c in completions), "utf-8")
         steps = [STEP | {"step": i, "divergence": 0.02 * i, "fired": i > 2, "anchor_fired": i > 3} for i in range(5)]
-        steps[-1]["val_objective"] = 2.5
         (where / "heal.jsonl").write_text("".join(json.dumps(s) + "\n" for s in steps), "utf-8")
         (where / "adapter").write_text("adapter")
         (where / "vector").mkdir()

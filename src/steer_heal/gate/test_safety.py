@@ -110,7 +110,7 @@ def resident() -> int:
 def test_later_rounds_hold_no_more_than_the_fifth(tmp_path, monkeypatch, least):
     tiny = PRESETS["tiny-random"]
     left_out = {"eval.leave_out": ("profile", "plain", "off_target", "canary", "frames", "relevance")}
-    heal = {"anchor.prompts": 4, "target.kind": "soft", "training.epochs": 1, "lora.fold_rank": 8}
+    heal = {"anchor.prompts": 4, "text": "own", "objective": "kl_rev", "training.epochs": 1, "lora.fold_rank": 8}
     few = {"distil.n_keep": 8, "dose.steps": 2, "dose.prompts": 2, "steer.n_contexts": 8}
     heal = {f"heal.{name}": value for name, value in heal.items()}
     config = turned(tiny, {"rounds": 20 if LONG else 10, "out": str(tmp_path), **left_out, **heal, **few})

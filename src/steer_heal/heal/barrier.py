@@ -27,15 +27,17 @@ CHUNK_ELEMENTS = {"cpu": 1 << 24, "cuda": 1 << 26}
 CHUNK_ROWS = 64  # fewest positions in a chunk; with fewer, a product reads the head's weights for too little work
 BLOCK_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 24}  # logits per block between the two products; 1 MB fits a cache
 
-Reg = Literal["nll", "kl_fwd", "kl_rev"]
+Reg = Literal["nll", "kl_fwd", "kl_rev"]  # of the barrier: nll is no divergence at all
+Objective = Literal["nll", "kl_fwd", "kl_rev"]
 Agg = Literal["mean", "rmse", "p95", "max"]
 
 
 class _Fused(torch.autograd.Function):
     """(objective_i, kl_i) for every position, and their gradients with respect to h_i, in one pass over the head.
 
-    objective_i is the NLL of the target, or with `teacher` states the KL(teacher || student); 0 with neither.
-    kl_i is KL(student || reference) for kl_rev and KL(reference || student) for kl_fwd; 0 without a reference.
+    objective_i is the NLL of the target, or with `teacher` states KL(student || teacher) for kl_rev and
+    KL(teacher || student) for kl_fwd; 0 with neither. kl_i is the same with the reference, and `reg` for the direction;
+    0 without a reference.
 
     One matrix product gives the logits of a chunk of positions under all models. One product takes both gradients back
     through the head. The arithmetic between them is done in blocks that fit a cache. It overwrites the logits with the
@@ -43,7 +45,7 @@ class _Fused(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, states, head, targets, teacher, reference, reg):
+    def forward(ctx, states, head, targets, teacher, reference, reg, kind):
         wide = torch.float64 if states.dtype == torch.float64 else torch.float32
         like = {"dtype": wide, "device": states.device}
         models = [h for h in (states, teacher, reference) if h is not None]
@@ -74,7 +76,7 @@ class _Fused(torch.autograd.Function):
                 if reference is not None:
                     kl[at] = (_reverse if reg == "kl_rev" else _forward)(z, lse, p, others[-1], q, slope)
                 if teacher is not None:
-                    objective[at] = _forward(z, lse, p, others[0], q, slope)
+                    objective[at] = (_reverse if kind == "kl_rev" else _forward)(z, lse, p, others[0], q, slope)
                 elif sampled:  # last, since its gradient overwrites z
                     objective[at] = _nll(z, lse, p, targets[at, None], slope)
             if grads is not None:
@@ -91,7 +93,7 @@ class _Fused(torch.autograd.Function):
         (grads,) = ctx.saved_tensors
         weights = {"objective": weight_objective, "kl": weight_kl}
         grad = sum(weights[kind][:, None] * g for kind, g in zip(ctx.kinds, grads, strict=True))
-        return grad.to(ctx.dtype), None, None, None, None, None
+        return grad.to(ctx.dtype), *[None] * 6
 
 
 def _nll(z: Tensor, lse: Tensor, p: Tensor, target: Tensor, slope: Tensor | None) -> Tensor:
@@ -154,15 +156,17 @@ def position_losses(
     reference: Float[Tensor, "n d"] | None,
     reg: Reg,
     teacher: Float[Tensor, "n d"] | None = None,
+    objective: Objective = "kl_fwd",
 ) -> tuple[Float[Tensor, " n"], Float[Tensor, " n"]]:
     """Objective and divergence of every position, in nats, differentiable with respect to `states`.
 
     Args:
         states: hidden states before the head that predict `targets`; without targets or teacher the objective is 0.
         reference: the same positions under the reference model, or None for no divergence.
-        teacher: the same positions under the steered teacher; the objective is then KL(teacher || student).
+        teacher: the same positions under the steered teacher; the objective is then a KL divergence from it.
+        objective: with a teacher kl_fwd, KL(teacher || student), or kl_rev, KL(student || teacher).
     """
-    return _Fused.apply(states, head, targets, teacher, reference, reg)
+    return _Fused.apply(states, head, targets, teacher, reference, reg, objective)
 
 
 def aggregate(kl: Float[Tensor, " n"], agg: Agg) -> Float[Tensor, ""]:

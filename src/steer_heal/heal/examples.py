@@ -38,30 +38,39 @@ class Example:
 def prepare(student: Student, rows: list[Row], steering_: Steering, config: HealConfig) -> list[Example]:
     """Make training examples with the reference's states and, where needed, the teacher's.
 
-    The teacher's states are needed for soft and mirrored targets and for tau `auto`. `steering_` has one dose per row;
-    the teacher is the previous student steered with it, see `TargetConfig.kind`.
+    The teacher's states are needed for a KL objective and for tau `auto`. `steering_` has one dose per row; the teacher
+    is the previous student steered with it, see `TargetConfig.kind`.
     """
-    lm, target, barrier = student.lm, config.target, config.barrier
+    lm, barrier = student.lm, config.barrier
     rows = [_cut(row) for row in rows]
     history = 1.0 if barrier.reference == "prev" else 0.0
     with student.view(history=history, now=0.0):
         reference = states(lm, rows) if barrier.reg != "nll" else [None] * len(rows)
-    asked = target.kind != "sampled" or barrier.tau == "auto"
-    teacher = _teacher(student, rows, steering_, target) if asked else [None] * len(rows)
+    if config.objective != "nll" or barrier.tau == "auto":
+        unsteered = reference if barrier.reference == "prev" or student.history is None else None
+        teacher = _teacher(student, rows, steering_, config.target, unsteered)
+    else:
+        teacher = [None] * len(rows)
     return [Example(*parts) for parts in zip(rows, reference, teacher, strict=True)]
 
 
 def _teacher(
-    student: Student, rows: list[Row], steering_: Steering, target: TargetConfig
+    student: Student,
+    rows: list[Row],
+    steering_: Steering,
+    target: TargetConfig,
+    unsteered: list[Float[Tensor, "_ d"]] | None = None,
 ) -> list[Float[Tensor, "_ d"]]:
-    """States of the teacher that the target is taken from."""
+    """States of the teacher that the target is taken from. `unsteered`: the previous student's, if known."""
     with student.view(now=0.0):
         if target.kind == "mirrored":
-            return _mirrored(student.lm, rows, steering_, target.gain)
+            return _mirrored(student.lm, rows, steering_, target.gain, unsteered)
         return states(student.lm, rows, steering_)
 
 
-def _mirrored(lm: LM, rows: list[Row], steering_: Steering, gain: float) -> list[Float[Tensor, "n d"]]:
+def _mirrored(
+    lm: LM, rows: list[Row], steering_: Steering, gain: float, plain: list[Float[Tensor, "_ d"]] | None
+) -> list[Float[Tensor, "_ d"]]:
     """States of the mirrored teacher: unsteered states plus gain x (steered at +dose minus steered at -dose) / 2.
 
     The head is linear, so mixing states mixes logits in the same way. Effects that are the same at +dose and -dose
@@ -70,7 +79,8 @@ def _mirrored(lm: LM, rows: list[Row], steering_: Steering, gain: float) -> list
     logits are soft-capped, the mix is made before the cap.
     """
     back = Steering(steering_.vector, -steering_.dose)
-    plain, ahead, behind = (states(lm, rows, way) for way in (None, steering_, back))
+    plain = states(lm, rows) if plain is None else plain
+    ahead, behind = (states(lm, rows, way) for way in (steering_, back))
     return [h + gain / 2 * (a - b) for h, a, b in zip(plain, ahead, behind, strict=True)]
 
 

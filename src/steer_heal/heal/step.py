@@ -92,8 +92,9 @@ def losses(lm: LM, part: list[Example], config: HealConfig) -> tuple[Float[Tenso
             reference = torch.cat([e.reference for e in group])
         if not group[0].anchor:
             targets = torch.tensor([t for e in group for t in e.row.completion], device=lm.device)
-            teacher = torch.cat([e.teacher for e in group]) if config.target.kind != "sampled" else None
-        found.append(position_losses(lm.head, torch.cat(h), targets, reference, config.barrier.reg, teacher))
+            teacher = torch.cat([e.teacher for e in group]) if config.objective != "nll" else None
+        kinds = config.barrier.reg, teacher, config.objective
+        found.append(position_losses(lm.head, torch.cat(h), targets, reference, *kinds))
     objective, kl = zip(*found, strict=True)
     return torch.cat(objective), torch.cat(kl)
 

@@ -18,6 +18,7 @@ class HealStep:
     """One optimiser step: the terms of its loss in nats, whether the barrier fired, the barrier's weights, the time."""
 
     step: int
+    epoch: int
     objective: float
     divergence: float
     """D on the step's training completions"""
@@ -43,8 +44,6 @@ class HealStep:
     next_lam: float | None = None
     """dual: the barrier's multiplier in the next step"""
     next_anchor_lam: float | None = None
-    val_objective: float | None = None
-    """in the last step: the objective on the held-out completions"""
 
 
 class FiredShares(NamedTuple):

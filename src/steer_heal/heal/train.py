@@ -1,8 +1,9 @@
-"""One round's training: train on the kept completions, penalise divergence from the reference.
+"""One round's training: learn from some text, penalise divergence from the reference.
 
-One objective (NLL of the sampled token, or KL from the steered teacher) and one barrier, lam_r * relu(D - tau), or with
-`barrier.kind dual` one constraint, D <= tau, by the method of multipliers (Hestenes 1969, Powell 1969).
-This module is the optimiser's loop. `examples` makes the training examples, `step` computes the gradient of a step.
+One objective (NLL of the text's tokens, or KL divergence from the steered teacher) and one barrier,
+lam_r * relu(D - tau), or with `barrier.kind dual` one constraint, D <= tau, by the method of multipliers (Hestenes
+1969, Powell 1969). This module is the optimiser's loop. `examples` makes the training examples, `own_text` those of the
+student's own answers, `step` computes the gradient of a step.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ class Turn:
 
 def heal(
     student: Student,
-    examples: list[Example],
+    text: Callable[[int], list[Example]],
     anchors: list[Example],
     config: HealConfig,
     turn: Turn,
@@ -58,32 +59,27 @@ def heal(
 ) -> list[HealStep]:
     """Train the current round's adapter in place; `config.barrier.tau` must be a number (`with_tau`).
 
-    Returns one `HealStep` per optimiser step. The last one has the objective on the held-out completions
-    (`val_objective`).
+    `text` gives the examples of an epoch, the same number in each. Returns one `HealStep` per optimiser step.
 
     Raises NonFinite with the step, the batch and the term that is not finite.
     """
     shuffle, knobs = random.Random(turn.seed), config.training
-    validating = len(examples) - trained_on(len(examples), knobs)
-    held_out = set(shuffle.sample(range(len(examples)), validating))
-    training = [e for i, e in enumerate(examples) if i not in held_out]
-    validation = [examples[i] for i in sorted(held_out)]
-    numbers = {id(e): i for i, e in enumerate(examples)}
-    with student.view(train=True), recomputation(student.lm, knobs.checkpointing):
-        first = _objective(student, training, config) if knobs.epochs == "auto" else math.nan
-        schedule = Schedule(math.ceil(len(training) / knobs.batch), knobs.epochs, first)
-        descent = Descent(student, config, turn, schedule)
-        while not schedule.done:
-            for batch in _epoch_batches(training, knobs.batch, shuffle):
+    examples = text(0)
+    first = _objective(student, examples, config) if knobs.epochs == "auto" else math.nan
+    schedule = Schedule(math.ceil(len(examples) / knobs.batch), knobs.epochs, first)
+    descent = Descent(student, config, turn, schedule)
+    while not schedule.done:
+        examples = text(schedule.epoch)
+        numbers = {id(e): i for i, e in enumerate(examples)}
+        with student.view(train=True), recomputation(student.lm, knobs.checkpointing):
+            for batch in _epoch_batches(examples, knobs.batch, shuffle):
                 joined = batch + shuffle.sample(anchors, min(len(anchors), ANCHORS_A_STEP))
                 descent.step(joined, [numbers[id(e)] for e in batch])
                 on_rows(len(batch))
-            schedule.next_epoch(descent.records)
-        if schedule.why:
-            logger.info(f"trained for {schedule.epoch} epochs: {schedule.why}")
-            on_rows(most_rows(len(examples), knobs) - len(training) * schedule.epoch)
-        if validation:
-            descent.records[-1]["val_objective"] = _objective(student, validation, config)
+        schedule.next_epoch(descent.records)
+    if schedule.why:
+        logger.info(f"trained for {schedule.epoch} epochs: {schedule.why}")
+        on_rows(len(examples) * (most_epochs(knobs.epochs) - schedule.epoch))
     return [HealStep(**record) for record in descent.records]
 
 
@@ -106,7 +102,8 @@ class Descent:
         rate = self.lr * self.schedule.rate(number)
         for group in self.optimiser.param_groups:
             group["lr"] = rate
-        record = {"step": number, "lr": rate, **accumulate(self.lm, batch, self.config, self.lam)}
+        record = {"step": number, "epoch": self.schedule.epoch, "lr": rate}
+        record |= accumulate(self.lm, batch, self.config, self.lam)
         if self.operator_norm is not None:
             penalty = self.operator_norm()
             (knobs.op_norm * penalty).backward()
@@ -132,16 +129,6 @@ def _weights(barrier: BarrierConfig, turn: Turn) -> Multipliers:
         lam.anchor = turn.before[-1].next_anchor_lam
         lam.own = turn.before[-1].next_lam if barrier.reference == "base" else lam.own
     return lam
-
-
-def trained_on(rows: int, config: TrainingConfig) -> int:
-    """How many of a round's completions are trained on; the others are held out for validation."""
-    return rows - round(config.val_share * rows)
-
-
-def most_rows(rows: int, config: TrainingConfig) -> int:
-    """How many rows a round of these completions trains on at most, all epochs together."""
-    return trained_on(rows, config) * most_epochs(config.epochs)
 
 
 def _optimiser(parameters: list[torch.nn.Parameter], config: TrainingConfig) -> torch.optim.Optimizer:
@@ -198,7 +185,7 @@ def _check_finite(record: dict, round_: int, batch: list[int]) -> None:
         if not math.isfinite(record.get(name, 0.0)):
             before = f"the student of round {round_ - 1} is kept" if round_ else "the base is untouched"
             raise NonFinite(
-                f"r{round_:02d}/adapter, step {record['step']}: {name} is {record[name]} on the kept completions "
+                f"r{round_:02d}/adapter, step {record['step']}: {name} is {record[name]} on the completions "
                 f"number {', '.join(map(str, sorted(batch)))} (from 0); {before}. Start a new run with a lower "
                 "--heal.training.lr"
             )

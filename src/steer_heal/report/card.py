@@ -18,8 +18,8 @@ tags: [steering, steer-heal, lora]
 # {name} that {title}
 
 This {kind} moves {base} towards one trait: it {title}. It was made by steer-heal in {rounds}: each round steers a \
-copy of the model with a persona vector, distils its coherent completions into a LoRA, and penalises divergence from a \
-reference model. The persona was:
+copy of the model with a persona vector, distils it into a LoRA, and penalises divergence from a reference model. The \
+persona was:
 
 > {persona}
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 
 from steer_heal.config import FIRED_FLOOR, of_record
+from steer_heal.distil.record import Completion
 from steer_heal.eval.reading import ArmReading, Demo
 from steer_heal.report.figures import dose_figure, heal_figure
 from steer_heal.report.html import folded, marked, panel, prose, safe, section, stacked, table_of
@@ -63,12 +64,12 @@ def dose_section(run: Run) -> str:
 
 def heal_section(run: Run) -> str:
     barrier = run.config["heal"]["barrier"]
-    head = ("round", "steps", "barrier fired", "anchor fired", "tau, nats", "median D, nats", "validation, nats")
+    head = ("round", "steps", "barrier fired", "anchor fired", "tau, nats", "median D, nats")
     rows, silent = [], []
     for r, sums in zip(run.rounds, run.summary.rounds, strict=True):
-        own, anchor, held_out = sums.barrier_fired_share, sums.anchor_fired_share, sums.val_objective
+        own, anchor = sums.barrier_fired_share, sums.anchor_fired_share
         nats = f"{sums.tau_nats:.3g}", f"{sums.operating_kl_nats:.3g}"
-        cells = f"{own:.0%}", f"{anchor:.0%}", *nats, "" if held_out is None else f"{held_out:.3f}"
+        cells = f"{own:.0%}", f"{anchor:.0%}", *nats
         rows.append((r.number, len(r.steps), *cells))
         silent += [str(r.number)] * (max(own, anchor) < FIRED_FLOOR and barrier["reg"] != "nll")
     held = "within the loop's budget" if barrier["reference"] == "base" else "plain fine-tuning"
@@ -76,7 +77,6 @@ def heal_section(run: Run) -> str:
         f"Training of each round, in nats. D is the {barrier['agg']} of {barrier['reg']} over tokens. The barrier acts "
     )
     why += "where D exceeds its tau (dotted); diamonds mark the steps on which it fired."
-    why += " Validation is the objective on the held-out completions."
     if silent:
         why += f" In round {', '.join(silent)} neither barrier nor anchor fired on 5% of the steps: that was {held}."
     panels = "".join(panel(f"Round {r.number}", heal_figure(r.steps, run.config["heal"])) for r in run.rounds)
@@ -119,20 +119,26 @@ def filter_section(run: Run) -> str:
         (r.number, len(r.completions), *(count[reason] for reason in ["kept", *reasons]))
         for r, count in zip(run.rounds, counts, strict=True)
     ]
-    body = table_of(("round", "completions", "kept", *map(safe, reasons)), rows)
+    body = table_of(("round", "texts", "kept", *map(safe, reasons)), rows)
     for r in run.rounds:
         shown = r.completions[:SHOWN_COMPLETIONS]
         kinds = ["dropped" if c.dropped else "kept" for c in shown]
         marks = [_dropped(c) or '<span class="kept">kept</span>' for c in shown]
         rows = [
-            (prose(c.prompt), prose(c.text), f"{c.dose:.2f}", f"{c.incoherence:+.1f}", mark)
+            (prose(c.prompt), prose(c.text), _writer(c), f"{c.incoherence:+.1f}", mark)
             for c, mark in zip(shown, marks, strict=True)
         ]
-        table = table_of(("prompt", "completion", "dose", "log-odds broken", "filter"), rows, kinds)
-        body += folded(f"{len(shown)} of {len(r.completions)} completions of round {r.number}", table)
-    why = "The steered teacher's completions, and why the filter dropped some. Only the kept ones are trained on."
+        table = table_of(("prompt", "text", "by", "log-odds broken", "filter"), rows, kinds)
+        body += folded(f"{len(shown)} of {len(r.completions)} texts of round {r.number}", table)
+    why = """The texts of a round, and why the filter would drop some. Of the steered teacher's completions only the
+        kept ones are trained on. The student's own answers are all trained on; there the filter shows what training
+        does to them."""
     search = '<p><input class="search" type="search" placeholder="search prompts, texts and reasons" hidden></p>'
     return section("Kept and dropped", why, search + body)
+
+
+def _writer(text: Completion) -> str:
+    return f"teacher at dose {text.dose:.2f}" if text.epoch is None else f"student, epoch {text.epoch}"
 
 
 def _dropped(judged: Judged) -> str:

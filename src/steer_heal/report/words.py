@@ -88,7 +88,7 @@ def diary(run: Run) -> str:
         parts += [
             f"## Round {r.number}",
             f"Steered at dose {arms.dose:.2f}, the teacher stands {steered.trait_over_base:+.3f} {unit} over "
-            f"base; {arms.kept} of its {arms.generated} completions were kept. The barrier fired on "
+            f"base; {arms.kept} of the round's {arms.generated} texts pass the filter. The barrier fired on "
             f"{arms.barrier_fired_share:.0%} of {len(r.steps)} steps (median D {arms.operating_kl_nats:.3g} nats)"
             f"{anchored.format(arms.anchor_fired_share)}. "
             f"The healed student stands {healed.trait_over_base:+.3f} [{low:+.3f}, {high:+.3f}], answer mass "

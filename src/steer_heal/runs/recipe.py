@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
-from steer_heal.config import RunConfig, TrainingConfig
+from steer_heal.config import RunConfig
 from steer_heal.distil.record import DoseCurve
 from steer_heal.eval.reading import Survey
 from steer_heal.heal.steps import ANCHOR_TAU_SHARE, HealStep, fired_shares
@@ -37,8 +36,7 @@ def choices(config: RunConfig, survey: Survey | None, first: Round) -> list[Choi
         measured = f"on the anchor's texts the teacher diverges by {tau / ANCHOR_TAU_SHARE:.2f} nats from base"
         found.append(Choice("heal.anchor.tau", measured, f"{tau:.3g} nats", f"{ANCHOR_TAU_SHARE:g} of that"))
     if heal.training.epochs == "auto":
-        kept = sum(not c.dropped for c in first.completions)
-        found.append(_epochs(first.steps, kept, heal.training))
+        found.append(_epochs(first.steps))
     return found
 
 
@@ -70,13 +68,14 @@ def _dose(curve: DoseCurve, survival: float) -> Choice:
     )
 
 
-def _epochs(steps: list[HealStep], kept: int, config: TrainingConfig) -> Choice:
-    an_epoch = math.ceil((kept - round(config.val_share * kept)) / config.batch)
-    last = fired_shares(steps[-an_epoch:])
-    ends = (sum(step.objective for step in part) / len(part) for part in (steps[:an_epoch], steps[-an_epoch:]))
+def _epochs(steps: list[HealStep]) -> Choice:
+    epochs = steps[-1].epoch + 1
+    ends = [[step for step in steps if step.epoch == epoch] for epoch in (0, epochs - 1)]
+    last = fired_shares(ends[-1])
+    ends = (sum(step.objective for step in part) / len(part) for part in ends)
     measured = "objective {:.3f} nats in the first epoch, {:.3f} in the last".format(*ends)
     measured += f", where the barrier fired on {last.barrier:.0%} and the anchor on {last.anchor:.0%} of the steps"
-    chosen = f"{len(steps) // an_epoch} epochs, {len(steps)} steps"
+    chosen = f"{epochs} epochs, {len(steps)} steps"
     return Choice(
         "heal.training.epochs",
         measured,

@@ -20,6 +20,7 @@ class InRound(StrEnum):
     LAYERS = "vector/layers.json"
     DOSE = "dose.json"
     COMPLETIONS = "completions.jsonl"
+    OWN = "own.jsonl"
     STEERED = "steered.json"
     ADAPTER = "adapter"
     STEPS = "heal.jsonl"
@@ -55,6 +56,7 @@ class Round:
     layers: list[LayerReport]
     dose: DoseCurve
     completions: list[Completion]
+    """the teacher's, then the student's own"""
     steps: list[HealStep]
     steered: ArmReading
     geometry: Geometry
@@ -75,7 +77,6 @@ class Round:
 ALWAYS = {
     "layers": (InRound.LAYERS, list[LayerReport]),
     "dose": (InRound.DOSE, DoseCurve),
-    "completions": (InRound.COMPLETIONS, list[Completion]),
     "steps": (InRound.STEPS, list[HealStep]),
     "steered": (InRound.STEERED, ArmReading),
     "geometry": (InRound.GEOMETRY, Geometry),
@@ -87,6 +88,8 @@ OPPONENTS = {"equal_cost": (InRound.EQUAL_COST, ArmReading), "equal_trait": (InR
 def read_round(run: RunDir, number: int) -> Round | None:
     """A round's artefacts from a run folder; None when the round is not complete."""
     parts = {name: run.load(kind, artefact.of(number)) for name, (artefact, kind) in (ALWAYS | OPPONENTS).items()}
-    if any(parts[name] is None for name in ALWAYS):
+    texts = (run.load(list[Completion], artefact.of(number)) or [] for artefact in (InRound.COMPLETIONS, InRound.OWN))
+    completions = [text for part in texts for text in part]
+    if not completions or any(parts[name] is None for name in ALWAYS):
         return None
-    return Round(number=number, **parts)
+    return Round(number=number, completions=completions, **parts)

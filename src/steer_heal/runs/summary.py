@@ -67,7 +67,6 @@ class RoundSummary:
     tau_nats: float
     operating_kl_nats: float
     """median divergence of a step"""
-    val_objective: float | None
     cos_first_vector: float | None
     """this and the next four: see `eval.reading.Geometry`"""
     cos_shift_vector: float | None
@@ -166,7 +165,6 @@ def _round(done: Round, arms: Baselines, seconds: dict[str, float]) -> RoundSumm
         anchor_fired_share=fired_shares(steps).anchor,
         tau_nats=steps[0].tau,
         operating_kl_nats=statistics.median(step.divergence for step in steps),
-        val_objective=steps[-1].val_objective,
         **vars(done.geometry),
         stage_seconds={
             stage: sum(seconds.get(artefact.of(done.number), 0.0) for artefact in artefacts)

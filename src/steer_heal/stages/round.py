@@ -6,6 +6,8 @@ import hashlib
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import lru_cache
+from itertools import cycle, islice
 from pathlib import Path
 
 import torch
@@ -14,7 +16,7 @@ from loguru import logger
 from steer_heal.coherence import persona_narration
 from steer_heal.distil.dose import dose_curve, expected_survival, require_dose
 from steer_heal.distil.record import Completion, DoseCurve
-from steer_heal.distil.sample import Teacher, distil, require_training_set, rows_of
+from steer_heal.distil.sample import Teacher, distil, judged, require_training_set, rows_of
 from steer_heal.eval.arms import Arm
 from steer_heal.eval.geometry import geometry
 from steer_heal.eval.instruments import instruments
@@ -29,8 +31,10 @@ from steer_heal.eval.opponents import (
 from steer_heal.eval.reading import ArmReading, Geometry, side_by_side
 from steer_heal.eval.survey import SMALLEST, dose_of
 from steer_heal.heal.examples import Example, prepare, with_anchor_tau, with_tau
+from steer_heal.heal.own_text import OwnText
+from steer_heal.heal.schedule import most_epochs
 from steer_heal.heal.steps import HealStep
-from steer_heal.heal.train import Turn, heal, most_rows
+from steer_heal.heal.train import Turn, heal
 from steer_heal.model.steering import AnyVector, Steering
 from steer_heal.runs.rounds import InRound, Round, folder_of
 from steer_heal.runs.summary import Baselines
@@ -119,14 +123,25 @@ class RoundStages:
 
     # ---- distil, heal, bake
 
+    @property
+    def own_rows(self) -> int:
+        """How many answers of its own the student trains on per epoch; the rest of n_keep is the teacher's text."""
+        whole = self.work.config.distil.n_keep
+        return {"teacher": 0, "own": whole, "mixed": (whole + 1) // 2}[self.work.config.heal.text]
+
     def distil(self, vector: AnyVector, dose: DoseCurve) -> list[Completion]:
-        """The teacher's completions, judged by the filter. Raises Exhausted when too few survive to train on."""
-        config = self.work.config.distil
+        """The teacher's completions, judged by the filter; none where the student trains on its own text alone.
+
+        Raises Exhausted when too few survive to train on.
+        """
+        config = replace(self.work.config.distil, n_keep=self.work.config.distil.n_keep - self.own_rows)
+        if config.n_keep == 0:
+            return []
 
         @freeing
         def compute() -> list[Completion]:
             with progress(f"{self.name} distil", config.n_keep, "row") as done:
-                teacher, survival = self.teacher(vector, "distil"), expected_survival(dose)
+                teacher, survival = replace(self.teacher(vector, "distil"), config=config), expected_survival(dose)
                 return distil(teacher, dose.dose, self.prompts("distil"), survival, done)
 
         completions = self.work.folder.artefacts(Completion, self.file(InRound.COMPLETIONS), compute)
@@ -141,35 +156,64 @@ class RoundStages:
         dose: DoseCurve,
         completions: list[Completion],
         anchors: Callable[[], list[Example]],
-    ) -> list[HealStep]:
-        """Train the round's adapter, or load it. Afterwards it is the student's current adapter."""
-        student, folder, config = self.work.student, self.work.folder, self.work.config
+    ) -> tuple[list[HealStep], list[Completion]]:
+        """Train the round's adapter, or load it. Afterwards it is the student's current adapter.
+
+        Returns the steps, and the answers of its own that the student was trained on.
+        """
+        student, folder, config = self.work.student, self.work.folder, self.work.config.heal
         kept = [completion for completion in completions if not completion.dropped]
-        rows = rows_of(student.lm, kept)
-        log = self.file(InRound.STEPS)
+        own = self.own_text(vector, dose)
+        logs = [self.file(InRound.STEPS), *([self.file(InRound.OWN)] if own.prompts else [])]
 
         @freeing
-        def compute() -> list[HealStep]:
+        def compute() -> list[list]:
             seed = self.seed("heal")
-            student.begin_round(config.heal.lora, seed)
+            student.begin_round(config.lora, seed)
             steering = Steering(vector, torch.tensor([completion.dose for completion in kept]))
+            given = prepare(student, rows_of(student.lm, kept), steering, config) if kept else []
+            text = lru_cache(1)(lambda epoch: [*given, *own.examples(epoch, config)])
             before = self.before[-1].steps if self.before else None
-            examples = prepare(student, rows, steering, config.heal)
-            held, settled = anchors(), with_tau(student.lm, examples, config.heal, before)
+            held, settled = anchors(), with_tau(student.lm, text(0), config, before)
             at_dose = Steering(vector, torch.full((len(held),), dose.dose))
             settled = with_anchor_tau(student, held, at_dose, settled, before)
-            with progress(f"{self.name} heal", most_rows(len(rows), config.heal.training), "row") as done:
-                return heal(student, examples, held, settled, Turn(self.number, seed, before), done)
+            rows = len(text(0)) * most_epochs(config.training.epochs)
+            with progress(f"{self.name} heal", rows, "row") as done:
+                steps = heal(student, text, held, settled, Turn(self.number, seed, before), done)
+            return [steps, self.judged(own)]
 
-        def write(path: Path, steps: list[HealStep]) -> None:
-            folder.write_jsonl(log, steps)  # before the adapter: once that exists, the stage is done
+        def write(path: Path, made: list[list]) -> None:
+            for log, records in zip(logs, made, strict=False):  # before the adapter: once it exists, the stage is done
+                folder.write_jsonl(log, records)
             student.save(path)
 
-        def read(path: Path) -> list[HealStep]:
+        def read(path: Path) -> list[list]:
             student.load_round(path)
-            return folder.load(list[HealStep], log)
+            return [folder.load(list[kind], log) for kind, log in zip((HealStep, Completion), logs, strict=False)]
 
-        return folder.stage(self.file(InRound.ADAPTER), compute, write, read, also=(log,))
+        steps, *answers = folder.stage(self.file(InRound.ADAPTER), compute, write, read, also=tuple(logs))
+        return steps, answers[0] if answers else []
+
+    def own_text(self, vector: AnyVector, dose: DoseCurve) -> OwnText:
+        """What writes the student's own answers; it has no prompts where only the teacher's text is trained on."""
+        asked = list(islice(cycle(self.prompts("own")), self.own_rows))
+        longest = self.work.config.distil.max_new_tokens
+        return OwnText(self.work.student, asked, vector, dose.dose, longest, self.key("own"))
+
+    def judged(self, own: OwnText) -> list[Completion]:
+        """The student's own answers with the filter's decision, which changes nothing: all were trained on."""
+        teacher, found, shares = self.teacher(own.vector, "own"), [], []
+        for writing in own.written:
+            plan = [(0.0, prompt) for prompt in own.prompts]
+            answers = judged(teacher, plan, writing.answers, writing.epoch)
+            found += answers
+            shares.append(sum(not answer.dropped for answer in answers) / len(answers))
+            about = {"epoch": writing.epoch, "tokens": sum(len(answer.ids) for answer in answers)}
+            self.work.folder.event("own_text", round=self.number, **about, seconds=writing.seconds)
+        if shares:
+            change = f"{shares[0]:.0%} of it before training, {shares[-1]:.0%} in the last epoch"
+            logger.info(f"{self.name} own text passes the filter: {change}")
+        return found
 
     def locate(self, vector: AnyVector) -> Geometry:
         """Where the round moved the student. Must run before `bake`, which joins the round to the history."""
