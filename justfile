@@ -116,11 +116,29 @@ preset := if SCALE == "tiny" { "tiny-random" } else { SCALE }
 # with the same learning rate in every round, so that what holds a later round back is the barrier and not the step
 alone := "--heal.anchor.prompts 0 --heal.barrier.reference prev --heal.barrier.tau auto --heal.barrier.tau-share " + share + " --heal.training.lr-round-pow 0"
 
+# the demo's method, whatever the preset: a control needs an arm that it differs from in one thing
+whole := "--heal.text own --heal.objective kl_rev --heal.target.kind mirrored"
+
 # the numbers of the README, from nothing: two traits, three seeds, 8 rounds on a CPU (about 3 hours on 2 cores)
 reproduce: setup
     {{bin}}/steer-heal sweep headline --grid trait=love,calm --seeds 41,42,43 --out outputs/headline --hypothesis "after 8 rounds the trait stands at least four times as far as a prompt moves it, and coherence holds" -- smollm2-135m --rounds 8 --model.dtype float32
     {{bin}}/steer-heal results --out outputs/headline
     {{bin}}/steer-heal results --out outputs/headline --rounds --html outputs/headline/headline.html
+
+# null controls and simple rivals, through the same loop, budget and instruments
+controls: sweep-random sweep-persona sweep-no-teacher sweep-no-barrier
+
+# H: a random vector of the same norm moves the trait no further than chance
+sweep-random: (_sweep "random" "--grid steer.method=mean_diff,random" whole)
+
+# H: the steered teacher moves the trait further than the persona as teacher (context distillation, no vector)
+sweep-persona: (_sweep "persona" "--grid heal.target.kind=mirrored,persona" whole)
+
+# H: training on one's own text without a teacher moves nothing
+sweep-no-teacher: (_sweep "no-teacher" "--grid heal.objective=kl_rev,nll" whole)
+
+# H: without barrier and anchor the trait moves further and the answers fall apart
+sweep-no-barrier: (_sweep "no-barrier" "--grid heal.anchor.prompts=0" whole + " --heal.barrier.kind fixed --heal.barrier.reg nll")
 
 # every sweep, newest first
 queue: sweep-text sweep-objective sweep-lr sweep-source sweep-barrier sweep-anchor sweep-target sweep-filter sweep-dose sweep-band sweep-pow sweep-tau sweep-reference sweep-agg sweep-reg

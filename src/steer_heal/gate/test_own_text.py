@@ -10,6 +10,7 @@ from steer_heal.gate.conftest import turned
 from steer_heal.heal.own_text import OwnText
 from steer_heal.heal.train import Turn, heal
 from steer_heal.model.forward import states
+from steer_heal.model.lm import Row
 from steer_heal.model.steering import Steering
 from steer_heal.presets import PRESETS
 
@@ -19,12 +20,13 @@ CONFIG = turned(
 )
 ASKED = ["What is a glacier?", "Say something kind.", "How do I boil an egg?", "Why is the sky blue?"]
 DOSE = 0.3
+PERSONA = "You are very fond of eggs."
 
 
 def writer(lm, vector, **changes):
     student = Student(lm)
     student.begin_round(CONFIG.lora, 0)
-    return replace(OwnText(student, ASKED, vector, DOSE, 8, (0, 0, "own")), **changes)
+    return replace(OwnText(student, ASKED, vector, DOSE, 8, (0, 0, "own"), PERSONA), **changes)
 
 
 def moved(student, scale=0.5):
@@ -52,6 +54,18 @@ def test_the_student_in_training_writes_and_the_student_before_is_the_teacher(lm
     for example, h, a, b in zip(examples, plain, ahead, behind, strict=True):
         torch.testing.assert_close(example.teacher, h + CONFIG.target.gain / 2 * (a - b), rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(example.reference, h, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.device
+def test_a_persona_teaches_without_a_vector(lm, vector):
+    own = writer(lm, vector)
+    moved(own.student)
+    examples = own.examples(0, turned(CONFIG, {"target.kind": "persona"}))
+    rows = [Row(lm.prompt(p, PERSONA), e.row.completion) for p, e in zip(ASKED, examples, strict=True)]
+    with own.student.view(now=0.0):
+        expected = states(lm, rows)
+    for example, taught in zip(examples, expected, strict=True):
+        torch.testing.assert_close(example.teacher, taught)
 
 
 def test_every_epoch_has_answers_of_its_own_and_the_same_ones_again(lm, vector):

@@ -169,7 +169,17 @@ def test_left_padding_is_not_steered(lm, vector):
     torch.testing.assert_close(steered[0, 2:], plain[0, 2:] + vector.direction[1])
 
 
-@pytest.mark.parametrize("method", ["mean_diff", "pca", "ablation"])
+def test_the_random_control_has_the_vectors_norm_and_no_direction_of_its_own(lm):
+    vector, control, again = (
+        extract(lm, PERSONAS, replace(BAND, method=method)).vector.direction
+        for method in ("mean_diff", "random", "random")
+    )
+    assert torch.equal(control, again)
+    torch.testing.assert_close(control.norm(dim=-1), vector.norm(dim=-1))
+    assert torch.cosine_similarity(control, vector, dim=-1).abs().max() < 0.6  # of 32 dimensions: 0.18 is one deviation
+
+
+@pytest.mark.parametrize("method", ["mean_diff", "pca", "ablation", "random"])
 @pytest.mark.parametrize("spoilt", [False, True])
 def test_a_vector_without_a_direction_stops_the_run(lm, method, spoilt):
     persona = "You are kind."

@@ -35,11 +35,14 @@ class Example:
     anchor: bool = False
 
 
-def prepare(student: Student, rows: list[Row], steering_: Steering, config: HealConfig) -> list[Example]:
+def prepare(
+    student: Student, rows: list[Row], steering_: Steering, config: HealConfig, persona: list[list[int]] | None = None
+) -> list[Example]:
     """Make training examples with the reference's states and, where needed, the teacher's.
 
     The teacher's states are needed for a KL objective and for tau `auto`. `steering_` has one dose per row; the teacher
-    is the previous student steered with it, see `TargetConfig.kind`.
+    is the previous student steered with it, see `TargetConfig.kind`. `persona` has each row's prompt under the positive
+    persona, for that kind.
     """
     lm, barrier = student.lm, config.barrier
     rows = [_cut(row) for row in rows]
@@ -47,8 +50,12 @@ def prepare(student: Student, rows: list[Row], steering_: Steering, config: Heal
     with student.view(history=history, now=0.0):
         reference = states(lm, rows) if barrier.reg != "nll" else [None] * len(rows)
     if config.objective != "nll" or barrier.tau == "auto":
-        unsteered = reference if barrier.reference == "prev" or student.history is None else None
-        teacher = _teacher(student, rows, steering_, config.target, unsteered)
+        if config.target.kind == "persona":
+            with student.view(now=0.0):
+                teacher = states(lm, [Row(p, row.completion) for p, row in zip(persona, rows, strict=True)])
+        else:
+            known = barrier.reg != "nll" and (barrier.reference == "prev" or student.history is None)
+            teacher = _teacher(student, rows, steering_, config.target, reference if known else None)
     else:
         teacher = [None] * len(rows)
     return [Example(*parts) for parts in zip(rows, reference, teacher, strict=True)]
@@ -108,7 +115,9 @@ def with_tau(lm: LM, examples: list[Example], config: HealConfig, before: list[H
     if before and barrier.reference == "base":
         return replace(config, barrier=replace(barrier, tau=before[-1].tau))
     tau = barrier.tau_share * _divergence(lm, examples, [e.teacher for e in examples], config)
-    logger.info(f"tau {tau:.3g} nats: {barrier.tau_share:g} of the {barrier.agg} divergence of the {_kind(config)}")
+    logger.info(
+        f"tau {tau:.3g} nats: {barrier.tau_share:g} of the {barrier.agg} divergence of the {config.target.kind} teacher"
+    )
     return replace(config, barrier=replace(barrier, tau=tau))
 
 
@@ -132,7 +141,8 @@ def with_anchor_tau(
         return replace(config, anchor=replace(anchor, tau=math.inf if tau is None else tau))
     teacher = _teacher(student, [e.row for e in anchors], steering_, config.target)
     tau = ANCHOR_TAU_SHARE * _divergence(student.lm, anchors, teacher, config)
-    seen = f"{ANCHOR_TAU_SHARE:g} of the {barrier.agg} divergence of the {_kind(config)} on the anchor's texts"
+    kind = "mirrored" if config.target.kind == "mirrored" else "steered"
+    seen = f"{ANCHOR_TAU_SHARE:g} of the {barrier.agg} divergence of the {kind} teacher on the anchor's texts"
     logger.info(f"anchor tau {tau:.3g} nats: {seen}")
     return replace(config, anchor=replace(anchor, tau=tau))
 
@@ -143,10 +153,6 @@ def _divergence(lm: LM, examples: list[Example], teacher: list[Tensor], config: 
     with torch.no_grad():
         _, kl = position_losses(lm.head, torch.cat(teacher), None, reference, config.barrier.reg)
     return aggregate(kl, config.barrier.agg).item()
-
-
-def _kind(config: HealConfig) -> str:
-    return "mirrored teacher" if config.target.kind == "mirrored" else "steered teacher"
 
 
 def prepare_anchors(student: Student, rows: list[Row]) -> list[Example]:

@@ -42,6 +42,8 @@ class OwnText:
     """limit of an answer, tokens"""
     key: tuple
     """names the stream of random numbers"""
+    persona: str
+    """the positive persona, for `heal.target.kind persona`"""
     written: list[Writing] = field(default_factory=list)
 
     def examples(self, epoch: int, config: HealConfig) -> list[Example]:
@@ -53,6 +55,8 @@ class OwnText:
         with self.student.view():
             answers = decode(lm, prompts, self.longest, None, Sampling((*self.key, epoch)))
         rows = [Row(prompt, answer.ids) for prompt, answer in zip(prompts, answers, strict=True)]
-        made = prepare(self.student, rows, Steering(self.vector, torch.full((len(rows),), self.dose)), config)
+        under = [lm.prompt(prompt, self.persona) for prompt in self.prompts]
+        steering = Steering(self.vector, torch.full((len(rows),), self.dose))
+        made = prepare(self.student, rows, steering, config, under)
         self.written.append(Writing(epoch, answers, time.perf_counter() - began))
         return made

@@ -171,7 +171,8 @@ class RoundStages:
             seed = self.seed("heal")
             student.begin_round(config.lora, seed)
             steering = Steering(vector, torch.tensor([completion.dose for completion in kept]))
-            given = prepare(student, rows_of(student.lm, kept), steering, config) if kept else []
+            under = [student.lm.prompt(completion.prompt, self.work.trait.positive) for completion in kept]
+            given = prepare(student, rows_of(student.lm, kept), steering, config, under) if kept else []
             text = lru_cache(1)(lambda epoch: [*given, *own.examples(epoch, config)])
             before = self.before[-1].steps if self.before else None
             held, settled = anchors(), with_tau(student.lm, text(0), config, before)
@@ -198,7 +199,7 @@ class RoundStages:
         """What writes the student's own answers; it has no prompts where only the teacher's text is trained on."""
         asked = list(islice(cycle(self.prompts("own")), self.own_rows))
         longest = self.work.config.distil.max_new_tokens
-        return OwnText(self.work.student, asked, vector, dose.dose, longest, self.key("own"))
+        return OwnText(self.work.student, asked, vector, dose.dose, longest, self.key("own"), self.work.trait.positive)
 
     def judged(self, own: OwnText) -> list[Completion]:
         """The student's own answers with the filter's decision, which changes nothing: all were trained on."""

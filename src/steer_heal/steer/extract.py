@@ -58,6 +58,13 @@ def ablation(positive: States, negative: States, plain: States) -> Float[Tensor,
     return torch.nn.functional.normalize((negative - plain).mean(0), dim=-1)
 
 
+def random(positive: States, negative: States, plain: States) -> Float[Tensor, "l d"]:
+    """A control: a random direction in each block, with the norm of the mean difference. The same in every round."""
+    difference = mean_diff(positive, negative, plain)
+    drawn = torch.randn(difference.shape, generator=torch.Generator().manual_seed(0)).to(difference)
+    return torch.nn.functional.normalize(drawn, dim=-1) * difference.norm(dim=-1, keepdim=True)
+
+
 class Method(NamedTuple):
     direction: Callable[[States, States, States], Float[Tensor, "l d"]]
     operation: str
@@ -68,6 +75,7 @@ METHODS = {
     "mean_diff": Method(mean_diff, "add"),
     "pca": Method(pca, "add"),
     "ablation": Method(ablation, "project_out"),
+    "random": Method(random, "add"),
 }
 
 
