@@ -66,7 +66,6 @@ test *flags: setup
     {{bin}}/ruff format --check
     OMP_NUM_THREADS=1 {{bin}}/python -m pytest -q -n 2 --dist worksteal --durations 30 {{flags}}
     just fast-dev-run
-    just docs
 
 # the whole loop on a tiny random model, without network, with types and shapes checked (a minute)
 [group('check')]
