@@ -32,12 +32,12 @@ AUTO = RunConfig(
     rounds=4,
     steer=SteerConfig(n_contexts=32, band="auto"),
     dose=DoseConfig(range="auto", prompts=24),
-    distil=DistilConfig(n_keep=48, max_new_tokens=32),
+    distil=DistilConfig(n_keep=32, max_new_tokens=32),
     heal=HealConfig(
         text="own",
         objective="kl_rev",
         target=TargetConfig(kind="mirrored"),
-        barrier=replace(BUDGET, tau="auto", tau_share=0.25),
+        barrier=replace(BUDGET, tau="auto", tau_share=0.5),
         anchor=AnchorConfig(prompts=96, tau="auto"),
         training=TrainingConfig(lr=4e-4, lr_round_pow=-1.0, epochs="auto", pass_rows=9),
         lora=AdapterConfig(r=16),
@@ -69,12 +69,12 @@ PRESETS: dict[str, RunConfig] = {
         rounds=3,
         steer=replace(AUTO.steer, band=(0.3, 0.7)),
         # Small doses keep the text coherent. heal.target.gain sets how far the trait moves.
-        dose=DoseConfig(range=(0.2, 0.45), steps=4, prompts=10),
+        dose=DoseConfig(range=(0.2, 0.45), steps=4, prompts=16),
         heal=replace(
             AUTO.heal,
             barrier=replace(BUDGET, tau=0.6),  # between 0.6 and 0.8 this model's answers begin to fall apart
             anchor=replace(AUTO.heal.anchor, tau=0.16),
-            training=replace(AUTO.heal.training, epochs=2),
+            training=replace(AUTO.heal.training, epochs=4),
         ),
         eval=replace(AUTO.eval, plain_range=(0.1, 1.35)),
     ),

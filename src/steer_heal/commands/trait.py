@@ -39,7 +39,8 @@ negative = "{negative}"
 
 # What may be added (steer-heal trait show love has examples of all):
 #   title = "..."                   # as it reads in reports: "is patient"
-#   generation_prompts = [...]      # what the steered model is asked; default: a shared pool of {generation}
+#   generation_prompts = [...]      # asked in training, where the trait shows; default: a shared pool of {generation}
+#   everyday_prompts = [...]        # asked of the steered teacher besides; default: a shared pool of {everyday}
 #   demo_prompts = [...]            # answered for the report; default: a shared pool of {demo}
 #   [[contrast]]                    # question, trait, opposite: probes; default: the model writes them itself
 #   [[yes_no]]                      # question, trait_answer: questions about itself; default: none
@@ -80,7 +81,7 @@ def new(name: str) -> str:
         raise UserError(f"trait new {name!r}: give a name of small letters, digits and hyphens, e.g. patient")
     file = Path(f"{name}.toml")
     texts = {key: f"{UNWRITTEN}(describe the {key} side in two to four sentences)" for key in PERSONAS}
-    counts = {use: len(pool(use)) for use in ("generation", "demo")}
+    counts = {use: len(pool(use)) for use in ("generation", "everyday", "demo")}
     try:
         with file.open("x", encoding="utf-8") as opened:
             opened.write(SMALL.format(name=name, **texts, **counts))
@@ -120,7 +121,8 @@ def advice_of(trait: Trait) -> Iterator[str]:
     if trait.contrast:
         yield from _of_probes(trait.contrast)
     asked = {normalised(p.question) for p in (*trait.contrast, *trait.yes_no)}
-    both = [text for text in (*trait.generation_prompts, *trait.demo_prompts) if normalised(text) in asked]
+    prompts = (*trait.generation_prompts, *trait.everyday_prompts, *trait.demo_prompts)
+    both = [text for text in prompts if normalised(text) in asked]
     if both:
         yield f"{len(both)} prompts are also probes, e.g. {both[0]!r}: what is trained on must not be measured"
 

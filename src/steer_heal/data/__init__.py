@@ -70,10 +70,18 @@ class Trait:
     positive: str
     negative: str
     generation_prompts: tuple[str, ...]
+    """in which the trait shows"""
+    everyday_prompts: tuple[str, ...]
+    """in which the trait is a manner and not the topic; the steered teacher answers them too, see `asked_of_teacher`"""
     demo_prompts: tuple[str, ...]
     contrast: tuple[Contrast, ...]
     """empty: the base writes them at the start of a run, see `eval.own_probes`"""
     yes_no: tuple[YesNo, ...]
+
+    @property
+    def asked_of_teacher(self) -> tuple[str, ...]:
+        """The generation prompts, and half as many everyday ones: the teacher's text shows the trait as a manner."""
+        return self.generation_prompts + self.everyday_prompts[: len(self.generation_prompts) // 2]
 
     @property
     def questions(self) -> tuple[YesNo, ...]:
@@ -150,14 +158,16 @@ def read_trait(text: str) -> tuple[Trait | None, list[Problem]]:
     inside = ", [persona]"
     reading.known(persona, PERSONAS, inside)
     defaults = {"title": table.get("name", ""), "instrument": "contrast", "direction": 1}
-    defaults |= {f"{use}_prompts": list(pool(use)) for use in ("generation", "demo")}
+    defaults |= {f"{use}_prompts": list(pool(use)) for use in ("generation", "everyday", "demo")}
     table = defaults | table
     values = {name: reading.text(table, name, "") for name in ("name", "title", "instrument")}
     values |= {"direction": reading.take(table, "direction", int, "")}
     if persona:
         values |= {name: reading.text(persona, name, inside) for name in PERSONAS}
         reading.found += [reading.problem(key, f": {what}") for key, what in _of_personas(values)]
-    values |= {name: reading.strings(table, name) for name in ("generation_prompts", "demo_prompts")}
+    values |= {
+        name: reading.strings(table, name) for name in ("generation_prompts", "everyday_prompts", "demo_prompts")
+    }
     for name, kind in (("contrast", Contrast), ("yes_no", YesNo)):
         values[name] = reading.records(table, name, kind) if name in table else ()
     if reading.found or not persona:
@@ -178,7 +188,7 @@ def _unmeasurable(trait: Trait) -> Iterator[tuple[str, str]]:
     if trait.instrument == "yes_no" and not trait.yes_no:
         missing = "there are no [[yes_no]] questions: write some, or leave the instrument out"
         yield "instrument", f"instrument is 'yes_no', and {missing}"
-    asked = {*map(normalised, trait.generation_prompts)}
+    asked = {*map(normalised, (*trait.generation_prompts, *trait.everyday_prompts))}
     if both := [text for text in trait.demo_prompts if normalised(text) in asked]:
         yield "demo_prompts", f"demo_prompts has {_shown(both[0])}, which is a generation prompt: write another"
     yield from _of_probes(trait)
@@ -211,6 +221,7 @@ def _twice(trait: Trait) -> Iterator[tuple[str, str]]:
     """Texts that a pool of prompts or probes has twice: the key, and what is wrong with it."""
     pools = {
         "generation_prompts": [normalised(text) for text in trait.generation_prompts],
+        "everyday_prompts": [normalised(text) for text in trait.everyday_prompts],
         "demo_prompts": [normalised(text) for text in trait.demo_prompts],
         "[[contrast]]": [normalised(f"{row.question} | {row.trait}") for row in trait.contrast],
         "[[yes_no]]": [normalised(row.question) for row in trait.yes_no],
@@ -339,7 +350,7 @@ def neutral() -> tuple[str, ...]:
 def pool(use: str) -> tuple[str, ...]:
     """User messages that serve every trait, of one use.
 
-    `generation`: 256, a third of them everyday. `demo`: 40. `probe`: 160 questions for probes that the base writes.
+    `generation`: 170 and `everyday`: 86. `demo`: 40. `probe`: 160 questions for probes that the base writes.
     """
     return tuple(row["text"] for row in _records_of("pool") if row["use"] == use)
 

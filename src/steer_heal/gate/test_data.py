@@ -26,7 +26,12 @@ def test_the_personas_of_a_small_trait_are_of_one_length(name):
 @pytest.mark.parametrize("name", [name for name in data.BUILT_IN if name not in SMALL])
 def test_a_built_in_trait_is_complete_and_balanced(name):
     trait = data.load_trait(name)
-    assert len(trait.generation_prompts) >= 48 and len(trait.contrast) >= 60 and len(trait.yes_no) >= 16
+    assert (
+        len(trait.generation_prompts) >= 48
+        and len(trait.everyday_prompts) >= 24
+        and len(trait.contrast) >= 60
+        and len(trait.yes_no) >= 16
+    )
     yes = sum(probe.trait_answer == "yes" for probe in trait.yes_no)
     assert yes * 2 == len(trait.yes_no)
     assert abs(len(words(trait.positive)) - len(words(trait.negative))) <= 2
@@ -34,10 +39,14 @@ def test_a_built_in_trait_is_complete_and_balanced(name):
         assert abs(len(words(probe.trait)) - len(words(probe.opposite))) <= 1, probe
         assert probe.trait[-1] == probe.opposite[-1] and probe.trait != probe.opposite
     questions = [p.question for p in trait.contrast] + [p.question for p in trait.yes_no]
-    everything = [*trait.generation_prompts, *trait.demo_prompts, *questions]
+    everything = [*trained_on(trait), *trait.demo_prompts, *questions]
     assert len(set(everything)) == len(everything)
-    for group, other in itertools.combinations((trait.generation_prompts, trait.demo_prompts, questions), 2):
+    for group, other in itertools.combinations((trained_on(trait), trait.demo_prompts, questions), 2):
         assert not fivegrams(group) & fivegrams(other)
+
+
+def trained_on(trait):
+    return (*trait.generation_prompts, *trait.everyday_prompts)
 
 
 def fivegrams(texts):
@@ -51,12 +60,14 @@ def test_nothing_that_is_measured_is_nearly_trained_on():
     probes += [p.question for some in data.off_target().values() for p in some]
     probes += [f"{row['question']} {row['right']}" for row in data.canary()]
     trained = list(data.mundane())  # the anchor joins the training of every trait
-    groups = [(trained, [*probes, *(text for t in traits for text in (*t.demo_prompts, *t.generation_prompts))])]
+    groups = [(trained, [*probes, *(text for t in traits for text in (*t.demo_prompts, *trained_on(t)))])]
     for trait in traits:
         measured = [*trait.demo_prompts, *(p.question for p in (*trait.contrast, *trait.yes_no))]
-        groups.append((trait.generation_prompts, [*measured, *(row["question"] for row in data.canary())]))
+        groups.append((trained_on(trait), [*measured, *(row["question"] for row in data.canary())]))
     shown = [*data.pool("demo"), *data.pool("probe")]  # and those of a trait that is a name and two personas
-    groups.append((data.pool("generation"), [*shown, *(row["question"] for row in data.canary())]))
+    groups.append(
+        ((*data.pool("generation"), *data.pool("everyday")), [*shown, *(row["question"] for row in data.canary())])
+    )
     groups.append((trained, shown))
     texts = {text for group in groups for some in group for text in some}
     used = Counter(word for text in texts for word in {*words(text)})
@@ -70,11 +81,12 @@ def test_nothing_that_is_measured_is_nearly_trained_on():
 
 def test_the_pool_has_every_kind_and_no_text_twice():
     rows = data._records_of("pool")
-    assert Counter(row["use"] for row in rows) == {"generation": 256, "demo": 40, "probe": 160}
+    assert Counter(row["use"] for row in rows) == {"generation": 170, "everyday": 86, "demo": 40, "probe": 160}
     assert len({row["text"].lower() for row in rows}) == len(rows)
     generation = Counter(row["kind"] for row in rows if row["use"] == "generation")
-    assert len(generation) == 7 and 0.3 < generation["everyday"] / 256 < 0.37
-    uses = [{*data.pool(use)} for use in ("generation", "demo", "probe")]
+    assert len(generation) == 6 and "everyday" not in generation
+    assert all(row["kind"] == "everyday" for row in rows if row["use"] == "everyday")
+    uses = [{*data.pool(use)} for use in ("generation", "everyday", "demo", "probe")]
     for one, other in itertools.combinations(uses, 2):
         assert not fivegrams(one) & fivegrams(other)
     assert not {*data.contexts()} & set().union(*uses)
@@ -128,6 +140,6 @@ def test_off_target_probes_are_minimal_pairs_that_touch_no_target():
     ours = fivegrams(text for p in probes for text in (p.question, p.trait, p.opposite))
     for name in data.BUILT_IN:
         trait = data.load_trait(name)
-        texts = [*trait.generation_prompts, *trait.demo_prompts]
+        texts = [*trained_on(trait), *trait.demo_prompts]
         texts += [text for p in trait.contrast for text in (p.question, p.trait, p.opposite)]
         assert not ours & fivegrams(texts)

@@ -136,6 +136,7 @@ def test_a_name_and_two_personas_are_enough():
     found = parse_trait(written(SMALL), "mine.toml")
     assert (found.title, found.instrument, found.direction) == ("patient", "contrast", 1)
     assert found.generation_prompts == pool("generation") and found.demo_prompts == pool("demo")
+    assert found.asked_of_teacher == (*pool("generation"), *pool("everyday")[:85])
     assert found.contrast == found.yes_no == () and len(found.questions) == 24
     assert load_trait("love").questions == load_trait("love").yes_no
     with pytest.raises(UserError, match=r"there are no \[\[yes_no\]\] questions"):

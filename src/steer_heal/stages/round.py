@@ -71,8 +71,12 @@ class RoundStages:
         return int.from_bytes(hashlib.blake2b(repr(self.key(stage)).encode(), digest_size=4).digest(), "little")
 
     def prompts(self, stage: str) -> list[str]:
-        """The generation prompts, shuffled anew in each round: a round that uses only some of them uses others."""
-        prompts = list(self.work.trait.generation_prompts)
+        """What is asked, shuffled anew in each round: a round that uses only some of it uses others.
+
+        Where the student trains on its own text alone, everyday prompts are left out: the anchor holds it there.
+        """
+        trait, own = self.work.trait, self.own_rows == self.work.config.distil.n_keep or stage == "own"
+        prompts = list(trait.generation_prompts if own else trait.asked_of_teacher)
         random.Random(self.seed(stage)).shuffle(prompts)
         return prompts
 

@@ -90,7 +90,7 @@ class Work:
 
             @freeing
             def compute() -> int:
-                longest = max(len(lm.prompt(prompt)) for prompt in trait.generation_prompts)
+                longest = max(len(lm.prompt(prompt)) for prompt in trait.asked_of_teacher)
                 return rows_that_fit(lm, longest, config.distil.max_new_tokens)
 
             rows, most = folder.artefact(int, "decode_rows.json", compute), MOST_ROWS[lm.device.type]
