@@ -26,6 +26,9 @@ LEAST = 16  # fewest survivors to train on, or a third of n_keep when that is fe
 DOSE_SPREAD = 0.15  # completions are sampled at the chosen dose and at this share below and above it, a third each
 
 
+PARAGRAPH = "Please write a paragraph on a subject that you choose yourself."  # what a plain text replies to
+
+
 class Exhausted(UserError):
     """Steering gives no text to train on. In round 0 this is an error; in a later round it ends the loop."""
 
@@ -133,20 +136,27 @@ def anchor_texts(
 ) -> list[Anchor]:
     """Make `count` texts on which a healed model should not move, in the frames in which a model is used.
 
-    The frames of ANCHORED and plain text without a chat take turns. The pristine base answers the mundane prompts.
+    Eight kinds take turns: the base's answers to mundane prompts in the six frames of ANCHORED, plain text without a
+    chat, and plain text as the assistant's reply, in those frames in turn.
     """
-    lm, turns = student.lm, len(ANCHORED) + 1
-    asked = [(ANCHORED[i % turns], prompt) for i, prompt in enumerate(data.mundane()[:count]) if i % turns < turns - 1]
+    lm, chats, longest = student.lm, len(ANCHORED), config.max_new_tokens
+    kinds = [divmod(i, chats + 2) for i in range(count)]
+    asked = [(ANCHORED[kind], prompt) for (_, kind), prompt in zip(kinds, data.mundane(), strict=False) if kind < chats]
     prompts = [lm.prompt(prompt, frame=frame) for frame, prompt in asked]
     with student.view(history=0.0, now=0.0):
-        written = decode(lm, prompts, config.max_new_tokens, None, Sampling(key), on_rows)
-    answers = [
+        written = decode(lm, prompts, longest, None, Sampling(key), on_rows)
+    found = [
         Anchor(frame=frame.name, prompt=prompt, ids=c.ids, ended=c.ended, text=lm.text(c.ids))
         for (frame, prompt), c in zip(asked, written, strict=True)
     ]
-    plain = [lm.tokenizer(text).input_ids[: config.max_new_tokens + 1] for text in data.plain()[: count // turns]]
-    on_rows(len(plain))
-    return answers + [Anchor(frame=PLAIN, prompt="", ids=ids, ended=False, text=lm.text(ids)) for ids in plain]
+    for number, kind in kinds:
+        if kind >= chats:
+            alone, text = kind == chats, data.plain()[number]
+            frame, prompt = (PLAIN, "") if alone else (ANCHORED[number % chats].name, PARAGRAPH)
+            ids = lm.tokenizer(text).input_ids[: longest + 1] if alone else lm.answer(text)[:longest]
+            found.append(Anchor(frame=frame, prompt=prompt, ids=ids, ended=False, text=lm.text(ids)))
+    on_rows(len(found) - len(asked))
+    return found
 
 
 def anchor_rows(lm: LM, anchors: list[Anchor]) -> list[Row]:

@@ -17,7 +17,7 @@ from steer_heal.distil import dose as dose_module
 from steer_heal.distil import sample as sample_module
 from steer_heal.distil.dose import dose_curve, largest_dose, require_dose
 from steer_heal.distil.record import Completion, DoseCurve, DosePoint
-from steer_heal.distil.sample import Teacher, anchor_rows, anchor_texts, distil, require_training_set
+from steer_heal.distil.sample import PARAGRAPH, Teacher, anchor_rows, anchor_texts, distil, require_training_set
 from steer_heal.gate.conftest import by
 from steer_heal.model.lm import Row
 from steer_heal.presets import PRESETS
@@ -217,11 +217,13 @@ def test_survival_is_relative_to_unsteered_text(lm, vector, monkeypatch):
 
 def test_the_anchors_texts_come_in_the_frames_in_which_a_model_is_used(lm):
     found = anchor_texts(Student(lm), 16, DistilConfig(max_new_tokens=5), (0,))
-    assert Counter(a.frame for a in found)[PLAIN] == 2 and len(found) == 16
+    assert Counter(a.frame for a in found) == {PLAIN: 2, "usual": 3, "no system text": 3} | dict.fromkeys(
+        [frame.name for frame in ANCHORED[2:]], 2
+    )
     rows, turns = anchor_rows(lm, found), [frame.name for frame in ANCHORED]
-    asked = [i for i in range(16) if i % 7 < 6]
+    asked = [i for i in range(16) if i % 8 < 6]
     for i, anchor, row in zip(asked, found, rows, strict=False):
-        frame, prompt = ANCHORED[i % 7], data.mundane()[i]
+        frame, prompt = ANCHORED[i % 8], data.mundane()[i]
         assert (anchor.frame, anchor.prompt) == (frame.name, prompt) and 0 < len(anchor.ids) <= 5
         lead = f"{frame.system}\n\n" if frame.system else ""
         turn = "<start_of_turn>{}\n{}<end_of_turn>\n"
@@ -229,8 +231,9 @@ def test_the_anchors_texts_come_in_the_frames_in_which_a_model_is_used(lm):
         written = f"<bos>{before}{turn.format('user', lead + prompt)}<start_of_turn>model\n"
         assert row == Row(lm.tokenizer(written, add_special_tokens=False).input_ids, anchor.ids)
     assert {*turns} == {a.frame for a in found} - {PLAIN}
-    for text, row in zip(data.plain(), rows[-2:], strict=False):
-        assert row.prompt + row.completion == lm.tokenizer(text).input_ids[:6] and len(row.prompt) == 1
+    for text, alone, reply, frame in zip(data.plain(), rows[12::2], rows[13::2], ANCHORED, strict=False):
+        assert alone.prompt + alone.completion == lm.tokenizer(text).input_ids[:6] and len(alone.prompt) == 1
+        assert reply == Row(lm.prompt(PARAGRAPH, frame=frame), lm.answer(text)[:5])
     assert [len(anchor_texts(Student(lm), n, DistilConfig(max_new_tokens=1), (0,))) for n in (1, 7, 96)] == [1, 7, 96]
 
 
