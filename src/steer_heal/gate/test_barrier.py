@@ -90,8 +90,8 @@ def test_loss_and_gradient_equal_full_logits(reg, agg, name, kind):
     expected = naive(states, head, targets, teacher, reference, reg, agg, kind)
     (expected_gradient,) = torch.autograd.grad(expected, states)
 
-    given, held = (None if kind == "nll" else teacher), (None if reg == "nll" else reference)
-    objective, kl = position_losses(head, states, targets, held, reg, given, kind)
+    aim, held = (targets if kind == "nll" else teacher), (None if reg == "nll" else reference)
+    objective, kl = position_losses(head, states, aim, held, reg, kind)
     loss = objective.mean() if reg == "nll" else objective.mean() + 0.7 * hinge(aggregate(kl, agg), 0.1)
     (gradient,) = torch.autograd.grad(loss, states)
     torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-6)
@@ -123,7 +123,7 @@ def test_gradcheck_in_double_precision(reg, name, kind):
     states, head = states[:5].requires_grad_(), HEADS[name]._replace(weight=weight)
 
     def both(h):
-        return position_losses(head, h, targets[:5], reference[:5], reg, None if kind == "nll" else teacher[:5], kind)
+        return position_losses(head, h, (targets if kind == "nll" else teacher)[:5], reference[:5], reg, kind)
 
     assert torch.autograd.gradcheck(both, (states,))
 

@@ -152,20 +152,20 @@ def _row_dot(a: Tensor, b: Tensor) -> Tensor:
 def position_losses(
     head: Head,
     states: Float[Tensor, "n d"],
-    targets: Int[Tensor, " n"] | None,
+    aim: Int[Tensor, " n"] | Float[Tensor, "n d"] | None,
     reference: Float[Tensor, "n d"] | None,
     reg: Reg,
-    teacher: Float[Tensor, "n d"] | None = None,
-    objective: Objective = "kl_fwd",
+    objective: Objective = "nll",
 ) -> tuple[Float[Tensor, " n"], Float[Tensor, " n"]]:
     """Objective and divergence of every position, in nats, differentiable with respect to `states`.
 
     Args:
-        states: hidden states before the head that predict `targets`; without targets or teacher the objective is 0.
+        states: hidden states before the head.
+        aim: with objective nll the tokens that `states` predict; else the same positions under the teacher, for
+            KL(teacher || student) with kl_fwd and KL(student || teacher) with kl_rev. None: the objective is 0.
         reference: the same positions under the reference model, or None for no divergence.
-        teacher: the same positions under the steered teacher; the objective is then a KL divergence from it.
-        objective: with a teacher kl_fwd, KL(teacher || student), or kl_rev, KL(student || teacher).
     """
+    targets, teacher = (aim, None) if objective == "nll" else (None, aim)
     return _Fused.apply(states, head, targets, teacher, reference, reg, objective)
 
 

@@ -87,14 +87,13 @@ def losses(lm: LM, part: list[Example], config: HealConfig) -> tuple[Float[Tenso
     for group, h in ((part[:own], states[:own]), (part[own:], states[own:])):
         if not group:
             continue
-        targets, reference, teacher = None, None, None
+        aim, reference = None, None
         if config.barrier.reg != "nll":
             reference = torch.cat([e.reference for e in group])
         if not group[0].anchor:
-            targets = torch.tensor([t for e in group for t in e.row.completion], device=lm.device)
-            teacher = torch.cat([e.teacher for e in group]) if config.objective != "nll" else None
-        kinds = config.barrier.reg, teacher, config.objective
-        found.append(position_losses(lm.head, torch.cat(h), targets, reference, *kinds))
+            tokens = torch.tensor([t for e in group for t in e.row.completion], device=lm.device)
+            aim = tokens if config.objective == "nll" else torch.cat([e.teacher for e in group])
+        found.append(position_losses(lm.head, torch.cat(h), aim, reference, config.barrier.reg, config.objective))
     objective, kl = zip(*found, strict=True)
     return torch.cat(objective), torch.cat(kl)
 
