@@ -88,9 +88,6 @@ class SteerConfig:
 class DoseConfig:
     """The dose curve and the rule that chooses the dose."""
 
-    rule: Literal["survival", "iso_kl"] = "survival"
-    """survival: largest dose at which enough completions pass the filter and keep to their prompts; iso_kl: dose with a
-    given KL divergence"""
     range: Annotated[tuple[float, float] | Literal["auto"], POSITIVE, COMMON] = (0.25, 4.0)
     """smallest and largest dose tried, in multiples of the raw vector; auto: doubled from a small share of the residual
     stream until the completions fall apart or lose their prompts"""
@@ -101,8 +98,9 @@ class DoseConfig:
     survival: Annotated[float, Within("(0, 1]"), COMMON] = 0.75
     """share of completions that must pass the filter at the chosen dose, and of what they tell of their prompts, both
     relative to unsteered completions"""
-    kl_target: Annotated[float, POSITIVE] = 1.0
-    """iso_kl: 95th percentile over tokens of KL(steered || unsteered) to reach, nats"""
+    kl_target: Annotated[float | Literal["none"], POSITIVE] = "none"
+    """choose the dose at which the 95th percentile over tokens of KL(steered || unsteered) is this, nats; none: the
+    largest dose at which enough completions pass the filter and keep to their prompts"""
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ def _check_within(knob: Knob, bound: Within) -> None:
         low, high = knob.value
         if not (bound.holds(low) and bound.holds(high) and low <= high):
             raise UserError(f"{knob.name} is {low} {high}: give two numbers in {bound.interval}, the smaller one first")
-    elif knob.value != "auto" and not bound.holds(knob.value):
+    elif not isinstance(knob.value, str) and not bound.holds(knob.value):
         raise UserError(f"{knob.name} is {knob.value}: it must lie in {bound.interval}")
 
 
@@ -43,8 +43,8 @@ def _demands(config: RunConfig) -> list[tuple[bool, str]]:
             f"{method}, or give two shares of depth",
         ),
         (
-            config.dose.range != "auto" or config.dose.rule == "survival",
-            "dose.rule iso_kl needs two numbers in dose.range: a search by survival would not find its dose",
+            config.dose.range != "auto" or config.dose.kl_target == "none",
+            "dose.kl_target needs two numbers in dose.range: a search by survival would not find its dose",
         ),
         (
             config.model.date == "auto" or _is_day(config.model.date),

@@ -49,7 +49,7 @@ def dose_curve(
         lowest, highest = config.range
         ratio = (highest / lowest) ** (1 / max(1, config.steps - 1))
         trials.read([0.0, *(lowest * ratio**i for i in range(config.steps))])
-    return trials.chosen() if config.rule == "survival" else _with_kl(teacher, config, trials.chosen())
+    return trials.chosen() if config.kl_target == "none" else _with_kl(teacher, config, trials.chosen())
 
 
 class Trials:
@@ -156,7 +156,7 @@ def _with_kl(teacher: Teacher, config: DoseConfig, found: DoseCurve) -> DoseCurv
         met = iso_kl(lm, teacher.vector, rows, given, config.kl_target)
     points = [replace(point, kl_p95=kl) for point, kl in zip(found.curve, met.kl_p95, strict=True)]
     return DoseCurve(
-        rule=config.rule,
+        rule="iso_kl",
         target=config.kl_target,
         dose=met.dose,
         kl=met.kl,
