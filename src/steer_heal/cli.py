@@ -229,15 +229,35 @@ def trait(asked: Trait) -> None:
         raise UserError(f"trait {asked.action} {needs}: see steer-heal trait --help")
     if asked.model and asked.action != "check":
         raise UserError(f"--model {asked.model!r}: only `trait check` tries a trait out, leave it out")
+    if asked.action != "new" and (asked.write or asked.about or asked.writer_model):
+        raise UserError("--write, --about and --writer-model: only `trait new` writes a trait, leave them out")
     match asked.action:
         case "list":
             print(traits.listing())
         case "show":
             print(traits.show(asked.name), end="")
         case "new":
-            print(traits.new(asked.name), end="")
+            print(_new_trait(asked), end="")
         case "check":
             _check_trait(asked)
+
+
+def _new_trait(asked: Trait) -> str:
+    from steer_heal.commands import trait as traits
+    from steer_heal.commands import write_trait, writers
+
+    is_url = asked.write.startswith(("http://", "https://"))
+    if asked.about and not (asked.about.isprintable() and len(asked.about) <= 500 and len(asked.about.split()) > 2):
+        raise UserError(f"--about {asked.about[:60]!r}: give one sentence of 3 words or more, at most 500 characters")
+    if asked.writer_model and not is_url:
+        raise UserError(f"--writer-model {asked.writer_model!r} needs --write URL: leave it out")
+    if not asked.write:
+        return traits.new(asked.name, asked.about)
+    if is_url:
+        return write_trait.write(asked.name, asked.about, lambda: writers.endpoint(asked.write, asked.writer_model))
+    model = PRESETS[asked.write].model if asked.write in PRESETS else replace(PRESETS["auto"].model, path=asked.write)
+    model = model if asked.quant == "none" else replace(model, quant=asked.quant)
+    return write_trait.write(asked.name, asked.about, lambda: writers.local(model))
 
 
 def _check_trait(asked: Trait) -> None:

@@ -156,16 +156,26 @@ class Trait:
     """Traits: `list` and `show` the built-in ones, begin a file with `new`, find what is wrong with one by `check`.
 
     Example: steer-heal trait check patient.toml --model smollm2-135m
+
+    Example: steer-heal trait new patient --write http://localhost:8000/v1 --about "has time for everyone, and waits"
     """
 
     action: Positional[Literal["list", "show", "new", "check"]]
-    """list: the built-in traits. show: the file of one. new: write the smallest file. check: all problems of a file"""
+    """list: the built-in traits. show: the file of one. new: write the smallest file, with --write a whole one. check:
+    all problems of a file"""
     name: Positional[str] = ""
     """show: a built-in trait. new: the trait's name. check: a .toml file or a built-in trait"""
     model: str = ""
     """check: try the trait out on this model as well (hub id, folder, .gguf, smollm2-135m)"""
     quant: Literal["none", "nf4"] = "none"
-    """check: nf4 holds that model in 4 bits"""
+    """check, new: nf4 holds that model in 4 bits"""
+    write: str = ""
+    """new: who writes the whole file: the URL of an OpenAI-compatible endpoint (key: OPENAI_API_KEY), or a chat model
+    (hub id, folder, .gguf, preset). A file with both personas and nothing else is filled"""
+    about: str = ""
+    """new: the trait in one sentence, from which the personas are written"""
+    writer_model: str = ""
+    """new: name of the endpoint's model; default: the first that it lists"""
 
 
 @dataclass(frozen=True)

@@ -45,13 +45,83 @@ negative = "{negative}"
 #   [[contrast]]                    # question, trait, opposite: probes; default: the model writes them itself
 #   [[yes_no]]                      # question, trait_answer: questions about itself; default: none
 """
-ASK = """\
-Write two persona descriptions for a trait called "{name}", as values of a TOML file:
+
+
+@dataclass(frozen=True)
+class Part:
+    """Rows of one kind in a whole trait file, and how a writer is asked for them."""
+
+    keys: tuple[str, ...]
+    count: int
+    rules: str
+    name: str
+    """of the rows, in the plural"""
+
+
+MESSAGES = (
+    "What users say to an assistant: situations, requests and questions in whose answer the trait would show, none of "
+    "which names it. Of all walks of life and forms: some short, some of two sentences, some no questions."
+)
+PARTS = {
+    "persona": Part(
+        ("title", "positive", "negative"),
+        1,
+        "`title` is the trait as the predicate of a sentence, at most 6 words, such as: is patient. `positive` "
+        "describes someone who has the trait to the highest degree, `negative` the direct opposite: two or three "
+        'sentences each in the second person ("You ..."), concrete behaviour, at most 60 words, of equal length and '
+        'form, without "not" and without a mention of AI or assistants.',
+        "descriptions",
+    ),
+    "contrast": Part(
+        ("question", "trait", "opposite"),
+        64,
+        "Each has a question or remark of a user and two answers of one sentence, 6 to 14 words: `trait` shows the "
+        "trait, `opposite` its opposite, and nothing else differs. Both have the same form, as many characters within "
+        "a tenth, and the same first word where they can; in half the rows `trait` is the longer one. Neither names "
+        "the trait. The first words change from row to row.",
+        "contrast pairs",
+    ),
+    "yes_no": Part(
+        ("question", "trait_answer"),
+        24,
+        "Each has a question to the assistant about itself, to be answered by yes or no, about concrete behaviour. "
+        '`trait_answer` is the answer of one who has the trait: "yes" in half the rows, "no" in the other half.',
+        "yes/no questions",
+    ),
+    "generation_prompts": Part(("text",), 64, MESSAGES, "generation prompts"),
+    "demo_prompts": Part(("text",), 16, MESSAGES, "demo prompts"),
+}
+PASTE = """\
+Write a TOML file that describes a trait of a chat assistant and tests it. The trait: {about}.
+Answer with the file alone, in the form below, without the remarks after #. No text may come twice, or nearly so.
+
+title, persona: {parts[persona].rules}
+generation_prompts: {parts[generation_prompts].rules}
+demo_prompts: the same sort, others.
+[[contrast]]: {parts[contrast].rules}
+[[yes_no]]: {parts[yes_no].rules}
+
+name = "{name}"
+title = "..."
+generation_prompts = [
+    "...",  # {parts[generation_prompts].count} of these
+]
+demo_prompts = [
+    "...",  # {parts[demo_prompts].count} of these
+]
+
 [persona]
-positive = "..."   # someone who has the trait to the highest degree
-negative = "..."   # the direct opposite
-Each: two to four sentences in the second person ("You ..."), concrete behaviour, no more than 60 words, equal length
-and form, no "not", no mention of AI or assistants.
+positive = "..."
+negative = "..."
+
+[[contrast]]  # {parts[contrast].count} of these
+question = "..."
+trait = "..."
+opposite = "..."
+
+[[yes_no]]  # {parts[yes_no].count} of these
+question = "..."
+trait_answer = "yes"  # or "no"
 """
 
 
@@ -72,26 +142,42 @@ def show(name: str) -> str:
     return trait_text(name)[0]
 
 
-def new(name: str) -> str:
-    """Write the smallest trait file into the current folder; return what to do next.
+def new(name: str, about: str) -> str:
+    """Write the smallest trait file into the current folder; return what to do next, and a prompt for an assistant.
 
     Raises UserError for a name that is none, and for a file that exists.
     """
-    if not re.fullmatch(r"[a-z0-9][a-z0-9_-]{0,63}", name):
-        raise UserError(f"trait new {name!r}: give a name of small letters, digits and hyphens, e.g. patient")
-    file = Path(f"{name}.toml")
-    texts = {key: f"{UNWRITTEN}(describe the {key} side in two to four sentences)" for key in PERSONAS}
-    counts = {use: len(pool(use)) for use in ("generation", "everyday", "demo")}
+    file = file_of(name)
     try:
         with file.open("x", encoding="utf-8") as opened:
-            opened.write(SMALL.format(name=name, **texts, **counts))
+            opened.write(smallest(name))
     except FileExistsError as error:
         raise UserError(f"{str(file)!r} exists: choose another name, or take it away") from error
     return (
         f"written: {file}\nFill in the two personas, then: {program()} trait check {file}\n"
         f"and, whether a model can express it (some minutes): {program()} trait check {file} --model smollm2-135m\n\n"
-        f"An assistant can draft them. Paste this:\n\n{ASK.format(name=name)}"
+        f"A model can write the rest: {program()} trait new {name} --write URL|MODEL\n"
+        f"So can an assistant: what it answers to this replaces the whole of {file}:\n\n{paste(name, about)}"
     )
+
+
+def file_of(name: str) -> Path:
+    """The file of a new trait. Raises UserError for a name that is none."""
+    if not re.fullmatch(r"[a-z0-9][a-z0-9_-]{0,63}", name):
+        raise UserError(f"trait new {name!r}: give a name of small letters, digits and hyphens, e.g. patient")
+    return Path(f"{name}.toml")
+
+
+def smallest(name: str) -> str:
+    """The text of the smallest trait file, with its personas still to be written."""
+    texts = {key: f"{UNWRITTEN}(describe the {key} side in two to four sentences)" for key in PERSONAS}
+    counts = {use: len(pool(use)) for use in ("generation", "everyday", "demo")}
+    return SMALL.format(name=name, **texts, **counts)
+
+
+def paste(name: str, about: str) -> str:
+    """What to ask an assistant for, so that its answer is a whole trait file."""
+    return PASTE.format(name=name, about=about or name, parts=PARTS)
 
 
 @dataclass(frozen=True)
