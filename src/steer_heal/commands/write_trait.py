@@ -19,6 +19,7 @@ from steer_heal.terminal import program, progress
 MOST_ASKS = 3  # times as many asks as a writer needs whose rows are all sound
 FRUITLESS = 3  # asks in a row without a sound row end a part
 NEEDED = {"persona": 1, "contrast": LEAST_PROBES}  # rows without which nothing is written
+MOST_ROWS = 256  # of an answer that are looked at
 SHOWN = 12  # rows that a writer is shown, not to write them again
 SPARE = 4  # rows that are asked for beyond those that lack
 SUBJECTS = (
@@ -41,7 +42,10 @@ def write(name: str, about: str, open_writer: Callable[[], Writer]) -> str:
     for key in PARTS:
         _collect(writer, rows, key, about)
         if len(rows.kept[key]) < NEEDED.get(key, 0):
-            raise UserError(f"{writer.name!r} cannot write this trait, nothing is written: {rows.said(key)}")
+            found = f"{rows.said(key)}; needed: {NEEDED[key]}"
+            raise UserError(
+                f"{writer.name!r} cannot write this trait, nothing is written: {found}. Take a larger model"
+            )
     rows.balance()
     text = f"# Written by {json.dumps(writer.name)} for steer-heal trait new\n{rows.toml()}"
     trait, found = read_trait(text)
@@ -80,13 +84,13 @@ def _collect(writer: Writer, rows: Rows, key: str, about: str) -> None:
     """Ask for rows of a part until none lacks, or too many asks were in vain."""
     part, fruitless = PARTS[key], 0
     with progress(part.name, part.count, "row") as done:
-        for number in range(MOST_ASKS * ceil(part.count / writer.rows)):
+        for number in range(MOST_ASKS * ceil(part.count / (writer.rows * writer.draws))):
             lack = rows.lacks(key)
             if not lack or fruitless == FRUITLESS:
                 break
             wanted = min(writer.rows, lack + SPARE) if part.count > 1 else 1
             said = writer.write(Ask(_request(rows, key, about, number, wanted), part.keys, wanted))
-            for row in rows_in(said):
+            for row in rows_in(said)[:MOST_ROWS]:
                 rows.take(key, row)
             gained = lack - rows.lacks(key)
             done(gained)

@@ -50,6 +50,8 @@ class Writer:
     rows: int
     """that it is best asked for at once"""
     write: Callable[[Ask], str]
+    draws: int = 1
+    """answers to an ask, joined"""
 
 
 def _object(properties: dict) -> dict:
@@ -69,7 +71,7 @@ def local(config: ModelConfig) -> Writer:
         answers = decode(lm, prompts, TOKENS * max(3, ask.rows), None, drawn)
         return "\n".join(BEGUN.begun + lm.text(answer.ids) for answer in answers)
 
-    return Writer(model_name(config.path), ROWS["local"], write)
+    return Writer(model_name(config.path), ROWS["local"], write, DRAWS)
 
 
 def endpoint(url: str, model: str) -> Writer:

@@ -4,9 +4,11 @@ The endpoints are servers of ours on loopback.
 """
 
 import json
+import ssl
 import sys
 import tomllib
 from contextlib import contextmanager
+from functools import cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import count
 from pathlib import Path
@@ -23,6 +25,7 @@ from steer_heal.model import decode as decoding
 from steer_heal.model.decode import Decoded
 from steer_heal.terminal import CONTROL
 
+TLS = cache(ssl.create_default_context)  # most of the time of an ask over loopback, which has none
 ABOUT = "has time for everyone and waits gladly"
 PERSONAS = {
     "positive": "You have all the time in the world for everyone. You wait gladly.",
@@ -108,6 +111,7 @@ def here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     monkeypatch.setenv("OPENAI_API_KEY", "a-key")
+    monkeypatch.setattr(ssl, "create_default_context", TLS)
     monkeypatch.setattr(writers, "RETRIES", 0)
     monkeypatch.setattr(writers, "ROWS", {"endpoint": 64, "local": 8})
     monkeypatch.setattr(writers, "SECONDS", {"models": 60, "rows": 60})
@@ -350,7 +354,7 @@ def test_pairs_that_would_measure_nothing(name, refused, here, writing):
     rows, message = PAIRS[name]
     writing(rows)
     said = refused("--write", "http://x")
-    assert "of 64 contrast pairs; rows refused: " in said and message in said, said
+    assert "of 64 contrast pairs; rows refused: " in said and "; needed: 8. Take a larger" in said and message in said
 
 
 USELESS = MALFORMED | {name: rows for name, (rows, _) in PAIRS.items()}
@@ -488,7 +492,8 @@ def test_the_address_that_is_shown_has_no_password(refused):
 
 
 def test_a_local_model_that_writes_rubbish_is_said_to(refused, monkeypatch):
-    monkeypatch.setattr(writers, "TOKENS", 8)
+    monkeypatch.setattr(writers, "TOKENS", 2)
+    monkeypatch.setattr(writers, "DRAWS", 2)
     said = refused("--write", "tiny-random", "--about", ABOUT)
     assert "'random:tiny' cannot write this trait, nothing is written: 0 of 1 descriptions" in said
 
