@@ -7,7 +7,7 @@ import re
 from collections import Counter
 from dataclasses import fields
 
-from steer_heal.commands.trait import EVERYDAY, PARTS, Part, advice_of
+from steer_heal.commands.trait import PARTS, Part, advice_of
 from steer_heal.data import Contrast, YesNo, normalised, pool, read_trait
 
 LONGEST = {"positive": 600, "negative": 600}  # characters
@@ -16,6 +16,7 @@ NEAR = 0.6  # of the words that two texts have, the share that both have; in the
 RATIO = 1.5  # largest ratio of the lengths of a pair's answers
 CROWD = 0.65  # largest share of pairs of which one side is the longer, or begins with the same word
 FEW = 6  # pairs, which may all be so
+DEMOS = 32  # demo prompts of a file, shared ones included
 
 Row = dict[str, str]
 
@@ -28,7 +29,7 @@ class Rows:
         self.kept: dict[str, list[Row]] = {key: [] for key in PARTS}
         self.kept["persona"] = [persona] if persona else []
         self.refused: Counter[str] = Counter()
-        self.asked = [words(text) for use in ("generation", "demo", "probe") for text in pool(use)]
+        self.asked = [words(text) for use in ("generation", "everyday", "demo", "probe") for text in pool(use)]
         self.answers: dict[str, list[frozenset[str]]] = {"trait": [], "opposite": []}
 
     def lacks(self, key: str) -> int:
@@ -89,20 +90,12 @@ class Rows:
         return f"{counts}; rows refused: {refused or 'none'}"
 
     def toml(self) -> str:
-        """The trait file. Shared messages make up for prompts that are missing, and everyday ones are added."""
+        """The trait file. Prompts of the shared pools make up the numbers; everyday prompts are left to them."""
         (persona,) = self.kept["persona"]
-        everyday = pool("generation", everyday=True)
-        generation, demo = (
-            [row["text"] for row in self.kept[key]] + _spread(shared, self.lacks(key))
-            for key, shared in (
-                ("generation_prompts", pool("generation", everyday=False)),
-                ("demo_prompts", pool("demo")),
-            )
-        )
-        mixed = zip(demo, _spread(everyday[1::2], len(demo)), strict=True)
-        table = {"name": self.name, "title": persona["title"]}
-        table["generation_prompts"] = generation + _spread(everyday[::2], EVERYDAY)
-        table["demo_prompts"] = [text for pair in mixed for text in pair]
+        table: dict[str, str | list[str]] = {"name": self.name, "title": persona["title"]}
+        for use, count in (("generation", PARTS["generation_prompts"].count), ("demo", DEMOS)):
+            own = [row["text"] for row in self.kept[f"{use}_prompts"]]
+            table[f"{use}_prompts"] = own + _spread(pool(use), count - len(own))
         tables = [_toml(table), _personas(persona)]
         for key, kind in (("contrast", Contrast), ("yes_no", YesNo)):
             names = [field.name for field in fields(kind)]

@@ -165,12 +165,11 @@ def test_a_sentence_becomes_a_whole_file(here, capsys, monkeypatch):
     endpoint = Endpoint(per_answer=16)
     trait = made(endpoint, "--about", ABOUT)
     prompts = (trait.generation_prompts, trait.demo_prompts)
-    assert [*map(len, (trait.contrast, trait.yes_no, *prompts))] == [64, 24, 96, 32]
+    assert [*map(len, (trait.contrast, trait.yes_no, *prompts))] == [64, 24, 64, 32]
     assert (trait.name, trait.title, trait.positive, trait.negative) == ("slow", "is patient", *PERSONAS.values())
     assert sum(row.trait_answer == "yes" for row in trait.yes_no) == 12 and not [*advice_of(trait)]
-    everyday = {*pool("generation", everyday=True)}
-    assert sum(text in everyday for text in trait.generation_prompts) == 32
-    assert [text in everyday for text in trait.demo_prompts] == [False, True] * 16
+    assert not {*trait.generation_prompts} & {*pool("generation")} and trait.everyday_prompts == pool("everyday")
+    assert [text in pool("demo") for text in trait.demo_prompts] == [False] * 16 + [True] * 16
     said = capsys.readouterr().out
     assert "written: slow.toml: 64 of 64 contrast pairs, 24 of 24 yes/no questions" in said
     main(["trait", "check", "slow.toml"])
@@ -393,7 +392,7 @@ def test_what_is_written_is_near_nothing_else():
     rows = Rows("slow")
     for number in range(400):
         rows.take("contrast", sound(["question", "trait", "opposite"], number))
-        rows.take("generation_prompts", {"text": pool("generation")[number % 256].replace(".", "!")})
+        rows.take("generation_prompts", {"text": pool("generation")[number % 170].replace(".", "!")})
     assert rows.lacks("contrast") == 0 and rows.lacks("generation_prompts") == 64
     texts = [words(text) for name in ("love", "calm") for text in load_trait(name).generation_prompts]
     assert not any(near(text, texts[:i]) for i, text in enumerate(texts))
