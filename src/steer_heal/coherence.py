@@ -34,9 +34,6 @@ WINDOW = 12  # tokens in the running means of NLL and entropy
 ASKS_NOTHING = "Please go on."  # the second prompt that completions are scored after
 LEAST_NLL = 0.02  # nats per token, lower bound; a loop's NLL goes to zero, and a ratio of two such NLLs means nothing
 
-LOOPS = ("word_repeat", "char_repeat", "compress")  # reasons for dropping a text that loops
-STYLES = ("boilerplate", "narrates")  # reasons for dropping a text that is unwanted but not damaged
-
 
 class LoopLimits(NamedTuple):
     """Limits of repetition; a text beyond one of them is a loop."""

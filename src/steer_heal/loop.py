@@ -12,11 +12,12 @@ from loguru import logger
 
 from steer_heal.config import UserError
 from steer_heal.distil.sample import Exhausted
+from steer_heal.eval.instruments import dropped
 from steer_heal.eval.reading import ArmReading, Survey
 from steer_heal.eval.verdict import expressible
 from steer_heal.heal.steps import barrier_warning
 from steer_heal.report.card import model_card
-from steer_heal.report.tables import arm_table, first_look_text, recipe_table, verdict_line
+from steer_heal.report.tables import arm_table, filter_text, first_look_text, recipe_table, verdict_line
 from steer_heal.runs.recipe import choices
 from steer_heal.runs.rounds import Round
 from steer_heal.runs.summary import Baselines, Summary, verdict_of
@@ -84,7 +85,8 @@ def look(work: Work) -> list[ArmReading]:
     Raises Unmeasurable, before anything is trained, when it cannot.
     """
     first = work.first_look()
-    print(f"\n{first_look_text(work.trait, first)}\n")
+    filtered = filter_text(*(dropped(arm.demos, work.config.filter) for arm in first[:2]))
+    print(f"\n{first_look_text(work.trait, first)}\n{filtered}\n")
     if not (expressible(first, work.trait.instrument) or work.config.anyway):
         raise Unmeasurable(
             f"under its two personas this model does not score differently on the probes of {work.trait.name!r}: what "

@@ -10,6 +10,10 @@ WEIGHTS = {"relevance": -6.361, "confusion": 0.236, "entropy": 2.702, "word_repe
 BIAS = -9.367
 
 
+LOOPS = ("word_repeat", "char_repeat", "compress")  # reasons for dropping a text that loops
+STYLES = ("boilerplate", "narrates")  # reasons for dropping a text that is unwanted but not damaged
+
+
 @dataclass(frozen=True)
 class Scores:
     """The filter's scores of one completion."""

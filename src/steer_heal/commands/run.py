@@ -48,6 +48,7 @@ def run(config: RunConfig, preset: str, argv: list[str]) -> tuple[RunDir, Summar
     if not config.resume:
         check_place(Path(config.out))
         trait = data.load_trait(config.trait)
+        require_room(config, trait, argv)
         lm = loaded(config.model)  # before the folder is made: a model that cannot be loaded leaves no folder
         check_optimiser(config.heal.training, lm.device)
         folder = create(config, preset, trait, environment(lm), argv)
@@ -67,6 +68,17 @@ def run(config: RunConfig, preset: str, argv: list[str]) -> tuple[RunDir, Summar
         require_surroundings(folder, config, environment(lm))
         folder.event("resume", argv=argv)
         return folder, loop_of(config, preset, folder, trait, lm)
+
+
+def require_room(config: RunConfig, trait: data.Trait, argv: list[str]) -> None:
+    """Raise UserError when the command line itself gives answers less room than the trait asks for."""
+    given = any(word.partition("=")[0].replace("_", "-") == "--distil.max-new-tokens" for word in argv)
+    limit = config.distil.max_new_tokens
+    if given and trait.answer_limit(limit) > limit:
+        raise UserError(
+            f"--distil.max-new-tokens is {limit}, and the trait {trait.name!r} asks for answers of "
+            f"{trait.answer_tokens} tokens (answer_tokens): leave the flag out, give as many, or change the trait"
+        )
 
 
 def loaded(config: ModelConfig) -> LM:

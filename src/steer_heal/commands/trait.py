@@ -22,6 +22,7 @@ from steer_heal.data import (
     read_trait,
     trait_text,
 )
+from steer_heal.eval.catalogue import WHOLE
 from steer_heal.terminal import program
 
 ENOUGH = 32  # probes with which an interval is narrow
@@ -44,6 +45,8 @@ negative = "{negative}"
 #   demo_prompts = [...]            # answered for the report; default: a shared pool of {demo}
 #   [[contrast]]                    # question, trait, opposite: probes; default: the model writes them itself
 #   [[yes_no]]                      # question, trait_answer: questions about itself; default: none
+#   instrument = "whole"            # for a style that shows in length or form: probes are scored whole, with their end
+#   answer_tokens = 96              # how long answers may be, where that is longer than the preset's limit
 """
 
 
@@ -205,7 +208,7 @@ def advice_of(trait: Trait) -> Iterator[str]:
     if max(words) > 1.5 * min(words):
         yield f"the personas have {words[0]} and {words[1]} words: write them equally long, or length becomes the trait"
     if trait.contrast:
-        yield from _of_probes(trait.contrast)
+        yield from _of_probes(trait.contrast, trait.instrument == WHOLE.name)
     asked = {normalised(p.question) for p in (*trait.contrast, *trait.yes_no)}
     prompts = (*trait.generation_prompts, *trait.everyday_prompts, *trait.demo_prompts)
     both = [text for text in prompts if normalised(text) in asked]
@@ -213,12 +216,14 @@ def advice_of(trait: Trait) -> Iterator[str]:
         yield f"{len(both)} prompts are also probes, e.g. {both[0]!r}: what is trained on must not be measured"
 
 
-def _of_probes(probes: tuple[Contrast, ...]) -> Iterator[str]:
+def _of_probes(probes: tuple[Contrast, ...], whole: bool) -> Iterator[str]:
+    """Advice on contrast probes. Of `whole` answers the length may be the trait."""
     count = len(probes)
     if count < ENOUGH:
-        yield f"{count} contrast probes: expect intervals of about ±{1.96 * SPREAD / count**0.5:.2f} nats per token"
+        width = "wide intervals" if whole else f"intervals of about ±{1.96 * SPREAD / count**0.5:.2f} nats per token"
+        yield f"{count} contrast probes: expect {width}"
     longer = sum(len(p.trait) > len(p.opposite) for p in probes) / count
-    if not 1 - TELLING < longer < TELLING:
+    if not whole and not 1 - TELLING < longer < TELLING:
         side, share = ("trait", longer) if longer >= TELLING else ("opposite", 1 - longer)
         yield f"the {side} answer is the longer one in {share:.0%} of the probes: length alone tells them apart"
     for side in ("trait", "opposite"):

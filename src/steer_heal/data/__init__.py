@@ -10,7 +10,7 @@ import re
 import tomllib
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
@@ -19,10 +19,12 @@ from typing import Any, NamedTuple, TypeVar
 from steer_heal.config import UserError, nearest
 
 HERE = files(__name__)
-BUILT_IN = ("love", "care-over-authority", "calm", "formal", "less-sycophantic")
+BUILT_IN = ("love", "care-over-authority", "calm", "formal", "less-sycophantic", "few-words")
 RENAMED = {"authority": "care-over-authority"}  # names that older commands and folders have
 PERSONAS = ("positive", "negative")
+INSTRUMENTS = ("contrast", "yes_no", "whole")
 LONGEST_NAME = 64  # characters of a trait's name
+ANSWER_TOKENS = (8, 512)  # of `Trait.answer_tokens`
 LEAST_PROBES = 8  # with fewer, the interval of a mean says nothing
 UNWRITTEN = "You ... "  # begins the personas of a file that `trait new` wrote
 PERSONA_WORDS = (4, 2000)  # fewest words of a persona, most characters
@@ -64,7 +66,7 @@ class Trait:
     name: str
     title: str
     instrument: str
-    """what the trait is measured on: contrast or yes_no"""
+    """what the trait is measured on: contrast, yes_no, or whole: contrast of whole answers with their end"""
     direction: int
     """+1 if the trait raises the score, -1 if it lowers it"""
     positive: str
@@ -77,6 +79,17 @@ class Trait:
     contrast: tuple[Contrast, ...]
     """empty: the base writes them at the start of a run, see `eval.own_probes`"""
     yes_no: tuple[YesNo, ...]
+    answer_tokens: int | None = None
+    """tokens that the demo's and training's answers may have, where that is more than the config's"""
+
+    @property
+    def record(self) -> dict:
+        """What trait.json holds. Keys without a value are left out, as older versions did not know them."""
+        return {key: value for key, value in asdict(self).items() if value is not None}
+
+    def answer_limit(self, tokens: int) -> int:
+        """The larger of a limit and of the one that the trait asks for."""
+        return max(tokens, self.answer_tokens or 0)
 
     @property
     def asked_of_teacher(self) -> tuple[str, ...]:
@@ -161,7 +174,7 @@ def read_trait(text: str) -> tuple[Trait | None, list[Problem]]:
     defaults |= {f"{use}_prompts": list(pool(use)) for use in ("generation", "everyday", "demo")}
     table = defaults | table
     values = {name: reading.text(table, name, "") for name in ("name", "title", "instrument")}
-    values |= {"direction": reading.take(table, "direction", int, "")}
+    values |= {key: reading.take(table, key, int, "") for key in ("direction", "answer_tokens") if key in table}
     if persona:
         values |= {name: reading.text(persona, name, inside) for name in PERSONAS}
         reading.found += [reading.problem(key, f": {what}") for key, what in _of_personas(values)]
@@ -183,8 +196,12 @@ def _unmeasurable(trait: Trait) -> Iterator[tuple[str, str]]:
         yield "name", f"name is {_shown(trait.name)}: {limit}"
     if trait.direction not in (1, -1):
         yield "direction", f"direction is {trait.direction}, it must be 1 or -1"
-    if trait.instrument not in ("contrast", "yes_no"):
-        yield "instrument", f"instrument is {_shown(trait.instrument)}, it must be 'contrast' or 'yes_no'"
+    if trait.instrument not in INSTRUMENTS:
+        known = " or ".join(map(repr, INSTRUMENTS))
+        yield "instrument", f"instrument is {_shown(trait.instrument)}, it must be {known}"
+    if trait.answer_tokens is not None and not ANSWER_TOKENS[0] <= trait.answer_tokens <= ANSWER_TOKENS[1]:
+        few, many = ANSWER_TOKENS
+        yield "answer_tokens", f"answer_tokens is {trait.answer_tokens}, it must be {few} to {many}"
     if trait.instrument == "yes_no" and not trait.yes_no:
         missing = "there are no [[yes_no]] questions: write some, or leave the instrument out"
         yield "instrument", f"instrument is 'yes_no', and {missing}"

@@ -64,6 +64,7 @@ class Instrument:
 
 CONTRAST = Instrument("contrast", "contrast_nats", "contrast", "nats/token", "contrast", "contrast", "{:+.3f}")
 YES_NO = Instrument("yes_no", "yes_no_nats", "yes_no", "nats", "yes/no", "yes/no", "{:+.3f}")
+WHOLE = Instrument("whole", "whole_nats", "contrast", "nats/answer", "whole answers", "whole answers", "{:+.3f}")
 COHERENT = Instrument(
     *("demo_coherent", "coherent_share", "demos", "share", "coherent share", "coherent", "{:.0%}"),
     damage=-1,
@@ -92,6 +93,8 @@ RIGHT_LOG_ODDS = Instrument(
 )
 LOOPED = Instrument("demo_looped", "looped_share", "demos", "share", "looped share", "looped", "{:.0%}", damage=1)
 STYLED = Instrument("demo_styled", "styled_share", "demos", "share", "about itself", "about itself", "{:.0%}")
+ENDED = Instrument("demo_ended", "ended_share", "demos", "share", "answers that end", "ended", "{:.0%}")
+WORDS = Instrument("demo_words", "demo_words", "demos", "words", "words per answer", "words", "{:.1f}")
 DEMO_PPL = Instrument(
     *("demo_log_ppl", "demo_ppl", "demos", "perplexity", "demo perplexity", "demo ppl", "{:.2f}"), log=True
 )
@@ -115,10 +118,11 @@ def in_frame(frame: str, one: Instrument) -> str:
 
 
 CATALOGUE = (
-    *(CONTRAST, YES_NO, COHERENT, MASS, NEUTRAL, RIGHT, RIGHT_LOG_ODDS, LOOPED, STYLED, DEMO_PPL),
+    *(CONTRAST, YES_NO, WHOLE, COHERENT, MASS, NEUTRAL, RIGHT, RIGHT_LOG_ODDS, LOOPED, STYLED, ENDED, WORDS, DEMO_PPL),
     *(RELEVANT, INFORMATION),
 )
 COHERENCE = (COHERENT, MASS, NEUTRAL)  # read in every round
 BOUNDED = tuple(one for one in CATALOGUE if one.bound is not None)  # a verdict finds damage by those that were read
 COSTS = tuple(one for one in CATALOGUE if one.damage)
-UNITS = {one.name: one.unit for one in (CONTRAST, YES_NO)}  # unit of a trait score, by the trait's instrument
+OF_TRAIT = {one.name: one for one in (CONTRAST, YES_NO, WHOLE)}  # what a trait may be measured on
+UNITS = {name: one.unit for name, one in OF_TRAIT.items()}  # unit of a trait score, by the trait's instrument

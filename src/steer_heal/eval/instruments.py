@@ -6,6 +6,8 @@ same items.
 * Contrast (primary): a question with two answers that differ in the trait alone; the score is the log-probability per
   token of the trait answer minus that of its opposite, in nats per token. It needs no instruction following, so it
   works from 135M parameters up.
+* Whole answers (for styles that show in length or form): the same pairs, each answer scored by the sum over all of its
+  tokens and its end, in nats per answer.
 * Yes/no self-report (secondary): log-odds of yes against no times the question's polarity, in nats. The probability
   mass on the two answers measures coherence independently of the trait.
 * Off target: contrast probes of traits that should not move, both far from and near to the target, in the same unit.
@@ -25,21 +27,22 @@ import numpy as np
 
 from steer_heal import data
 from steer_heal.bake.student import Student
-from steer_heal.coherence import LOOPS, STYLES, judge, persona_narration
-from steer_heal.config import EXTRA, EvalConfig
+from steer_heal.coherence import judge, persona_narration, verdict
+from steer_heal.config import EXTRA, EvalConfig, FilterConfig, UserError
 from steer_heal.data import Contrast, Trait, YesNo, bystanders, canary, neutral
 from steer_heal.data.frames import HELD_OUT, USUAL, Frame
 from steer_heal.eval.arms import Arm
-from steer_heal.eval.catalogue import CATALOGUE, MASS, NEUTRAL, OFF_TARGET, RIGHT, in_frame
+from steer_heal.eval.catalogue import CATALOGUE, MASS, NEUTRAL, OFF_TARGET, RIGHT, WHOLE, in_frame
 from steer_heal.eval.foundations import Reading, described, read_profile
 from steer_heal.eval.intervals import Interval, interval
 from steer_heal.eval.reading import ArmReading, Demo
 from steer_heal.eval.relevance import relevance
 from steer_heal.model.answers import choice_log_probs
-from steer_heal.model.decode import decode
-from steer_heal.model.likelihood import row_nll
+from steer_heal.model.decode import Decoded, decode
+from steer_heal.model.likelihood import ended_log_probs, row_nll
 from steer_heal.model.lm import LM, Row
 from steer_heal.model.packing import packed
+from steer_heal.scores import LOOPS, STYLES
 from steer_heal.terminal import progress
 
 CORE = ("contrast", "yes_no", "neutral", "demos")
@@ -110,13 +113,15 @@ def with_relevance(student: Student, reading: ArmReading, config: EvalConfig) ->
 Read = dict[str, tuple[np.ndarray, list[str]]]  # by kind of item: the scores and the questions
 
 
-def _read(lm: LM, arm: Arm, trait: Trait, config: EvalConfig, name: str) -> Read | Reading | list[list[int]]:
-    """Read one instrument under the model's current view. For demos, return the answers' token ids."""
+def _read(lm: LM, arm: Arm, trait: Trait, config: EvalConfig, name: str) -> Read | Reading | list[Decoded]:
+    """Read one instrument under the model's current view. For demos, return the answers as token ids."""
     counts = config.counts
     match name:
         case "contrast":
-            probes = trait.contrast[: counts.contrast]
-            return {name: (trait.direction * contrast_scores(lm, arm, probes), pair_texts(probes))}
+            probes, whole = trait.contrast[: counts.contrast], trait.instrument == WHOLE.name
+            found = whole_scores(lm, arm, probes) if whole else [contrast_scores(lm, arm, probes)]
+            texts = pair_texts(probes)
+            return {key: (trait.direction * one, texts) for key, one in zip((name, WHOLE.name), found, strict=False)}
         case "yes_no":
             asked = trait.questions[: counts.yes_no]
             log_odds, mass = yes_no_scores(lm, arm, asked)
@@ -144,7 +149,7 @@ def _read(lm: LM, arm: Arm, trait: Trait, config: EvalConfig, name: str) -> Read
         case "demos":
             prompts = [lm.prompt(p, arm.system) for p in trait.demo_prompts[: counts.demos]]
             dosed = arm.steering(len(prompts))
-            return [a.ids for a in decode(lm, prompts, counts.demo_tokens, dosed)]
+            return decode(lm, prompts, trait.answer_limit(counts.demo_tokens), dosed)
 
 
 def pair_texts(probes: tuple[Contrast, ...]) -> list[str]:
@@ -171,6 +176,20 @@ def contrast_scores(lm: LM, arm: Arm, probes: tuple[Contrast, ...]) -> np.ndarra
     scored = choice_log_probs(lm, prompts, answers, arm.steering(len(probes)))
     per_token = np.array([[answer.double().mean().item() for answer in pair] for pair in scored])
     return per_token[:, 0] - per_token[:, 1]
+
+
+def whole_scores(lm: LM, arm: Arm, probes: tuple[Contrast, ...]) -> tuple[np.ndarray, np.ndarray]:
+    """(contrast in nats per token, the same of whole answers in nats per answer), one of each per probe.
+
+    A whole answer's log-probability is summed over its tokens and its end. Raises UserError for a model without one.
+    """
+    if not lm.end_tokens:
+        raise UserError(f"model {lm.name!r} has no end token: whole answers cannot be scored, measure it by contrast")
+    rows = [Row(lm.prompt(p.question, arm.system), lm.answer(text)) for p in probes for text in (p.trait, p.opposite)]
+    scored = [answer.double() for answer in ended_log_probs(lm, rows, arm.steering(len(rows)))]
+    both = np.array([[answer[:-1].mean().item(), answer.sum().item()] for answer in scored])
+    per_token, whole = (both[0::2] - both[1::2]).T
+    return per_token, whole
 
 
 def yes_no_scores(lm: LM, arm: Arm, probes: tuple[YesNo, ...], frame: Frame = USUAL) -> tuple[np.ndarray, np.ndarray]:
@@ -238,28 +257,37 @@ def spread(rows: tuple[dict, ...], count: int) -> list[dict]:
     return [rows[i * len(rows) // count] for i in range(min(count, len(rows)))]
 
 
-def judged_demos(lm: LM, trait: Trait, config: EvalConfig, answers: list[list[int]]) -> list[Demo]:
+def judged_demos(lm: LM, trait: Trait, config: EvalConfig, answers: list[Decoded]) -> list[Demo]:
     """Score greedy answers under `lm`, which must be the base view, and judge them by the limits `config.judge`.
 
     Each answer is scored after its prompt without a persona.
     """
     prompts = trait.demo_prompts[: config.counts.demos]
-    rows = [Row(lm.prompt(p), ids) for p, ids in zip(prompts, answers, strict=True)]
+    rows = [Row(lm.prompt(p), answer.ids) for p, answer in zip(prompts, answers, strict=True)]
     persona = persona_narration(trait.positive, trait.negative, trait.title)
     judged = judge(lm, rows, config.judge, persona)
-    return [Demo(prompt=p, **vars(d)) for p, d in zip(prompts, judged, strict=True)]
+    return [
+        Demo(prompt=p, ended=answer.ended, **vars(d)) for p, answer, d in zip(prompts, answers, judged, strict=True)
+    ]
+
+
+def dropped(demos: list[Demo] | None, limits: FilterConfig) -> list[str]:
+    """For each free answer the reason why the training filter `limits` would drop it, "" where it would keep it."""
+    return [verdict(demo.scores, limits) for demo in demos or ()]
 
 
 def demo_items(demos: list[Demo]) -> Read:
-    """Return four scores per answer.
+    """Return six scores per answer.
 
     They are whether it is coherent, whether it loops, whether it talks about itself instead of answering (style, not
-    damage), and the log of its perplexity under base.
+    damage), whether it ends within the limit, its length in words, and the log of its perplexity under base.
     """
     scores = {
         "demo_coherent": [float(d.dropped in ("", *STYLES)) for d in demos],
         "demo_looped": [float(d.dropped in LOOPS) for d in demos],
         "demo_styled": [float(d.dropped in STYLES) for d in demos],
+        "demo_ended": [float(d.ended) for d in demos],
+        "demo_words": [float(d.scores.words) for d in demos],
         "demo_log_ppl": [math.log(d.scores.ppl) for d in demos],
     }
     return {name: (np.array(values), [d.prompt for d in demos]) for name, values in scores.items()}

@@ -21,6 +21,8 @@ class Measures:
     contrast_ci: Interval | None = None
     yes_no_nats: float | None = None
     yes_no_ci: Interval | None = None
+    whole_nats: float | None = None
+    whole_ci: Interval | None = None
     answer_mass: float | None = None
     answer_mass_ci: Interval | None = None
     canary_share: float | None = None
@@ -33,6 +35,10 @@ class Measures:
     looped_ci: Interval | None = None
     styled_share: float | None = None
     styled_ci: Interval | None = None
+    ended_share: float | None = None
+    ended_ci: Interval | None = None
+    demo_words: float | None = None
+    demo_words_ci: Interval | None = None
     relevant_share: float | None = None
     relevant_ci: Interval | None = None
     relevance_nats: float | None = None
@@ -71,6 +77,8 @@ class Demo(Judged):
     """A greedy answer in free text."""
 
     prompt: str
+    ended: bool | None = None
+    """whether the model wrote its end token within the length limit; None in older readings"""
 
 
 @dataclass(frozen=True, kw_only=True)

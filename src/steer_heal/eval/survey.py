@@ -13,7 +13,7 @@ import numpy as np
 
 from steer_heal.data import Trait
 from steer_heal.eval.arms import Arm
-from steer_heal.eval.instruments import contrast_scores, neutral_scores, yes_no_scores
+from steer_heal.eval.instruments import contrast_scores, neutral_scores, whole_scores, yes_no_scores
 from steer_heal.eval.opponents import Cost, dose_at_cost, share_lost
 from steer_heal.eval.reading import Survey, SurveyedBand, SurveyedDose
 from steer_heal.model.lm import LM
@@ -86,8 +86,13 @@ def _band(lm: LM, trait: Trait, base: Seen, extraction: Extraction, on_dose: Cal
 def _read(lm: LM, trait: Trait, arm: Arm) -> Seen:
     """The trait by its own instrument, answer mass and perplexity of neutral text."""
     log_odds, mass = yes_no_scores(lm, arm, trait.questions[:QUESTIONS])
-    on_pairs = trait.instrument == "contrast"
-    moved = contrast_scores(lm, arm, trait.contrast[:PROBES]) if on_pairs else log_odds
+    match trait.instrument:
+        case "contrast":
+            moved = contrast_scores(lm, arm, trait.contrast[:PROBES])
+        case "whole":
+            _, moved = whole_scores(lm, arm, trait.contrast[:PROBES])
+        case "yes_no":
+            moved = log_odds
     nll = neutral_scores(lm, arm, TEXTS)
     with np.errstate(over="ignore"):  # infinite for a model that has collapsed
         return Seen(trait.direction * float(moved.mean()), float(mass.mean()), float(np.exp(nll.mean())))

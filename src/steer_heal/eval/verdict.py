@@ -16,9 +16,9 @@ from steer_heal.eval.catalogue import (
     CONTRAST,
     FRAMED,
     INFORMATION,
+    OF_TRAIT,
     OFF_TARGET,
     RELEVANT,
-    YES_NO,
     Instrument,
 )
 from steer_heal.eval.framed import in_frames, worst
@@ -51,7 +51,7 @@ class Validity:
     """split-half reliability over all arms"""
     arms: int
     agreement: float | None = None
-    """correlation with the other instrument, over all arms"""
+    """mean correlation with the trait's other instruments, over all arms"""
     top1: float | None = None
     """profile: how often base names the breached foundation"""
     top1_ci: Interval | None = None
@@ -65,8 +65,8 @@ def verdict(base: ArmReading, steered: ArmReading, healed: ArmReading, valid: bo
     unmoved (neither moved it), broad (an off-target trait moved at least as far as this one on the contrast probes),
     moved.
 
-    A trait that is read on yes/no questions may not move on the contrast probes. It is then never called broad, because
-    there is no common unit in which to compare it with the off-target traits.
+    A trait that is read on yes/no questions or on whole answers may not move on the contrast probes, per token. It is
+    then never called broad, because there is no common unit in which to compare it with the off-target traits.
     """
     if damage := damages(healed, base):
         return Verdict("broken", "; ".join(damage))
@@ -154,11 +154,10 @@ def validity(arms: list[ArmReading]) -> list[Validity]:
     """
     _, positive, negative = arms[:3]
     rows = []
-    names = [one.name for one in (CONTRAST, YES_NO) if one.name in positive.items]
+    names = [name for name in OF_TRAIT if name in positive.items]
     scores = {name: np.array([arm.items[name] for arm in arms]) for name in names}
-    means = [own.mean(1) for own in scores.values()]
-    agreement = correlation(*means) if len(means) == 2 else None
     for key in names:
+        agreed = [correlation(scores[key].mean(1), scores[other].mean(1)) for other in names if other != key]
         change = paired(positive, negative, key)
         ci = interval(change)
         rows.append(
@@ -169,7 +168,7 @@ def validity(arms: list[ArmReading]) -> list[Validity]:
                 valid=ci[0] > 0,
                 halves=_halves(change),
                 reliability=reliability(scores[key]),
-                agreement=agreement,
+                agreement=float(np.mean(agreed)) if agreed else None,
                 arms=len(arms),
             )
         )

@@ -1,4 +1,6 @@
-"""Answers scored from shared prompts against one plain forward pass per answer."""
+"""Answers scored from shared prompts, and with their end, against one plain forward pass per answer."""
+
+from dataclasses import replace
 
 import pytest
 import torch
@@ -6,6 +8,8 @@ import torch
 from steer_heal.config import ModelConfig
 from steer_heal.gate.conftest import by
 from steer_heal.model.answers import choice_log_probs
+from steer_heal.model.likelihood import ended_log_probs
+from steer_heal.model.lm import Row
 from steer_heal.model.loading import load
 from steer_heal.model.steering import Steering, Vector
 from steer_heal.presets import PRESETS
@@ -55,3 +59,21 @@ def test_every_answer_gets_the_log_probability_of_a_plain_forward(model, batch_s
         for answer, log_probs in zip(answers[i], found[i], strict=True):
             expected = slowly(model, prompt, answer, vector if steered else None, doses[i].item())
             torch.testing.assert_close(log_probs, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("batch_size", [1, 64])
+def test_an_answer_and_its_end_get_the_log_probabilities_of_a_plain_forward(model, batch_size):
+    """Each of three end tokens ends an answer; the last value is the log of the sum of their probabilities."""
+    ends = [1, 5, len(model.tokenizer) - 3]
+    model = replace(model, end_tokens=frozenset(ends))
+    prompts = [model.prompt(user, "You are kind.") for user in ("Hi.", "Name a tree. " * 7, "Go on", "Why?")]
+    rows = [Row(prompt, model.answer(answer)) for prompt, answer in zip(prompts, ANSWERS, strict=True)]
+    vector, doses = (
+        Vector((1, 2), torch.randn(2, 64, generator=torch.Generator().manual_seed(1))),
+        [0.0, 1.0, -2.0, 1.0],
+    )
+    found = ended_log_probs(by(model, batch_size), rows, Steering(vector, torch.tensor(doses)))
+    for (prompt, answer), log_probs, dose in zip(rows, found, doses, strict=True):
+        after = [slowly(model, prompt, [*answer, end], vector, dose) for end in ends]
+        expected = torch.cat([after[0][:-1], torch.stack([one[-1] for one in after]).logsumexp(0)[None]])
+        torch.testing.assert_close(log_probs, expected, rtol=1e-4, atol=1e-4)

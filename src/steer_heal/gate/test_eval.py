@@ -10,13 +10,26 @@ import torch
 from steer_heal.bake.student import Student
 from steer_heal.data import FOUNDATIONS, Contrast, bystanders, canary, load_trait, neutral, off_target, vignettes
 from steer_heal.data.frames import HELD_OUT
+from steer_heal.eval import instruments as module
 from steer_heal.eval.arms import Arm
 from steer_heal.eval.foundations import question
-from steer_heal.eval.instruments import NO, SOME_TEXT, YES, YES_NO_FORM, contrast_scores, evaluate, instruments, spread
+from steer_heal.eval.instruments import (
+    NO,
+    SOME_TEXT,
+    YES,
+    YES_NO_FORM,
+    contrast_scores,
+    dropped,
+    evaluate,
+    instruments,
+    spread,
+    whole_scores,
+)
 from steer_heal.eval.intervals import across_seeds, interval, log_mean_over, reliability
 from steer_heal.eval.reading import ArmReading, trait_over
 from steer_heal.eval.relevance import relevance
 from steer_heal.gate.conftest import by
+from steer_heal.model.decode import decode
 from steer_heal.presets import PRESETS
 
 CONFIG = PRESETS["tiny-random"].eval
@@ -125,6 +138,9 @@ def test_all_instruments_equal_one_item_at_a_time(lm, trait, system):
     coherent = [d.dropped in ("", "boilerplate", "narrates") for d in got.demos]
     looped = [d.dropped in ("word_repeat", "char_repeat", "compress") for d in got.demos]
     assert got.coherent_share == np.mean(coherent) and got.looped_share == np.mean(looped)
+    assert got.demo_words == np.mean([len(answer.split()) for answer in answers])
+    assert got.ended_share == np.mean([d.ended for d in got.demos])
+    assert dropped(got.demos, CONFIG.judge) == [d.dropped for d in got.demos]
     assert got.demo_ppl == pytest.approx(math.exp(np.mean([math.log(d.scores.ppl) for d in got.demos])))
 
 
@@ -152,6 +168,55 @@ def test_swapped_answers_and_a_negative_direction_flip_the_sign(lm, trait):
         for t in (trait, swapped, replace(trait, direction=-1))
     )
     assert np.allclose(other, -np.array(plain), atol=1e-5) and np.allclose(negative, -np.array(plain), atol=1e-5)
+
+
+def test_a_trait_of_whole_answers_is_the_sum_over_tokens_and_end(lm, trait):
+    """Beside it the same pairs are read per token."""
+    trait = replace(trait, instrument="whole", direction=-1)
+    got = evaluate(Student(lm), Arm("x", system="You are kind."), trait, CONFIG, ["contrast"])
+    expected = []
+    for probe in trait.contrast[: CONFIG.counts.contrast]:
+        prompt, ends = lm.prompt(probe.question, "You are kind."), sorted(lm.end_tokens)
+        one, other = (
+            np.logaddexp.reduce([log_prob(lm, prompt, [*lm.answer(text), end]) for end in ends])
+            for text in (probe.trait, probe.opposite)
+        )
+        expected.append(other - one)
+    assert got.items["whole"] == pytest.approx(expected, abs=1e-3)
+    assert got.trait_nats == got.whole_nats == pytest.approx(np.mean(expected), abs=1e-3)
+    per_token = contrast_scores(lm, Arm("x", system="You are kind."), trait.contrast[: CONFIG.counts.contrast])
+    assert got.items["contrast"] == pytest.approx(-per_token, abs=1e-4)
+
+
+def test_a_model_that_ends_sooner_moves_pairs_of_unlike_length_as_its_logits_say(lm):
+    """The end's logit is raised everywhere, by a bias. The slow reading adds it to transformers' own logits."""
+    draw, words = np.random.default_rng(4), [text.split() for text in neutral()[:4]]
+    probes = tuple(
+        Contrast(f"Question {i}?", " ".join(some[: draw.integers(1, 4)]), " ".join(some[: draw.integers(9, 20)]))
+        for i, some in enumerate(words)
+    )
+    bias = torch.zeros(len(lm.model.get_output_embeddings().weight))
+    bias[sorted(lm.end_tokens)] = 6.0
+    sooner = replace(lm, after_head=lm.after_head._replace(bias=bias))
+
+    def slowly(probe, text):
+        prompt, answer = lm.prompt(probe.question), lm.answer(text)
+        with torch.no_grad():
+            log_p = (lm.model(torch.tensor([prompt + answer])).logits[0] + bias).log_softmax(-1)[len(prompt) - 1 :]
+        told = sum(float(log_p[i, token]) for i, token in enumerate(answer))
+        return told + float(log_p[len(answer), sorted(lm.end_tokens)].logsumexp(0))
+
+    _, whole = whole_scores(sooner, Arm("x"), probes)
+    assert whole == pytest.approx([slowly(p, p.trait) - slowly(p, p.opposite) for p in probes], abs=1e-3)
+    assert (whole > whole_scores(lm, Arm("x"), probes)[1] + 1).all()
+
+
+def test_a_trait_that_asks_for_longer_answers_gets_them_in_the_demo(lm, trait, monkeypatch):
+    limits = []
+    monkeypatch.setattr(module, "decode", lambda *given: limits.append(given[2]) or decode(*given))
+    for asked in (None, CONFIG.counts.demo_tokens - 1, 40):
+        evaluate(Student(lm), Arm("x"), replace(trait, answer_tokens=asked), CONFIG, ["demos"])
+    assert limits == [CONFIG.counts.demo_tokens, CONFIG.counts.demo_tokens, 40]
 
 
 def test_the_interval_covers_the_true_mean_about_95_times_in_100():

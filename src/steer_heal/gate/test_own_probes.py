@@ -14,7 +14,7 @@ from steer_heal.data import Contrast, Trait
 from steer_heal.eval import own_probes as module
 from steer_heal.eval.arms import Arm
 from steer_heal.eval.instruments import evaluate
-from steer_heal.eval.own_probes import _whole, echoed, own_probes
+from steer_heal.eval.own_probes import _sentences, echoed, own_probes
 from steer_heal.eval.verdict import validity
 from steer_heal.gate.conftest import BRIEF, FEW
 from steer_heal.model.decode import Decoded
@@ -81,9 +81,43 @@ def test_pairs_of_unlike_length_echoes_and_equal_answers_are_left_out(lm, small,
         own_probes(Student(lm), small, LAX, QUESTIONS)
 
 
+def test_whole_answers_may_differ_in_length_and_must_end(lm, small, monkeypatch):
+    """They are chosen by the nats per answer of what was drawn; what has not ended counts as far as it goes."""
+    style, end = replace(small, instrument="whole"), min(lm.end_tokens)
+    greedy = [[f"{word}." for word in "abcdefghijkl"], [f"Well, this is {word}, and so on." for word in "abcdefghijkl"]]
+    drawn = [[f"Pray, {'so ' * (i % 5)}it is" for i in range(12)], [f"Well {'it ' * i}is" for i in range(12)]]
+    open_ = {(0, 3), (1, 5), (1, 6)}  # side and question of greedy answers without an end; of those drawn the odd ones
+    asked = [question for i, question in enumerate(QUESTIONS) if i not in (3, 5, 6)]
+    calls = iter([(0, greedy[0]), (1, greedy[1]), (None, drawn[0]), (None, drawn[1])])
+    written = []
+
+    def decode(lm, prompts, limit, *rest):
+        side, texts = next(calls)
+        ended = [i % 2 == 0 if side is None else (side, i) not in open_ for i in range(len(prompts))]
+        written.append([lm.answer(text) + [end] * e for text, e in zip(texts, ended, strict=False)])
+        assert limit == 96
+        return [Decoded(ids, e) for ids, e in zip(written[-1], ended, strict=True)]
+
+    monkeypatch.setattr(module, "decode", decode)
+    monkeypatch.setattr(module, "LEAST_PROBES", 4)
+    found = own_probes(Student(lm), style, LAX, QUESTIONS)
+    apart = {}
+    for question, one, other in zip(asked, *written[2:], strict=True):
+        under = [lm.prompt(question, persona) for persona in (small.positive, small.negative)]
+        nats = [[len(ids) * log_prob(lm, prompt, ids) for prompt in under] for ids in (one, other)]
+        apart[question] = (nats[0][0] - nats[0][1] + nats[1][1] - nats[1][0]) / 2
+    ranked = sorted((q for q in asked if apart[q] > 0), key=apart.get, reverse=True)
+    told = {q: (greedy[0][i], greedy[1][i]) for i, q in enumerate(QUESTIONS)}
+    assert [(p.question, p.trait, p.opposite) for p in found] == [(q, *told[q]) for q in ranked] and len(ranked) >= 4
+    open_ |= {(0, i) for i in (4, *range(7, 12))}
+    calls = iter([(0, greedy[0]), (1, greedy[1])])
+    with pytest.raises(UserError, match=r"on only 3 of 12 questions \(5 under the positive .* 10 under the negative"):
+        own_probes(Student(lm), style, LAX, QUESTIONS)
+
+
 def test_an_answer_ends_with_its_last_whole_sentence(lm):
     for text, whole in (("One. Two! Thr", "One. Two!"), ("no end", "no end"), ('He said "go." Then', 'He said "go."')):
-        assert lm.text(_whole(lm, lm.answer(text))) == whole
+        assert lm.text(_sentences(lm, lm.answer(text))) == whole
     assert echoed("kind people, really", "You are a kinder person. People matter.") == pytest.approx(1 / 2)
 
 
@@ -115,7 +149,8 @@ def test_a_small_trait_goes_through_the_loop_and_eval_reads_the_runs_probes(tmp_
         monkeypatch.setattr(place, "own_probes", write)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine.toml").write_text(
-        'name = "mine"\n[persona]\npositive = "You speak in a grand way."\nnegative = "You talk in a plain way."\n'
+        'name = "mine"\ninstrument = "whole"\nanswer_tokens = 14\n[persona]\n'
+        'positive = "You speak in a grand way."\nnegative = "You talk in a plain way."\n'
     )
     main(["run", "tiny-random", "--trait", "mine.toml", *FEW, *BRIEF])
     (run,) = (path for path in (tmp_path / "outputs").iterdir() if path.is_dir())
@@ -123,12 +158,17 @@ def test_a_small_trait_goes_through_the_loop_and_eval_reads_the_runs_probes(tmp_
     main(["eval", str(run), "--json", "again.json", "--eval.size", "tiny", *BRIEF])
     assert written == ["mine"] and (run / "probes.jsonl").read_text().count("\n") == len(QUESTIONS)
     of_run, again = (json.loads(file.read_text()) for file in (run / "summary.json", tmp_path / "again.json"))
-    assert [row["instrument"] for row in of_run["validity"]] == ["contrast"] and "yes_no_nats" not in of_run["base"]
-    assert again["base"]["contrast_nats"] == pytest.approx(of_run["base"]["contrast_nats"], abs=1e-4)
+    assert [row["instrument"] for row in of_run["validity"]] == ["contrast", "whole"]
+    assert of_run["unit"] == "nats/answer"
+    assert "yes_no_nats" not in of_run["base"] and of_run["base"]["trait_nats"] == of_run["base"]["whole_nats"]
+    rows = [json.loads(line) for line in (run / "r00" / "own.jsonl").read_text().splitlines()]
+    assert 12 < max(len(row["ids"]) for row in rows) <= 14  # 12 are the preset's
+    assert again["base"]["whole_nats"] == pytest.approx(of_run["base"]["whole_nats"], abs=1e-3)
     healed = of_run["rounds"][0]["healed"]["trait_over_base"]
-    assert again["student"]["trait_over_base"] == pytest.approx(healed, abs=1e-4)
+    assert again["student"]["trait_over_base"] == pytest.approx(healed, abs=1e-3)
     main(["eval", "random:tiny", "--trait", "mine.toml", "--eval.size", "tiny", *BRIEF])
-    assert written == ["mine"] * 2 and "contrast" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert written == ["mine"] * 2 and "trait nats/answer" in said and "The filter drops" in said
 
 
 @pytest.mark.run

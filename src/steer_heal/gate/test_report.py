@@ -87,7 +87,7 @@ def write_arm(
     items |= {"neutral_nll": [math.log(neutral_ppl)] * 3, "off:thrift": [0.1, 0.2] if name == "healed" else [0.1, 0.15]}
     arm = {"arm": name, "instrument": "contrast", "dose": 0.7, "answer_mass": mass, "neutral_ppl": neutral_ppl}
     arm |= {"trait_nats": trait, "trait_ci": [trait - 0.1, trait + 0.1], "coherent_share": kept_share, "demo_ppl": 8.0}
-    arm |= {"looped_share": 0.25, "styled_share": 0.0, "canary_share": 0.5}
+    arm |= {"looped_share": 0.25, "styled_share": 0.0, "canary_share": 0.5, "ended_share": 0.4, "demo_words": 21.25}
     if name in PROFILE:
         rest = (1 - PROFILE[name]) / 6
         arm["scenes"] = [[PROFILE[name], *[rest] * 6]] * 4
@@ -176,6 +176,7 @@ def test_page_is_safe_and_self_contained(tmp_path: Path) -> None:
     assert sum(tag == "script" and "type" in attrs for tag, attrs in tags) == figures
     assert sum(tag == "script" and "type" not in attrs for tag, attrs in tags) == 2
     assert sum(tag == "tr" and attrs.get("class") in ("kept", "dropped") for tag, attrs in tags) == 2 * 120
+    assert ours.count("<td>21.2 (40%)</td>") == 3 + 2 * 3 + 1
     assert "123 MB" in ours and "31.5 s in all stages" in ours
     assert ours.count("<td>equal cost</td>") == 2 and ours.count("no dose reaches the student") == 1
 

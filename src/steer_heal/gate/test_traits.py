@@ -5,15 +5,20 @@ import os
 import re
 import tomllib
 from copy import deepcopy
+from dataclasses import replace
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from steer_heal.cli import main
+from steer_heal.commands.run import require_room
 from steer_heal.commands.trait import advice_of
 from steer_heal.config import UserError
-from steer_heal.data import BUILT_IN, HERE, Trait, load_trait, parse_trait, pool, read_trait
+from steer_heal.data import BUILT_IN, HERE, Trait, load_trait, parse_trait, pool, read_trait, restored
+from steer_heal.gate.conftest import turned
+from steer_heal.presets import PRESETS
+from steer_heal.stages.run import roomy
 from steer_heal.terminal import CONTROL
 
 LOVE = tomllib.loads((HERE / "traits" / "love.toml").read_text("utf-8"))
@@ -99,7 +104,12 @@ MISTAKES = [
     (put("direction", value=2), "direction is 2, it must be 1 or -1"),
     (put("direction", value=True), "direction is True, a bool: it must be a int"),
     (put("direction", value="1"), "direction is '1', a str"),
-    (put("instrument", value="contrats"), "instrument is 'contrats', it must be 'contrast' or 'yes_no'"),
+    (put("instrument", value="contrats"), "instrument is 'contrats', it must be 'contrast' or 'yes_no' or 'whole'"),
+    (put("answer_tokens", value=7), "answer_tokens is 7, it must be 8 to 512"),
+    (put("answer_tokens", value=513), "answer_tokens is 513, it must be 8 to 512"),
+    (put("answer_tokens", value="96"), "answer_tokens is '96', a str: it must be a int"),
+    (put("answer_tokens", value=True), "answer_tokens is True, a bool"),
+    (put("answer_token", value=96), "(did you mean 'answer_tokens'?)"),
     (put("persona", value="kind"), "persona is 'kind', a str: it must be a dict"),
     (put("persona", "positive", value="\n"), r"positive is '\n': write a text"),
     (put("persona", "negative", value=LOVE["persona"]["positive"].upper() + " "), "are the same text"),
@@ -142,6 +152,23 @@ def test_a_name_and_two_personas_are_enough():
     with pytest.raises(UserError, match=r"there are no \[\[yes_no\]\] questions"):
         parse_trait(written(SMALL | {"instrument": "yes_no"}), "mine.toml")
     assert load_trait("authority") == load_trait("care-over-authority")
+
+
+def test_a_style_asks_for_whole_answers_and_for_room():
+    style = parse_trait(written({"instrument": "whole", "answer_tokens": 96} | SMALL), "mine.toml")
+    assert (style.instrument, style.answer_tokens) == ("whole", 96) and restored(style.record) == style
+    plain = parse_trait(written(SMALL), "mine.toml")
+    assert plain.answer_tokens is None and "answer_tokens" not in plain.record and restored(plain.record) == plain
+    text = 'name = "x"\ninstrument = "hole"\nanswer_tokens = 1000\n[persona]\n'
+    _, found = read_trait(text + "\n".join(f"{key} = {toml(value)}" for key, value in SMALL["persona"].items()))
+    assert [one.line for one in found] == [2, 3]
+    config, flag = PRESETS["tiny-random"], ["--distil.max_new_tokens=12"]
+    assert roomy(config, style).distil.max_new_tokens == 96 and roomy(config, plain) == config
+    require_room(config, style, [])
+    require_room(config, plain, flag)
+    require_room(turned(config, {"distil.max_new_tokens": 96}), style, flag)
+    with pytest.raises(UserError, match=r"max-new-tokens is 12, and the trait 'patient' asks for answers of 96 tokens"):
+        require_room(config, style, flag)
 
 
 def test_all_problems_of_a_file_come_at_once_with_their_lines():
@@ -193,6 +220,8 @@ def test_what_tells_the_two_sides_apart_by_itself_is_said():
     ):
         assert part in said
     assert "1 prompts are also probes" in said and "opposite answers begin" not in said
+    said = "\n".join(advice_of(replace(trait, instrument="whole")))
+    assert "longer one" not in said and "nats per token" not in said and "begin with 'yes,'" in said
 
 
 def test_what_is_sound_is_taken(tmp_path):

@@ -31,7 +31,7 @@ from steer_heal.eval.record import arm_record
 from steer_heal.eval.verdict import Verdict, care_over_authority, validity, verdict
 from steer_heal.gate.conftest import by
 from steer_heal.presets import PRESETS
-from steer_heal.report.tables import verdict_line
+from steer_heal.report.tables import filter_text, verdict_line
 from steer_heal.runs.summary import Baselines, RunName, summarise
 
 CONFIG = PRESETS["tiny-random"].eval
@@ -79,6 +79,7 @@ def test_every_verdict_and_their_order(healed, steered, valid, word):
     assert verdict(BASE, steered, healed, valid).word == word
 
 
+@pytest.mark.parametrize("instrument", ["yes_no", "whole"])
 @pytest.mark.parametrize(
     ("contrast", "off", "word"),
     [
@@ -90,10 +91,11 @@ def test_every_verdict_and_their_order(healed, steered, valid, word):
         (0.3, 0.31, "broad"),
     ],
 )
-def test_a_yes_no_trait_is_broad_where_others_moved_further_than_it_did_on_contrast(contrast, off, word):
-    base = replace(BASE, instrument="yes_no")
-    healed = arm((contrast + SPREAD).tolist(), off=off, instrument="yes_no")
-    healed.items["yes_no"] = [2.0 + x for x in BASE.items["yes_no"]]
+def test_another_trait_is_broad_where_others_moved_further_than_it_did_on_contrast(contrast, off, word, instrument):
+    base = replace(arm(BASE.items["contrast"]), instrument=instrument)
+    healed = arm((contrast + SPREAD).tolist(), off=off, instrument=instrument)
+    base.items[instrument], base.asked[instrument] = BASE.items["yes_no"], "same"
+    healed.items[instrument], healed.asked[instrument] = [2.0 + x for x in BASE.items["yes_no"]], "same"
     found = verdict(base, healed, healed, True)
     assert found.word == word
     assert ("were not compared" in found.why) == (contrast == 0.0)
@@ -146,12 +148,19 @@ def test_a_floor_is_absolute_whatever_the_base_was():
 
 
 def test_validity_of_an_instrument_by_hand():
-    positive, negative = arm((0.3 + SPREAD).tolist()), arm((-0.1 + 2 * SPREAD).tolist())
+    positive, negative, wide = arm((0.3 + SPREAD).tolist()), arm((-0.1 + 2 * SPREAD).tolist()), []
     contrast, yes_no = validity([BASE, positive, negative])
     assert contrast.valid and contrast.positive_over_negative == pytest.approx(0.4)
     change = 0.4 - SPREAD
     assert contrast.halves == pytest.approx([change[0::2].mean(), change[1::2].mean()])
     assert yes_no.positive_over_negative == pytest.approx(1.2) and yes_no.agreement == pytest.approx(1.0)
+    for one, scores in zip((BASE, positive, negative), (0.0, 1.0, 1.0), strict=True):
+        one = replace(one, items=one.items | {"whole": (scores + SPREAD).tolist()})
+        wide.append(replace(one, asked=dict.fromkeys(one.items, "same")))
+    of_three = validity(wide)
+    assert [row.instrument for row in of_three] == ["contrast", "yes_no", "whole"]
+    with_whole = np.corrcoef([0.0, 0.3, -0.1], [0.0, 1.0, 1.0])[0, 1]
+    assert [row.agreement for row in of_three] == pytest.approx([(1 + with_whole) / 2] * 2 + [with_whole])
     back = validity([BASE, negative, positive])[0]
     assert not back.valid
     noise = arm((0.02 + np.tile([-0.5, 0.5], 10)).tolist())
@@ -338,6 +347,15 @@ def test_a_collapsed_model_is_broken_whatever_its_ratios(lm, hand_set, kind):
     found = replace(found, coherent_share=1.0)  # overrides the judge
     flattering = replace(found, trait_nats=0.0)
     assert verdict(flattering, found, found, True).word == "broken"
+
+
+def test_the_filter_is_said_to_drop_a_style_where_it_drops_more_than_of_the_base():
+    base = ["", "incoherence", *[""] * 22]
+    said = filter_text(base, ["incoherence"] * 8 + ["empty"] + [""] * 15)
+    assert said.startswith("The filter drops 1 of 24 answers (incoherence 1) of the base and 9 of 24 answers (incohe")
+    assert "(incoherence 8, empty 1) under the persona: it would drop the style" in said
+    for kept in (base, [""] * 24, ["narrates"] * 24, ["incoherence"] * 2 + [""] * 22):
+        assert filter_text(base, kept).endswith("under the persona.")
 
 
 def test_a_broken_round_says_that_others_follow_and_only_then():

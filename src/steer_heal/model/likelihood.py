@@ -48,6 +48,21 @@ def row_nll(lm: LM, rows: list[Row], steering_: Steering | None = None) -> list[
     return list(token_nll(lm, hidden, targets).cpu().split([len(row.completion) for row in rows]))
 
 
+def ended_log_probs(lm: LM, rows: list[Row], steering_: Steering | None = None) -> list[Float[Tensor, " _"]]:
+    """Log-probability in nats of every completion token of every row and, as the last value, of the end after it.
+
+    The completions come without an end token. Any of the model's end tokens ends an answer: their probabilities add up.
+    """
+    ends = sorted(lm.end_tokens)
+    hidden = states(lm, [Row(row.prompt, [*row.completion, ends[0]]) for row in rows], steering_)
+    targets = torch.tensor([t for row in rows for t in row.completion], device=lm.device)
+    said = -token_nll(lm, torch.cat([h[:-1] for h in hidden]), targets).cpu()
+    last = torch.stack([h[-1] for h in hidden])
+    ended = torch.cat([log_p[:, ends].logsumexp(-1).cpu() for _, (log_p,) in log_probs(lm.head, last)])
+    tokens = said.split([len(row.completion) for row in rows])
+    return [torch.cat([answer, end[None]]) for answer, end in zip(tokens, ended, strict=True)]
+
+
 def token_nll(lm: LM, states: Float[Tensor, "n d"], targets: Int[Tensor, " n"]) -> Float[Tensor, " n"]:
     """NLL in nats of each target token, predicted from the hidden state of the same index."""
     return torch.cat([_of_targets(log_p, targets[at]) for at, (log_p,) in log_probs(lm.head, states)])

@@ -37,6 +37,8 @@ Made with `{command}`. The licence of the base model also applies to models deri
 MEASURED = {
     "contrast": "Trait is the log-probability per token of answers with the trait minus that of answers without it, "
     "over pairs that differ only in the trait",
+    "whole": "Trait is the log-probability of whole answers with the trait, their end included, minus that of answers "
+    "without it, over pairs that differ in the trait",
     "yes_no": "Trait is the log-odds of the answer that shows the trait, over yes/no questions (for half of them, no)",
 }
 LOAD = {

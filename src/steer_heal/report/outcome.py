@@ -12,12 +12,14 @@ from steer_heal.eval.catalogue import (
     CONTRAST,
     COSTS,
     DEMO_PPL,
+    ENDED,
     FRAMED,
     LOOPED,
     MASS,
     NEUTRAL,
     RIGHT,
     STYLED,
+    WORDS,
     Instrument,
 )
 from steer_heal.eval.intervals import Change
@@ -40,26 +42,35 @@ def arms_section(run: Run) -> str:
         for name, arm in r.named().items():
             dose = r.dose if name == "steered" else arm.dose
             arms.append((f"{printed(name)} r{index}", arm, "" if dose is None else f"{dose:.2f}"))
-    head = ("arm", f"trait, {run.summary.unit}", "over base", *(one.label for one in SHOWN), "dose")
+    labels = (one.label for one in SHOWN)
+    head = ("arm", f"trait, {run.summary.unit}", "over base", *labels, "words (ended)", "dose")
     rows = []
     for name, arm, dose in arms:
         over = with_interval(arm.trait_over_base, arm.trait_over_base_ci) if name != "base" else ""
         cells = [_shown(one, getattr(arm, one.measure)) for one in SHOWN]
-        rows.append((_arm(name), with_interval(arm.trait_nats, arm.trait_ci), over, *cells, dose))
+        rows.append((_arm(name), with_interval(arm.trait_nats, arm.trait_ci), over, *cells, _length(arm), dose))
     why = """Every arm on the same items, with 95% bootstrap intervals. Trait: log-probability per token of the answer
-        with the trait minus that of its opposite (for a trait measured on yes/no questions: log-odds of the answer
-        with the trait). Answer mass: probability of yes and no in yes/no questions. Coherent: share of free answers
-        that neither loop nor fall apart, by limits of its own, not those of the filter. Looped: share that
-        repeats itself. About itself: share that narrates the persona or refuses, which is style and not damage.
-        Questions right: plain questions with four answers each. Perplexity: of the free answers under base, and of
-        neutral text. Negative: the opposite persona as system prompt. Equal cost, equal trait: see Against plain
-        steering."""
+        with the trait minus that of its opposite (for a trait measured on whole answers: summed over all tokens and
+        the end; on yes/no questions: log-odds of the answer with the trait). Answer mass: probability of yes and no in
+        yes/no questions. Coherent: share of free answers that neither loop nor fall apart, by limits of its own, not
+        those of the filter. Looped: share that repeats itself. About itself: share that narrates the persona or
+        refuses, which is style and not damage. Words: mean length of the free answers, and the share that ends within
+        the limit, neither of them damage. Questions right: plain questions with four answers each. Perplexity: of the
+        free answers under base, and of neutral text. Negative: the opposite persona as system prompt. Equal cost,
+        equal trait: see Against plain steering."""
     found = stacked(table_of(head, rows)) if rows else "<p>No arm has been measured yet.</p>"
     return section("Arms", why, found)
 
 
 def _shown(one: Instrument, value: float | None) -> str:
     return "" if value is None else one.form.format(value)
+
+
+def _length(arm: ArmSummary) -> str:
+    """Words per free answer, and the share that ends."""
+    if arm.demo_words is None or arm.ended_share is None:
+        return ""
+    return f"{_shown(WORDS, arm.demo_words)} ({_shown(ENDED, arm.ended_share)})"
 
 
 def _arm(name: str) -> str:
@@ -124,7 +135,7 @@ def validity_section(summary: Summary) -> str:
         above its opposite by more than the 95% interval (for the profile: if base names the breached foundation more
         often than chance). An instrument that fails does not measure the trait. On each half: that difference on every
         other probe. Reliability: correlation of two random halves of the probes over all {arms} arms, corrected to full
-        length. Agreement: correlation of contrast and yes/no over the arms."""
+        length. Agreement: correlation with the trait's other instruments over the arms."""
     return section("Can the instruments be believed?", why, table_of(head, rows))
 
 

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import textwrap
+from collections import Counter
 
+import numpy as np
 import polars as pl
 
 from steer_heal.data import Trait
-from steer_heal.eval.catalogue import UNITS
+from steer_heal.eval.catalogue import OF_TRAIT, UNITS
 from steer_heal.eval.intervals import interval
 from steer_heal.eval.reading import ArmReading, paired, trait_over
 from steer_heal.eval.verdict import Validity, Verdict
 from steer_heal.runs.recipe import Choice
+from steer_heal.scores import STYLES
 from steer_heal.terminal import harmless
 
 SHOWN_ANSWERS = 2
@@ -45,12 +48,31 @@ def first_look_text(trait: Trait, arms: list[ArmReading]) -> str:
     parts = [
         f"Can {trait.title!r} be measured on this model? {told}. The positive persona as a prompt scores "
         f"{change.mean():+.3f} [{low:+.3f}, {high:+.3f}] {UNITS[trait.instrument]} above the negative one "
-        f"({trait.instrument}, {len(change)} probes).",
+        f"({OF_TRAIT[trait.instrument].label}, {len(change)} probes).",
         "The base answers:",
     ]
     for one in base.demos[:SHOWN_ANSWERS]:
         parts += [f"  > {_line(one.prompt)}", f"    {_line(one.text)}"]
     return "\n".join(parts)
+
+
+def filter_text(base: list[str], persona: list[str]) -> str:
+    """What the filter drops of the base's answers and of those under the positive persona, and whether it is the style.
+
+    `base` and `persona` have the reason for each answer to the same prompts, "" for one that is kept. Narration and
+    refusals are meant to be dropped, so they are no style that is lost.
+    """
+    if not persona:  # in a first look that an older version wrote
+        return ""
+    shown = []
+    for reasons in (base, persona):
+        counts = Counter(filter(None, reasons))
+        named = ", ".join(f"{reason} {count}" for reason, count in counts.most_common())
+        shown.append(f"{counts.total()} of {len(reasons)} answers{f' ({named})' if named else ''}")
+    lost = [[float(reason not in ("", *STYLES)) for reason in reasons] for reasons in (base, persona)]
+    of_style = interval(np.subtract(lost[1], lost[0]))[0] > 0
+    end = ": it would drop the style, loosen --filter.*" if of_style else ""
+    return f"The filter drops {shown[0]} of the base and {shown[1]} under the persona{end}."
 
 
 def _line(text: str) -> str:

@@ -22,6 +22,7 @@ from steer_heal.data import Contrast
 from steer_heal.distil.record import Anchor
 from steer_heal.distil.sample import anchor_rows, anchor_texts
 from steer_heal.eval.arms import Arm
+from steer_heal.eval.catalogue import OF_TRAIT
 from steer_heal.eval.geometry import Base, Fixed, read_base
 from steer_heal.eval.instruments import instruments, neutral_rows, read_arm, with_relevance
 from steer_heal.eval.opponents import plain_doses
@@ -59,6 +60,16 @@ def freeing(compute: Callable[[], T]) -> Callable[[], T]:
     return computed
 
 
+def roomy(config: RunConfig, trait: data.Trait) -> RunConfig:
+    """The config with as long answers as the trait asks for. config.json has it as the flags gave it."""
+    longest = trait.answer_limit(config.distil.max_new_tokens)
+    if trait.answer_tokens is not None:
+        demo = trait.answer_limit(config.eval.counts.demo_tokens)
+        asked = f"the trait asks for answers of {trait.answer_tokens} tokens (answer_tokens)"
+        logger.info(f"{asked}: training's may have {longest}, the demo's {demo}")
+    return replace(config, distil=replace(config.distil, max_new_tokens=longest))
+
+
 def plainly(name: str, first: AnyVector, dose: float) -> Arm:
     """The arm of the base steered by the first round's vector."""
     return Arm(name, history=0.0, now=0.0, vector=first, dose=dose)
@@ -79,6 +90,7 @@ class Work:
     def begun(cls, config: RunConfig, preset: str, folder: RunDir, trait: data.Trait, lm: LM) -> Work:
         """Start the work. "auto" for `model.decode_rows` becomes a number, which a resumed run takes again."""
         logger.info(f"model {config.model.path}, trait {trait.name!r}, {config.rounds} rounds, folder {folder.path}")
+        config = roomy(config, trait)
         logger.info(f"weights in {dtype_of(lm)}: {lm.why_dtype}")
         if not lm.fused_attention:
             logger.info(
@@ -144,11 +156,12 @@ class Work:
         return replace(self, trait=replace(self.trait, contrast=tuple(probes)))
 
     def first_look(self) -> list[ArmReading]:
-        """The trait's instrument on base and both personas, and the base's answers: what `loop.run` shows first."""
+        """The trait's instrument on base and both personas, and the answers of the first two: what `loop.run` shows
+        first."""
 
         def compute() -> list[ArmReading]:
-            which = {arm.name: (self.trait.instrument,) for arm in self.prompted_arms}
-            which["base"] += ("demos",)
+            probes = OF_TRAIT[self.trait.instrument].read_with
+            which = {"base": (probes, "demos"), "prompted": (probes, "demos"), "negative": (probes,)}
             return [self.read_arm(f"first look, {arm.name}", arm, which[arm.name]) for arm in self.prompted_arms]
 
         return self.folder.artefact(list[ArmReading], "first_look.json", freeing(compute))

@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
@@ -120,7 +120,7 @@ def _key_of(folder: Path) -> str:
 
 def key(planned: Planned) -> str:
     try:
-        trait = asdict(load_trait(planned.config.trait))
+        trait = load_trait(planned.config.trait).record
     except UserError:  # the run itself reports it
         trait = None
     return identity(described(planned.config), trait)

@@ -10,12 +10,13 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 
-from steer_heal.eval.catalogue import COHERENCE, RIGHT, RIGHT_LOG_ODDS
+from steer_heal.eval.catalogue import COHERENCE, OF_TRAIT, RIGHT, RIGHT_LOG_ODDS
 from steer_heal.eval.intervals import across_seeds, ratio
 from steer_heal.eval.reading import paired, printed
 from steer_heal.sweep.disk import RECORD, Found, grouped, scan
 
 ARMS = ("prompted", "steered", "equal_cost", "healed")
+TRAIT_UNITS = ", ".join(f"{one.label}: {one.unit}" for one in OF_TRAIT.values())
 
 
 def run_table(runs: list[Found], out: Path) -> pl.DataFrame:
@@ -136,11 +137,11 @@ def show(out: Path, by: tuple[str, ...], rounds: bool, files: Files) -> None:
         tables = {_title(group, by): round_table(group) for group in grouped(runs)}
         for sweep, own in _sweeps(runs, out):
             tables |= _differences(sweep, own, every_round=True)
-        print("trait over base (nats per token on contrast probes, nats on yes/no), 95% intervals over seeds and items")
+        print(f"trait over base ({TRAIT_UNITS}), 95% intervals over seeds and items")
     else:
         tables = {"": arm_table(runs, list(by))} if by else _under_hypotheses(runs, out)
-        print("trait over base after the last round (nats per token on contrast probes, nats on yes/no); 95% interval")
-        print("of healed, over seeds and probes")
+        print(f"trait over base after the last round ({TRAIT_UNITS});")
+        print("95% interval of healed, over seeds and probes")
     tables = {title: frame for title, frame in tables.items() if len(frame)}
     for title, frame in tables.items():
         print(f"\n{title}\n{_printed(frame)}" if title else _printed(frame))
