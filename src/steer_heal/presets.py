@@ -37,7 +37,7 @@ AUTO = RunConfig(
         text="own",
         objective="kl_rev",
         target=TargetConfig(kind="mirrored"),
-        barrier=replace(BUDGET, tau="auto", tau_share=0.5),
+        barrier=replace(BUDGET, tau="auto", tau_share=0.3),
         anchor=AnchorConfig(prompts=96, tau="auto"),
         training=TrainingConfig(lr=4e-4, lr_round_pow=-1.0, epochs="auto", pass_rows=9),
         lora=AdapterConfig(r=16),
