@@ -65,7 +65,8 @@ def answers(data: dict) -> str:
 
 
 def _cut(answer: str) -> str:
-    """The answer, with an ellipsis where the limit cut it inside a sentence."""
+    """The answer on one line, with an ellipsis where the limit cut it inside a sentence."""
+    answer = " ".join(answer.split())
     return answer if answer.endswith((".", "!", "?", '"')) else f"{answer}…"
 
 
