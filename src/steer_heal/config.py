@@ -140,9 +140,9 @@ class BarrierConfig:
 
     kind: Annotated[Literal["fixed", "dual"], COMMON] = "fixed"
     """fixed: a penalty, lam_r * relu(D - tau); dual: a constraint, D <= tau, whose multiplier adapts"""
-    reg: Annotated[Literal["nll", "kl_fwd", "kl_rev"], COMMON] = "kl_rev"
+    reg: Literal["nll", "kl_fwd", "kl_rev"] = "kl_rev"
     """divergence at each token; nll: no barrier"""
-    agg: Annotated[Literal["mean", "rmse", "p95", "max"], COMMON] = "rmse"
+    agg: Literal["mean", "rmse", "p95", "max"] = "rmse"
     """how the divergence is aggregated over tokens"""
     reference: Annotated[Literal["prev", "base"], COMMON] = "prev"
     """model that D is measured from; prev: the previous student, tau limits each round; base: tau limits all rounds
@@ -151,7 +151,7 @@ class BarrierConfig:
     """limit of D, nats (fixed: no penalty below it); auto: a share of the teacher's own divergence, see tau_share"""
     tau_share: Annotated[float, POSITIVE] = 0.5
     """tau auto: tau as a share of the teacher's own divergence from the reference on the same completions"""
-    lam: Annotated[float, NOT_NEGATIVE, COMMON] = 0.3
+    lam: Annotated[float, NOT_NEGATIVE] = 0.3
     """fixed: weight of the barrier in round 0"""
     lam_round_pow: Annotated[float, ANY] = -0.5
     """fixed: lam_r = lam * (1 + round) ** lam_round_pow"""
