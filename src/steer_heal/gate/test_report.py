@@ -226,8 +226,7 @@ def test_verdict_has_the_numbers_of_the_arms(tmp_path: Path) -> None:
     run = load(write_run(tmp_path, mass=0.72, kept_share=0.97, neutral_ppl=20.6))
     text, kind = words.verdict(run)
     assert kind == "moved" and text.startswith("Moved. After round 1 (2 of 2) the healed student stands +0.250 nats")
-    assert "The system prompt alone moves it by +0.150 (healed is 1.7 times that)" in text  # 0.25 / 0.15
-    assert "steering in that round by +0.450 (healed is 56% of that)" in text  # 0.25 / 0.45
+    assert "The system prompt alone moves it by +0.150; steering in that round by +0.450; plain" in text
     assert "plain steering that costs no more coherence reaches +0.050 at dose 0.70, and no dose moves" in text
     assert "Coherent share 97% of the demo answers (base 100%)" in text
     assert (

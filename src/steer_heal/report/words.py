@@ -37,8 +37,9 @@ def verdict(run: Run) -> tuple[str, str]:
     if word == "unreadable":
         return f"No verdict: {NOT_EXPRESSED} {stands}; that number does not measure the trait.", word
     if low > 0:
-        by_prompt, by_steering = _moves(prompted, over, "{:.1f} times"), _moves(steered, over, "{:.0%} of")
-        stands += f". The system prompt alone moves it by {by_prompt}; steering in that round by {by_steering}"
+        stands += (
+            f". The system prompt alone moves it by {_moves(prompted)}; steering in that round by {_moves(steered)}"
+        )
         if equal:
             reach = f"{equal.trait_over_base:+.3f} at dose {equal.dose:.2f}"
             stands += f"; plain steering that costs no more coherence reaches {reach}"
@@ -67,11 +68,10 @@ def _equal_trait(arm: ArmSummary, base: ArmSummary) -> str:
     return f"no dose moves the trait as far; the nearest, {arm.dose:.2f}, means {price}"
 
 
-def _moves(arm: ArmSummary, over: float, ratio: str) -> str:
-    """How far an arm moves the trait. Adds the student's ratio to it when the arm's interval excludes zero."""
+def _moves(arm: ArmSummary) -> str:
+    """How far an arm moves the trait, and whether its interval includes zero."""
     effect, (low, high) = arm.trait_over_base, arm.trait_over_base_ci
-    measurable = not low <= 0 <= high
-    return f"{effect:+.3f}" + (f" (healed is {ratio.format(over / effect)} that)" if measurable else ", not measurably")
+    return f"{effect:+.3f}" + (", not measurably" if low <= 0 <= high else "")
 
 
 # ---- diary
