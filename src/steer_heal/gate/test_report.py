@@ -277,7 +277,7 @@ def test_unfinished_run(tmp_path: Path) -> None:
     assert 0.199 < low < 0.25 < high < 0.301
     assert run.summary.rounds[0].barrier_fired_share == 0.4 and run.summary.rounds[0].kept == 80
     page = report.build(tmp_path).read_text("utf-8")
-    assert "unfinished: 2 of 3 rounds" in page and "1.7 times" in page
+    assert "unfinished: 2 of 3 rounds" in page and "alone moves it by +0.150" in page
     assert "MB" not in page[page.index("<footer>") : page.index("</footer>")]
 
 
