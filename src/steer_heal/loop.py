@@ -51,7 +51,7 @@ def run(work: Work) -> Summary:
             logger.warning(f"the loop ends after {number} of {work.config.rounds} rounds: {end}")
             break
         steered = stage.measure_steered(vector, dose)
-        steps, own = stage.heal(vector, dose, completions, anchors)
+        steps, own_answers = stage.heal(vector, dose, completions, anchors)
         geometry = stage.locate(vector)
         stage.bake()
         healed = stage.measure_healed()
@@ -59,7 +59,7 @@ def run(work: Work) -> Summary:
             number=number,
             layers=layers,
             dose=dose,
-            completions=[*completions, *own],
+            completions=[*completions, *own_answers],
             steps=steps,
             steered=steered,
             geometry=geometry,

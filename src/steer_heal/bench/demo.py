@@ -66,13 +66,11 @@ def stages(run: RunDir) -> dict:
 
 
 def speed(run: RunDir, seconds: dict[str, float], number: int) -> dict[str, float]:
-    """Tokens per second of a round."""
+    """Tokens per second of a round. Own text's seconds include what its teacher takes to read it."""
     done = read_round(run, number)
     written = sum(len(completion.ids) for completion in done.completions)
-    spent = seconds.get(InRound.COMPLETIONS.of(number), 0.0)
-    spent += sum(
-        event["seconds"] for event in run.events() if event.get("event") == "own_text" and event["round"] == number
-    )
+    own = [event for event in run.events() if event["event"] == "own_text" and event["round"] == number]
+    spent = seconds.get(InRound.COMPLETIONS.of(number), 0.0) + sum(event["seconds"] for event in own)
     return {
         "completions": written / spent,
         "training": statistics.median(step.tokens_per_s for step in done.steps),

@@ -10,7 +10,7 @@ import re
 import tomllib
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
@@ -81,11 +81,6 @@ class Trait:
     yes_no: tuple[YesNo, ...]
     answer_tokens: int | None = None
     """tokens that the demo's and training's answers may have, where that is more than the config's"""
-
-    @property
-    def record(self) -> dict:
-        """What trait.json holds. Keys without a value are left out, as older versions did not know them."""
-        return {key: value for key, value in asdict(self).items() if value is not None}
 
     def answer_limit(self, tokens: int) -> int:
         """The larger of a limit and of the one that the trait asks for."""

@@ -24,9 +24,7 @@ Progress = Callable[[int], None]
 SAMPLED_PER_SURVIVOR = 2  # most completions sampled per completion wanted; at the chosen dose most of them pass
 LEAST = 16  # fewest survivors to train on, or a third of n_keep when that is fewer
 DOSE_SPREAD = 0.15  # completions are sampled at the chosen dose and at this share below and above it, a third each
-
-
-PARAGRAPH = "Please write a paragraph on a subject that you choose yourself."  # what a plain text replies to
+PARAGRAPH = "Please write a paragraph on a subject that you choose yourself."  # what plain text as a reply answers
 
 
 class Exhausted(UserError):

@@ -18,6 +18,7 @@ from steer_heal.config import UserError
 from steer_heal.data import BUILT_IN, HERE, Trait, load_trait, parse_trait, pool, read_trait, restored
 from steer_heal.gate.conftest import turned
 from steer_heal.presets import PRESETS
+from steer_heal.records import unstructured
 from steer_heal.stages.run import roomy
 from steer_heal.terminal import CONTROL
 
@@ -156,9 +157,13 @@ def test_a_name_and_two_personas_are_enough():
 
 def test_a_style_asks_for_whole_answers_and_for_room():
     style = parse_trait(written({"instrument": "whole", "answer_tokens": 96} | SMALL), "mine.toml")
-    assert (style.instrument, style.answer_tokens) == ("whole", 96) and restored(style.record) == style
+    assert (style.instrument, style.answer_tokens) == ("whole", 96) and restored(unstructured(style)) == style
     plain = parse_trait(written(SMALL), "mine.toml")
-    assert plain.answer_tokens is None and "answer_tokens" not in plain.record and restored(plain.record) == plain
+    assert (
+        plain.answer_tokens is None
+        and "answer_tokens" not in unstructured(plain)
+        and restored(unstructured(plain)) == plain
+    )
     text = 'name = "x"\ninstrument = "hole"\nanswer_tokens = 1000\n[persona]\n'
     _, found = read_trait(text + "\n".join(f"{key} = {toml(value)}" for key, value in SMALL["persona"].items()))
     assert [one.line for one in found] == [2, 3]

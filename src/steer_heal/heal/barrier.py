@@ -27,7 +27,7 @@ CHUNK_ELEMENTS = {"cpu": 1 << 24, "cuda": 1 << 26}
 CHUNK_ROWS = 64  # fewest positions in a chunk; with fewer, a product reads the head's weights for too little work
 BLOCK_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 24}  # logits per block between the two products; 1 MB fits a cache
 
-Reg = Literal["nll", "kl_fwd", "kl_rev"]  # of the barrier: nll is no divergence at all
+Reg = Literal["nll", "kl_fwd", "kl_rev"]  # of the barrier; nll: no divergence
 Objective = Literal["nll", "kl_fwd", "kl_rev"]
 Agg = Literal["mean", "rmse", "p95", "max"]
 
@@ -35,9 +35,9 @@ Agg = Literal["mean", "rmse", "p95", "max"]
 class _Fused(torch.autograd.Function):
     """(objective_i, kl_i) for every position, and their gradients with respect to h_i, in one pass over the head.
 
-    objective_i is the NLL of the target, or with `teacher` states KL(student || teacher) for kl_rev and
-    KL(teacher || student) for kl_fwd; 0 with neither. kl_i is the same with the reference, and `reg` for the direction;
-    0 without a reference.
+    objective_i is the NLL of the tokens in `aim`, or with the teacher's states there KL(student || teacher) for kl_rev
+    and KL(teacher || student) for kl_fwd; 0 without `aim`. kl_i is the same with the reference; 0 without one. `kinds`
+    are those of the divergence and of the objective.
 
     One matrix product gives the logits of a chunk of positions under all models. One product takes both gradients back
     through the head. The arithmetic between them is done in blocks that fit a cache. It overwrites the logits with the
@@ -45,21 +45,21 @@ class _Fused(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, states, head, targets, teacher, reference, reg, kind):
+    def forward(ctx, states, head, aim, reference, kinds):
+        reg, kind = kinds
         wide = torch.float64 if states.dtype == torch.float64 else torch.float32
         like = {"dtype": wide, "device": states.device}
+        sampled = kind == "nll" and aim is not None
+        teacher = None if kind == "nll" else aim
         models = [h for h in (states, teacher, reference) if h is not None]
-        sampled = teacher is None and targets is not None
-        kinds = [
-            name for name, on in (("objective", sampled or teacher is not None), ("kl", reference is not None)) if on
-        ]
+        losses = [name for name, on in (("objective", aim is not None), ("kl", reference is not None)) if on]
         n, vocab = len(states), len(head.weight)
         step = min(n, max(CHUNK_ROWS, CHUNK_ELEMENTS[states.device.type] // (vocab * len(models))))
         block = min(step, max(1, BLOCK_ELEMENTS[states.device.type] // vocab))
         room = torch.empty(len(models) * step, vocab, **like)
         scratch = [torch.empty(block, vocab, **like) for _ in range(3)]
         objective, kl = torch.zeros(n, **like), torch.zeros(n, **like)
-        grads = torch.empty(len(kinds), *states.shape, **like) if states.requires_grad else None
+        grads = torch.empty(len(losses), *states.shape, **like) if states.requires_grad else None
         for start in range(0, n, step):
             rows = min(step, n - start)
             chunk = slice(start, start + rows)
@@ -78,22 +78,22 @@ class _Fused(torch.autograd.Function):
                 if teacher is not None:
                     objective[at] = (_reverse if kind == "kl_rev" else _forward)(z, lse, p, others[0], q, slope)
                 elif sampled:  # last, since its gradient overwrites z
-                    objective[at] = _nll(z, lse, p, targets[at, None], slope)
+                    objective[at] = _nll(z, lse, p, aim[at, None], slope)
             if grads is not None:
                 back = flat.to(head.weight.dtype)[0 if sampled else rows :] @ head.weight
                 if head.scale != 1.0:
                     back.mul_(head.scale)
-                grads[:, chunk] = back.view(len(kinds), rows, -1).to(wide)
+                grads[:, chunk] = back.view(len(losses), rows, -1).to(wide)
         ctx.save_for_backward(grads)
-        ctx.kinds, ctx.dtype = kinds, states.dtype
+        ctx.losses, ctx.dtype = losses, states.dtype
         return objective, kl
 
     @staticmethod
     def backward(ctx, weight_objective, weight_kl):
         (grads,) = ctx.saved_tensors
         weights = {"objective": weight_objective, "kl": weight_kl}
-        grad = sum(weights[kind][:, None] * g for kind, g in zip(ctx.kinds, grads, strict=True))
-        return grad.to(ctx.dtype), *[None] * 6
+        grad = sum(weights[kind][:, None] * g for kind, g in zip(ctx.losses, grads, strict=True))
+        return grad.to(ctx.dtype), None, None, None, None
 
 
 def _nll(z: Tensor, lse: Tensor, p: Tensor, target: Tensor, slope: Tensor | None) -> Tensor:
@@ -165,8 +165,7 @@ def position_losses(
             KL(teacher || student) with kl_fwd and KL(student || teacher) with kl_rev. None: the objective is 0.
         reference: the same positions under the reference model, or None for no divergence.
     """
-    targets, teacher = (aim, None) if objective == "nll" else (None, aim)
-    return _Fused.apply(states, head, targets, teacher, reference, reg, objective)
+    return _Fused.apply(states, head, aim, reference, (reg, objective))
 
 
 def aggregate(kl: Float[Tensor, " n"], agg: Agg) -> Float[Tensor, ""]:

@@ -49,15 +49,11 @@ def prepare(
     history = 1.0 if barrier.reference == "prev" else 0.0
     with student.view(history=history, now=0.0):
         reference = states(lm, rows) if barrier.reg != "nll" else [None] * len(rows)
+    teacher = [None] * len(rows)
     if config.objective != "nll" or barrier.tau == "auto":
-        if config.target.kind == "persona":
-            with student.view(now=0.0):
-                teacher = states(lm, [Row(p, row.completion) for p, row in zip(persona, rows, strict=True)])
-        else:
-            known = barrier.reg != "nll" and (barrier.reference == "prev" or student.history is None)
-            teacher = _teacher(student, rows, steering_, config.target, reference if known else None)
-    else:
-        teacher = [None] * len(rows)
+        known = barrier.reg != "nll" and (barrier.reference == "prev" or student.history is None)
+        under = persona and [Row(prompt, row.completion) for prompt, row in zip(persona, rows, strict=True)]
+        teacher = _teacher(student, rows, steering_, config.target, reference if known else None, under)
     return [Example(*parts) for parts in zip(rows, reference, teacher, strict=True)]
 
 
@@ -67,12 +63,20 @@ def _teacher(
     steering_: Steering,
     target: TargetConfig,
     unsteered: list[Float[Tensor, "_ d"]] | None = None,
+    under: list[Row] | None = None,
 ) -> list[Float[Tensor, "_ d"]]:
-    """States of the teacher that the target is taken from. `unsteered`: the previous student's, if known."""
+    """States of the teacher that the target is taken from.
+
+    `unsteered` are the previous student's, if known; `under` has the rows under the persona, for a target `persona`.
+    """
     with student.view(now=0.0):
-        if target.kind == "mirrored":
-            return _mirrored(student.lm, rows, steering_, target.gain, unsteered)
-        return states(student.lm, rows, steering_)
+        match target.kind:
+            case "mirrored":
+                return _mirrored(student.lm, rows, steering_, target.gain, unsteered)
+            case "steered":
+                return states(student.lm, rows, steering_)
+            case "persona":
+                return states(student.lm, under)
 
 
 def _mirrored(
@@ -130,8 +134,8 @@ def with_anchor_tau(
 ) -> HealConfig:
     """Return the config with a number for `anchor.tau`: for `auto` a share of the teacher's divergence on the anchors.
 
-    The anchor holds the whole loop, so its tau of round 0 is kept. `steering_` has one dose per anchor, `before` is the
-    training record of the previous round.
+    The anchor holds the whole loop, so its tau of round 0 is kept. A target `persona` gets the budget that the steered
+    teacher would have. `steering_` has one dose per anchor, `before` is the training record of the previous round.
     """
     anchor, barrier = config.anchor, config.barrier
     if anchor.tau != "auto":
@@ -139,10 +143,10 @@ def with_anchor_tau(
     if not anchors or before:
         tau = before[-1].anchor_tau if before else None
         return replace(config, anchor=replace(anchor, tau=math.inf if tau is None else tau))
-    teacher = _teacher(student, [e.row for e in anchors], steering_, config.target)
+    target = config.target if config.target.kind != "persona" else replace(config.target, kind="steered")
+    teacher = _teacher(student, [e.row for e in anchors], steering_, target)
     tau = ANCHOR_TAU_SHARE * _divergence(student.lm, anchors, teacher, config)
-    kind = "mirrored" if config.target.kind == "mirrored" else "steered"
-    seen = f"{ANCHOR_TAU_SHARE:g} of the {barrier.agg} divergence of the {kind} teacher on the anchor's texts"
+    seen = f"{ANCHOR_TAU_SHARE:g} of the {barrier.agg} divergence of the {target.kind} teacher on the anchor's texts"
     logger.info(f"anchor tau {tau:.3g} nats: {seen}")
     return replace(config, anchor=replace(anchor, tau=tau))
 

@@ -43,7 +43,7 @@ class OwnText:
     key: tuple
     """names the stream of random numbers"""
     persona: str
-    """the positive persona, for `heal.target.kind persona`"""
+    """the positive persona, for a target `persona`"""
     written: list[Writing] = field(default_factory=list)
 
     def examples(self, epoch: int, config: HealConfig) -> list[Example]:

@@ -37,9 +37,8 @@ def verdict(run: Run) -> tuple[str, str]:
     if word == "unreadable":
         return f"No verdict: {NOT_EXPRESSED} {stands}; that number does not measure the trait.", word
     if low > 0:
-        stands += (
-            f". The system prompt alone moves it by {_moves(prompted)}; steering in that round by {_moves(steered)}"
-        )
+        stands += f". The system prompt alone moves it by {_moves(prompted)}"
+        stands += f"; steering in that round by {_moves(steered)}"
         if equal:
             reach = f"{equal.trait_over_base:+.3f} at dose {equal.dose:.2f}"
             stands += f"; plain steering that costs no more coherence reaches {reach}"

@@ -17,6 +17,7 @@ from steer_heal import VERSION
 from steer_heal.config import PLACE_FIELDS, RunConfig, UserError, nearest, of_record
 from steer_heal.data import Contrast, Trait, restored
 from steer_heal.files import remove, writing
+from steer_heal.records import unstructured
 from steer_heal.runs.folder import EVENTS, GIVEN, PROBES, RunDir
 
 LONGEST_NAME = 40  # characters of a model's or a trait's name in a folder's name
@@ -64,7 +65,7 @@ def create(config: RunConfig, preset: str, trait: Trait, env: dict, argv: list[s
         out.mkdir(parents=True, exist_ok=True)
         scratch = Path(tempfile.mkdtemp(dir=out, prefix=".", suffix=".part"))
         try:
-            given = dict(zip(GIVEN, (record_of(config, preset), trait.record, env), strict=True))
+            given = dict(zip(GIVEN, (record_of(config, preset), unstructured(trait), env), strict=True))
             RunDir.begin(scratch, given, argv)
             scratch.chmod(0o777 & ~_umask())  # mkdtemp gives access to the owner only
             return RunDir(_renamed(scratch, out / name))
@@ -197,9 +198,9 @@ def trait_of(run: RunDir, config: RunConfig, given: Trait | None) -> Trait:
     Raises UserError when the file was changed since the run was started.
     """
     if "trait.json" in config.recompute and given is not None:
-        run.put_back("trait.json", given.record, "the trait file is not the one that the run was started with")
+        run.put_back("trait.json", unstructured(given), "the trait file is not the one that the run was started with")
     stored = run.read("trait.json")
-    if given is not None and stored != json.loads(json.dumps(given.record)):
+    if given is not None and stored != json.loads(json.dumps(unstructured(given))):
         raise UserError(
             f"--resume {config.resume}: the trait file has changed since the run was started; see trait.json there. "
             "Restore the old file, or start a new run"

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import cycle, islice
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from loguru import logger
@@ -44,6 +45,13 @@ from steer_heal.steer.layers import LayerReport
 from steer_heal.terminal import progress
 
 
+class Trained(NamedTuple):
+    """A round's training: its steps, and the answers of its own that the student was trained on."""
+
+    steps: list[HealStep]
+    answers: list[Completion]
+
+
 @dataclass(frozen=True)
 class RoundStages:
     """The stages of one round."""
@@ -70,15 +78,28 @@ class RoundStages:
     def seed(self, stage: str) -> int:
         return int.from_bytes(hashlib.blake2b(repr(self.key(stage)).encode(), digest_size=4).digest(), "little")
 
-    def prompts(self, stage: str) -> list[str]:
-        """What is asked, shuffled anew in each round: a round that uses only some of it uses others.
-
-        Where the student trains on its own text alone, everyday prompts are left out: the anchor holds it there.
-        """
-        trait, own = self.work.trait, self.own_rows == self.work.config.distil.n_keep or stage == "own"
-        prompts = list(trait.generation_prompts if own else trait.asked_of_teacher)
+    def shuffled(self, texts: tuple[str, ...], stage: str) -> list[str]:
+        """The texts in an order of the stage's own, anew in each round: who uses only some of them uses others."""
+        prompts = list(texts)
         random.Random(self.seed(stage)).shuffle(prompts)
         return prompts
+
+    @property
+    def own_rows(self) -> int:
+        """How many answers of its own the student trains on per epoch; the rest of n_keep is the teacher's text."""
+        whole = self.work.config.distil.n_keep
+        return {"teacher": 0, "own": whole, "mixed": (whole + 1) // 2}[self.work.config.heal.text]
+
+    @property
+    def teacher_rows(self) -> int:
+        """How many of the teacher's completions are trained on."""
+        return self.work.config.distil.n_keep - self.own_rows
+
+    @property
+    def teacher_prompts(self) -> tuple[str, ...]:
+        """What the teacher is asked. Everyday prompts only matter where its text is trained on."""
+        trait = self.work.trait
+        return trait.asked_of_teacher if self.teacher_rows else trait.generation_prompts
 
     def teacher(self, vector: AnyVector, stage: str) -> Teacher:
         config, trait = self.work.config, self.work.trait
@@ -111,7 +132,7 @@ class RoundStages:
         def compute() -> DoseCurve:
             rows = None if config.range == "auto" else (config.steps + 1) * config.prompts
             with progress(f"{self.name} dose curve", rows, "row") as done:
-                teacher, asked = self.teacher(vector, "dose"), self.prompts("dose")
+                teacher, asked = self.teacher(vector, "dose"), self.shuffled(self.teacher_prompts, "dose")
                 return dose_curve(teacher, asked, config, dose_of(SMALLEST, layers), done)
 
         found = self.work.folder.artefact(DoseCurve, self.file(InRound.DOSE), compute)
@@ -127,18 +148,12 @@ class RoundStages:
 
     # ---- distil, heal, bake
 
-    @property
-    def own_rows(self) -> int:
-        """How many answers of its own the student trains on per epoch; the rest of n_keep is the teacher's text."""
-        whole = self.work.config.distil.n_keep
-        return {"teacher": 0, "own": whole, "mixed": (whole + 1) // 2}[self.work.config.heal.text]
-
     def distil(self, vector: AnyVector, dose: DoseCurve) -> list[Completion]:
         """The teacher's completions, judged by the filter; none where the student trains on its own text alone.
 
         Raises Exhausted when too few survive to train on.
         """
-        config = replace(self.work.config.distil, n_keep=self.work.config.distil.n_keep - self.own_rows)
+        config = replace(self.work.config.distil, n_keep=self.teacher_rows)
         if config.n_keep == 0:
             return []
 
@@ -146,7 +161,7 @@ class RoundStages:
         def compute() -> list[Completion]:
             with progress(f"{self.name} distil", config.n_keep, "row") as done:
                 teacher, survival = replace(self.teacher(vector, "distil"), config=config), expected_survival(dose)
-                return distil(teacher, dose.dose, self.prompts("distil"), survival, done)
+                return distil(teacher, dose.dose, self.shuffled(self.teacher_prompts, "distil"), survival, done)
 
         completions = self.work.folder.artefacts(Completion, self.file(InRound.COMPLETIONS), compute)
         kept = sum(not c.dropped for c in completions)
@@ -160,24 +175,21 @@ class RoundStages:
         dose: DoseCurve,
         completions: list[Completion],
         anchors: Callable[[], list[Example]],
-    ) -> tuple[list[HealStep], list[Completion]]:
-        """Train the round's adapter, or load it. Afterwards it is the student's current adapter.
-
-        Returns the steps, and the answers of its own that the student was trained on.
-        """
+    ) -> Trained:
+        """Train the round's adapter, or load it. Afterwards it is the student's current adapter."""
         student, folder, config = self.work.student, self.work.folder, self.work.config.heal
         kept = [completion for completion in completions if not completion.dropped]
         own = self.own_text(vector, dose)
-        logs = [self.file(InRound.STEPS), *([self.file(InRound.OWN)] if own.prompts else [])]
+        steps_file, own_file = self.file(InRound.STEPS), self.file(InRound.OWN)
 
         @freeing
-        def compute() -> list[list]:
+        def compute() -> Trained:
             seed = self.seed("heal")
             student.begin_round(config.lora, seed)
             steering = Steering(vector, torch.tensor([completion.dose for completion in kept]))
-            under = [student.lm.prompt(completion.prompt, self.work.trait.positive) for completion in kept]
+            under = [student.lm.prompt(completion.prompt, own.persona) for completion in kept]
             given = prepare(student, rows_of(student.lm, kept), steering, config, under) if kept else []
-            text = lru_cache(1)(lambda epoch: [*given, *own.examples(epoch, config)])
+            text = lru_cache(1)(lambda epoch: [*given, *own.examples(epoch, config)])  # the first epoch is asked twice
             before = self.before[-1].steps if self.before else None
             held, settled = anchors(), with_tau(student.lm, text(0), config, before)
             at_dose = Steering(vector, torch.full((len(held),), dose.dose))
@@ -185,27 +197,34 @@ class RoundStages:
             rows = len(text(0)) * most_epochs(config.training.epochs)
             with progress(f"{self.name} heal", rows, "row") as done:
                 steps = heal(student, text, held, settled, Turn(self.number, seed, before), done)
-            return [steps, self.judged(own)]
+            return Trained(steps, self.own_answers(own))
 
-        def write(path: Path, made: list[list]) -> None:
-            for log, records in zip(logs, made, strict=False):  # before the adapter: once it exists, the stage is done
-                folder.write_jsonl(log, records)
+        def write(path: Path, made: Trained) -> None:
+            folder.write_jsonl(steps_file, made.steps)  # before the adapter: once that exists, the stage is done
+            if own.prompts:
+                folder.write_jsonl(own_file, made.answers)
             student.save(path)
 
-        def read(path: Path) -> list[list]:
+        def read(path: Path) -> Trained:
             student.load_round(path)
-            return [folder.load(list[kind], log) for kind, log in zip((HealStep, Completion), logs, strict=False)]
+            return Trained(folder.load(list[HealStep], steps_file), folder.load(list[Completion], own_file) or [])
 
-        steps, *answers = folder.stage(self.file(InRound.ADAPTER), compute, write, read, also=tuple(logs))
-        return steps, answers[0] if answers else []
+        also = (steps_file, own_file) if own.prompts else (steps_file,)
+        return folder.stage(self.file(InRound.ADAPTER), compute, write, read, also=also)
 
     def own_text(self, vector: AnyVector, dose: DoseCurve) -> OwnText:
         """What writes the student's own answers; it has no prompts where only the teacher's text is trained on."""
-        asked = list(islice(cycle(self.prompts("own")), self.own_rows))
-        longest = self.work.config.distil.max_new_tokens
-        return OwnText(self.work.student, asked, vector, dose.dose, longest, self.key("own"), self.work.trait.positive)
+        return OwnText(
+            self.work.student,
+            prompts=list(islice(cycle(self.shuffled(self.work.trait.generation_prompts, "own")), self.own_rows)),
+            vector=vector,
+            dose=dose.dose,
+            longest=self.work.config.distil.max_new_tokens,
+            key=self.key("own"),
+            persona=self.work.trait.positive,
+        )
 
-    def judged(self, own: OwnText) -> list[Completion]:
+    def own_answers(self, own: OwnText) -> list[Completion]:
         """The student's own answers with the filter's decision, which changes nothing: all were trained on."""
         teacher, found, shares = self.teacher(own.vector, "own"), [], []
         for writing in own.written:

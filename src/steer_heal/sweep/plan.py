@@ -19,6 +19,7 @@ from steer_heal.data import load_trait
 from steer_heal.demands import check
 from steer_heal.flags import read
 from steer_heal.presets import PRESETS
+from steer_heal.records import unstructured
 from steer_heal.runs.folder import EVENTS, RunDir
 from steer_heal.runs.resume import described, recorded
 from steer_heal.runs.rounds import rounds_done
@@ -120,7 +121,7 @@ def _key_of(folder: Path) -> str:
 
 def key(planned: Planned) -> str:
     try:
-        trait = load_trait(planned.config.trait).record
+        trait = unstructured(load_trait(planned.config.trait))
     except UserError:  # the run itself reports it
         trait = None
     return identity(described(planned.config), trait)
