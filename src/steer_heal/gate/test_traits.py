@@ -15,7 +15,8 @@ from steer_heal.cli import main
 from steer_heal.commands.run import require_room
 from steer_heal.commands.trait import advice_of
 from steer_heal.config import UserError
-from steer_heal.data import BUILT_IN, HERE, Trait, load_trait, parse_trait, pool, read_trait, restored
+from steer_heal.data import BUILT_IN, HERE, INSTRUMENTS, Trait, load_trait, parse_trait, pool, read_trait, restored
+from steer_heal.eval.catalogue import OF_TRAIT
 from steer_heal.gate.conftest import turned
 from steer_heal.presets import PRESETS
 from steer_heal.records import unstructured
@@ -159,11 +160,9 @@ def test_a_style_asks_for_whole_answers_and_for_room():
     style = parse_trait(written({"instrument": "whole", "answer_tokens": 96} | SMALL), "mine.toml")
     assert (style.instrument, style.answer_tokens) == ("whole", 96) and restored(unstructured(style)) == style
     plain = parse_trait(written(SMALL), "mine.toml")
-    assert (
-        plain.answer_tokens is None
-        and "answer_tokens" not in unstructured(plain)
-        and restored(unstructured(plain)) == plain
-    )
+    stored = unstructured(plain)
+    assert plain.answer_tokens is None and "answer_tokens" not in stored and restored(stored) == plain
+    assert {*OF_TRAIT} == {*INSTRUMENTS}
     text = 'name = "x"\ninstrument = "hole"\nanswer_tokens = 1000\n[persona]\n'
     _, found = read_trait(text + "\n".join(f"{key} = {toml(value)}" for key, value in SMALL["persona"].items()))
     assert [one.line for one in found] == [2, 3]

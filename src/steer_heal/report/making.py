@@ -119,11 +119,11 @@ def filter_section(run: Run) -> str:
         (r.number, len(r.completions), *(count[reason] for reason in ["kept", *reasons]))
         for r, count in zip(run.rounds, counts, strict=True)
     ]
-    body = table_of(("round", "texts", "kept", *map(safe, reasons)), rows)
+    body = table_of(("round", "texts", "pass the filter", *map(safe, reasons)), rows)
     for r in run.rounds:
         shown = r.completions[:SHOWN_COMPLETIONS]
         kinds = ["dropped" if c.dropped else "kept" for c in shown]
-        marks = [_dropped(c) or '<span class="kept">kept</span>' for c in shown]
+        marks = [_dropped(c) or f'<span class="kept">{"kept" if c.epoch is None else "passes"}</span>' for c in shown]
         rows = [
             (prose(c.prompt), prose(c.text), _writer(c), f"{c.incoherence:+.1f}", mark)
             for c, mark in zip(shown, marks, strict=True)
