@@ -13,7 +13,7 @@ from steer_heal.bake.student import Student
 from steer_heal.config import EvalConfig
 from steer_heal.eval.arms import Arm
 from steer_heal.eval.foundations import BEGUN, question
-from steer_heal.eval.instruments import NO, YES, YES_NO_FORM, evaluate, instruments, spread, with_relevance
+from steer_heal.eval.instruments import NO, YES, YES_NO_FORM, evaluate, instruments, with_relevance
 from steer_heal.model.dtype import dtype_of
 from steer_heal.model.lm import LM
 from steer_heal.model.loading import load
@@ -84,7 +84,7 @@ def questions(lm: LM, trait: data.Trait, config: EvalConfig, arm: Arm, name: str
             for probe in trait.yes_no[: config.counts.yes_no]:
                 yield Item(lm.prompt(YES_NO_FORM.format(question=probe.question), arm.system), spelled)
         case "canary":
-            for q in spread(data.canary(), config.counts.canary):
+            for q in data.spread(data.canary(), config.counts.canary):
                 yield Item(lm.prompt(q["question"], arm.system), [lm.answer(a) for a in (q["right"], *q["wrong"])])
         case "profile":
             names = tuple(data.FOUNDATIONS)

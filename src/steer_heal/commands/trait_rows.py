@@ -8,7 +8,7 @@ from collections import Counter
 from dataclasses import fields
 
 from steer_heal.commands.trait import PARTS, Part, advice_of
-from steer_heal.data import Contrast, YesNo, normalised, pool, read_trait
+from steer_heal.data import Contrast, YesNo, normalised, pool, read_trait, spread
 
 LONGEST = {"positive": 600, "negative": 600}  # characters
 LONGEST_OTHER = 300
@@ -95,7 +95,7 @@ class Rows:
         table: dict[str, str | list[str]] = {"name": self.name, "title": persona["title"]}
         for use, count in (("generation", PARTS["generation_prompts"].count), ("demo", DEMOS)):
             own = [row["text"] for row in self.kept[f"{use}_prompts"]]
-            table[f"{use}_prompts"] = own + _spread(pool(use), count - len(own))
+            table[f"{use}_prompts"] = own + spread(pool(use), count - len(own))
         tables = [_toml(table), _personas(persona)]
         for key, kind in (("contrast", Contrast), ("yes_no", YesNo)):
             names = [field.name for field in fields(kind)]
@@ -140,11 +140,6 @@ def _malformed(row: dict, part: Part) -> str:
     if row.get("trait_answer", "yes") not in ("yes", "no"):
         return "neither yes nor no"
     return "" if all(len(words(text)) > 1 or name == "trait_answer" for name, text in row.items()) else "too short"
-
-
-def _spread(texts: tuple[str, ...], count: int) -> list[str]:
-    """As many of the texts, from all over them."""
-    return [texts[i * len(texts) // count] for i in range(count)]
 
 
 def _personas(row: Row) -> str:

@@ -149,9 +149,7 @@ class _Endpoint:
         except openai.APIStatusError as error:
             hint = ": is the path right? It often ends with /v1" if error.status_code == 404 else ""
             raise UserError(f"{shown} answered {error.status_code} {_line(error.message)}{hint}") from error
-        except (
-            Exception
-        ) as error:  # of openai, or of the HTTP library that it uses: no address, a connection that broke
+        except Exception as error:  # of openai or of its HTTP library: no address, a connection that broke
             raise UserError(f"{shown} cannot be reached: {_line(error.__cause__ or error)}") from error
         try:
             return json.loads(body)

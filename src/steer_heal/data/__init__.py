@@ -57,6 +57,7 @@ class YesNo:
 
 
 Probe = TypeVar("Probe", Contrast, YesNo)
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -397,6 +398,11 @@ def off_target() -> dict[str, tuple[Contrast, ...]]:
     for row in _records_of("off_target"):
         found[row["trait"]] = (*found.get(row["trait"], ()), Contrast(row["question"], row["high"], row["low"]))
     return found
+
+
+def spread(rows: Sequence[Item], count: int) -> list[Item]:
+    """Return `count` rows, or all if there are fewer, at equal distances, so that every kind is included."""
+    return [rows[i * len(rows) // count] for i in range(min(count, len(rows)))]
 
 
 def bystanders(target: str, count: int) -> dict[str, tuple[Contrast, ...]]:

@@ -29,7 +29,7 @@ from steer_heal import data
 from steer_heal.bake.student import Student
 from steer_heal.coherence import judge, persona_narration, verdict
 from steer_heal.config import EXTRA, EvalConfig, FilterConfig, UserError
-from steer_heal.data import Contrast, Trait, YesNo, bystanders, canary, neutral
+from steer_heal.data import Contrast, Trait, YesNo, bystanders, canary, neutral, spread
 from steer_heal.data.frames import HELD_OUT, USUAL, Frame
 from steer_heal.eval.arms import Arm
 from steer_heal.eval.catalogue import CATALOGUE, MASS, NEUTRAL, OFF_TARGET, RIGHT, WHOLE, in_frame
@@ -250,11 +250,6 @@ def canary_scores(lm: LM, arm: Arm, questions: list[dict], frame: Frame = USUAL)
     log_p = np.array([[answer.double().sum().item() for answer in options] for options in scored])
     right = np.where(np.isfinite(log_p).all(1), (log_p[:, :1] > log_p[:, 1:]).all(1), np.nan)
     return right, log_p[:, 0] - np.logaddexp.reduce(log_p[:, 1:], axis=1)
-
-
-def spread(rows: tuple[dict, ...], count: int) -> list[dict]:
-    """Return `count` rows at equal distances, so that every kind is included."""
-    return [rows[i * len(rows) // count] for i in range(min(count, len(rows)))]
 
 
 def judged_demos(lm: LM, trait: Trait, config: EvalConfig, answers: list[Decoded]) -> list[Demo]:

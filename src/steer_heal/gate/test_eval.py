@@ -8,7 +8,17 @@ import pytest
 import torch
 
 from steer_heal.bake.student import Student
-from steer_heal.data import FOUNDATIONS, Contrast, bystanders, canary, load_trait, neutral, off_target, vignettes
+from steer_heal.data import (
+    FOUNDATIONS,
+    Contrast,
+    bystanders,
+    canary,
+    load_trait,
+    neutral,
+    off_target,
+    spread,
+    vignettes,
+)
 from steer_heal.data.frames import HELD_OUT
 from steer_heal.eval import instruments as module
 from steer_heal.eval.arms import Arm
@@ -22,7 +32,6 @@ from steer_heal.eval.instruments import (
     dropped,
     evaluate,
     instruments,
-    spread,
     whole_scores,
 )
 from steer_heal.eval.intervals import across_seeds, interval, log_mean_over, reliability
