@@ -149,12 +149,12 @@ def run(asked: Run, argv: list[str]) -> None:
     from steer_heal.report import page as reporting
 
     folder, summary = do(asked.config, asked.preset, argv)
-    page, path = reporting.build(folder.path), shlex.quote(str(folder.path))
+    built, path = reporting.build(folder.path), shlex.quote(str(folder.path))
     model = asked.config.model.path
     same = [] if model == PRESETS[asked.preset].model.path else ["--model.path", model]
     again = shlex.join([asked.preset, *same])
     print(
-        f"done in {summary.seconds / 60:.1f} minutes of stages. The report: {page}\n\n"
+        f"{built.headline}\nIt took {summary.seconds / 60:.1f} minutes. The report: {built.path}\n\n"
         "What to do next:\n"
         f"  1. talk to it, base and student side by side:  {program()} chat {path}\n"
         f"  2. load it without steer-heal:  PeftModel.from_pretrained(base_model, {str(folder.path / 'adapter')!r})\n"
@@ -202,7 +202,7 @@ def results(asked: Results) -> None:
 def report(asked: Report) -> None:
     from steer_heal.report import page as reporting
 
-    print(reporting.build(Path(asked.run)))
+    print(reporting.build(Path(asked.run)).path)
 
 
 def export(asked: Export) -> None:

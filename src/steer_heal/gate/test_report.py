@@ -163,7 +163,7 @@ def test_page_is_safe_and_self_contained(tmp_path: Path) -> None:
     more = {"event": "file", "artefact": "r01/healed.json", "seconds": 1.5}
     more["sha256"] = {"r01/healed.json": sha256(folder / "r01/healed.json")}
     write_events(folder, [*RunDir(folder).events(), more])  # what the last round adds to an earlier reading
-    path = report.build(folder)
+    path = report.build(folder).path
     page = path.read_text("utf-8")
     assert path.stat().st_size < 8e6
     ours = page.replace(get_plotlyjs(), "")
@@ -192,11 +192,14 @@ WATCH = """<body><iframe src="report.html" style="width:{width}px;height:900px;b
 const frame = document.querySelector("iframe");
 function look() {{
   const page = frame.contentDocument, box = page.querySelector(".search");
+  const first = {{width: page.documentElement.scrollWidth, voices: new Set([...page.querySelectorAll("article")[0]
+    .querySelectorAll(":scope > .voices > .voice")].map(v => v.getBoundingClientRect().top)).size}};
+  frame.contentWindow.unfold();
   box.value = "nothing is called this"; box.oninput();
   document.body.textContent = "SEEN" + JSON.stringify({{
     figures: page.querySelectorAll(".figure").length,
     drawn: [...page.querySelectorAll(".figure")].filter(f => f.querySelector("svg .js-line, svg .point")).length,
-    width: page.documentElement.scrollWidth, searchable: !box.hidden,
+    width: Math.max(first.width, page.documentElement.scrollWidth), rows: first.voices, searchable: !box.hidden,
     left: [...page.querySelectorAll("tr.kept, tr.dropped")].filter(row => !row.hidden).length,
     fetched: frame.contentWindow.performance.getEntriesByType("resource").length}});
 }}
@@ -207,7 +210,10 @@ frame.onload = () => setTimeout(look, 3000);
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")
 @pytest.mark.parametrize("width", [400, 1400])
 def test_a_real_browser_draws_the_page(tmp_path: Path, width: int) -> None:
-    """No console message, nothing fetched, every figure drawn, no sideways scrolling; the search hides rows."""
+    """No console message, nothing fetched, every figure drawn, no sideways scrolling; the search hides rows.
+
+    The four answers to a prompt stand side by side on a wide page, below one another on a narrow one.
+    """
     report.build(write_run(tmp_path))
     (tmp_path / "watch.html").write_text(WATCH.format(width=width))
     quiet = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"]
@@ -218,45 +224,87 @@ def test_a_real_browser_draws_the_page(tmp_path: Path, width: int) -> None:
     assert "CONSOLE" not in found.stderr, found.stderr
     seen = json.loads(re.search(r"SEEN(\{.*?\})", found.stdout).group(1))
     assert seen["figures"] == seen["drawn"] == 10
-    assert seen["fetched"] == 0 and seen["width"] <= width
+    assert seen["fetched"] == 0 and seen["width"] <= width and seen["rows"] == (1 if width > 1000 else 4)
     assert seen["searchable"] and seen["left"] == 0
 
 
-def test_verdict_has_the_numbers_of_the_arms(tmp_path: Path) -> None:
+def test_the_facts_have_the_numbers_of_the_arms(tmp_path: Path) -> None:
     run = load(write_run(tmp_path, mass=0.72, kept_share=0.97, neutral_ppl=20.6))
-    text, kind = words.verdict(run)
-    assert kind == "moved" and text.startswith("Moved. After round 1 (2 of 2) the healed student stands +0.250 nats")
-    assert "The system prompt alone moves it by +0.150; steering in that round by +0.450; plain" in text
-    assert "plain steering that costs no more coherence reaches +0.050 at dose 0.70, and no dose moves" in text
-    assert "Coherent share 97% of the demo answers (base 100%)" in text
-    assert (
-        "answer mass 90% of base, neutral perplexity +3.0% against base, plain questions right 50% (base 50%)." in text
+    text = " ".join(words.facts(run))
+    assert text.startswith("After round 1 (rounds are 0 to 1) the student stands +0.250 [")
+    assert "nats/token above the original model; its teacher, steered at dose 1.00, stands +0.450." in text
+    assert "The persona as a system prompt moves the original model by +0.150." in text
+    assert "(dose 0.70) reaches +0.050; student minus that: +0.200 [" in text
+    assert "No dose of plain steering moves the trait as far; the nearest, 0.70, has 100% of the original's" in text
+    held = "coherent answers 97% (100% before), answer mass 90% of the original's, perplexity on unrelated text +3.0%"
+    assert f"{held}, plain questions right 50% (50% before)." in text
+
+
+def test_the_headline_names_what_got_worse(tmp_path: Path) -> None:
+    """A tenth of the answer mass, 3% of perplexity; every answer is coherent and every item moves alike: certain."""
+    text, kind = words.headline(load(write_run(tmp_path, mass=0.72, neutral_ppl=20.6)))
+    assert kind == "lost" and text == (
+        "The trait moved. Fluency slipped. Worse: probability on yes and no where a question asks for one (10% less), "
+        "perplexity on unrelated text (3% more)."
     )
+    assert '<div class="verdict lost"><p>The trait moved.' in report.build(tmp_path).path.read_text("utf-8")
 
 
-def test_verdict_names_the_damage(tmp_path: Path) -> None:
-    text, kind = words.verdict(load(write_run(tmp_path, mass=0.1, neutral_ppl=90.0)))
+def test_nothing_lost_is_green(tmp_path: Path) -> None:
+    """A change of less than two points or percent is not named."""
+    run = load(write_run(tmp_path, mass=0.79, kept_share=1.0, neutral_ppl=20.3))
+    assert words.headline(run) == ("The trait moved. Fluency held. Nothing that was measured got worse.", "moved")
+
+
+def test_a_loss_within_noise_is_named_as_such(tmp_path: Path) -> None:
+    run = load(write_run(tmp_path, mass=0.72))
+    healed = run.summary.rounds[-1].healed
+    change = healed.over_base["mass"]
+    healed.over_base["mass"] = replace(change, ci=(-0.2, 0.04))
+    assert "(10% less, within noise)" in words.headline(run)[0]
+
+
+def test_the_headline_names_the_damage(tmp_path: Path) -> None:
+    text, kind = words.headline(load(write_run(tmp_path, mass=0.1, neutral_ppl=90.0)))
     assert kind == "broken"
-    assert text.startswith("Broken: answer mass 12% of base; neutral perplexity 450% of base.")
+    assert text == "The model is damaged. Answer mass 12% of base; neutral perplexity 450% of base."
 
 
 def test_no_verdict_from_an_instrument_that_is_not_valid(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setitem(CONTRAST, "negative", [0.6, 0.1, 0.8, 0.1])
     folder = write_run(tmp_path)
-    text, kind = words.verdict(load(folder))
-    assert kind == "unreadable" and "No verdict: this model cannot express this trait" in text
-    assert "no verdict is drawn from it" in report.build(folder).read_text("utf-8")
+    text, kind = words.headline(load(folder))
+    assert kind == "unreadable" and text.startswith("No verdict: this model cannot express this trait.")
+    assert "That number does not measure the trait" in " ".join(words.facts(load(folder)))
+    assert "no verdict is drawn from it" in report.build(folder).path.read_text("utf-8")
 
 
 def test_a_prompt_without_effect_is_no_yardstick(tmp_path: Path) -> None:
     run = load(write_run(tmp_path))
     prompted = replace(run.summary.prompted, trait_over_base_ci=(-0.1, 0.4))
     run = replace(run, summary=replace(run.summary, prompted=prompted))
-    assert "The system prompt alone moves it by +0.150, not measurably; steering" in words.verdict(run)[0]
+    assert "by +0.150, which is within noise." in " ".join(words.facts(run))
+
+
+def test_the_first_answers_are_shown_side_by_side(tmp_path: Path) -> None:
+    """Six prompts in their order, each with four arms; cuts are marked."""
+    page = report.build(write_run(tmp_path)).path.read_text("utf-8")
+    answers = page[page.index("<h2>Answers") : page.index("<h2>Trait against cost")]
+    shown, folded = answers.split("The other 6 prompts")
+    assert shown.count("<article>") == folded.count("<article>") == 6
+    names = re.findall(r'<span class="arm [a-z]+">([a-z0-9 ]+)</span>', shown.split("</article>")[0])
+    assert names == ["base", "prompted", "equal cost", "healed", "healed r0", "healed r1", "steered r1"]
+    assert [f"&#x27;quoted&#x27; {i}</h3>" in shown for i in range(7)] == [True] * 6 + [False]
+    assert " …</p>" not in page
+    for name in ("base", "prompted"):
+        arm = json.loads((tmp_path / f"{name}.json").read_text())
+        arm["demos"][0]["ended"], arm["demos"][1]["ended"] = False, True
+        (tmp_path / f"{name}.json").write_text(json.dumps(arm))
+    assert report.page(load(seal(tmp_path))).count(" …</p>") == 2
 
 
 def test_the_evidence_is_on_the_page(tmp_path: Path) -> None:
-    page = report.build(write_run(tmp_path)).read_text("utf-8")
+    page = report.build(write_run(tmp_path)).path.read_text("utf-8")
     rows = [re.sub(r"(<[^>]*>|\s)+", " ", row) for row in page.split("<tr")]
     assert any("contrast" in row and "+0.425 [" in row and "yes" in row for row in rows)  # positive over negative
     assert any("healed r1" in row and "+0.025 [" in row for row in rows)  # thrift over base
@@ -276,8 +324,8 @@ def test_unfinished_run(tmp_path: Path) -> None:
     low, high = healed.trait_over_base_ci
     assert 0.199 < low < 0.25 < high < 0.301
     assert run.summary.rounds[0].barrier_fired_share == 0.4 and run.summary.rounds[0].kept == 80
-    page = report.build(tmp_path).read_text("utf-8")
-    assert "unfinished: 2 of 3 rounds" in page and "alone moves it by +0.150" in page
+    page = report.build(tmp_path).path.read_text("utf-8")
+    assert "unfinished: 2 of 3 rounds" in page and "moves the original model by +0.150" in page
     assert "MB" not in page[page.index("<footer>") : page.index("</footer>")]
 
 
@@ -287,13 +335,13 @@ def test_folder_with_config_alone(tmp_path: Path) -> None:
     bare.mkdir()
     shutil.copy(write_run(full) / "config.json", bare)
     seal(bare)
-    page = report.build(bare).read_text("utf-8")
+    page = report.build(bare).path.read_text("utf-8")
     assert "unfinished: 0 of 2 rounds" in page and "No arm has been measured yet" in page
 
 
 def test_the_page_shows_what_was_measured_for_auto(tmp_path: Path) -> None:
     """The run's `dose.range` is auto; its other settings are given."""
-    page = report.build(write_run(tmp_path)).read_text("utf-8")
+    page = report.build(write_run(tmp_path)).path.read_text("utf-8")
     recipe = page[page.index("Recipe") : page.index("Vector</h2>")]
     assert "dose.range" in recipe and "pass the filter" in recipe and "heal.barrier.tau" not in recipe
     config = json.loads((tmp_path / "config.json").read_text())

@@ -507,7 +507,7 @@ def test_names_cannot_leave_the_outputs_folder(tmp_path, capsys, monkeypatch):
 def test_a_report_is_rebuilt_while_the_run_still_writes(folder):
     with (folder / EVENTS).open("a") as log:
         log.write('{"time": 1763.2, "event": "sta')
-    page = build(folder)
+    page = build(folder).path
     assert page.stat().st_size > 1e6
     with RunDir(folder).held():
         assert (folder / EVENTS).read_text().endswith("}\n")
@@ -533,3 +533,21 @@ def test_a_folder_of_an_older_version_is_refused_with_the_version_that_reads_it(
     main(["results", "--out", str(folder.parent)])
     said = capsys.readouterr().out
     assert f"left out: '{folder}' was made by steer-heal 0.1.0" in said and "no finished run" in said
+
+
+def test_no_run_is_begun_inside_another(folder, capsys):
+    before = sorted(folder.iterdir())
+    assert "is a run itself" in refused(["run", "tiny-random", "--out", str(folder)], capsys)
+    assert sorted(folder.iterdir()) == before
+
+
+def test_a_folder_with_other_settings_than_this_version_knows_is_refused(folder, capsys):
+    """Two builds may have one version number: the settings tell them apart."""
+    config = json.loads((folder / "config.json").read_text())
+    config["dose"]["rule"] = "survival"
+    (folder / "config.json").write_text(json.dumps(config))
+    seal(folder)
+    for words in OPENING:
+        assert "another version of steer-heal (its config differs in rule)" in refused([*words, str(folder)], capsys)
+    main(["results", "--out", str(folder.parent)])
+    assert "(its config differs in rule)" in capsys.readouterr().out

@@ -65,6 +65,7 @@ def frontier_figure(summary: Summary) -> go.Figure:
         ("steered", "base, plainly steered", summary.plain, doses, doses, "bottom right"),
         ("healed", "healed", students, rounds, ends, "top left"),
     ]
+    costs = [arm.coherence_cost for arm in (summary.prompted, *summary.plain, *students)]
     for name, title, arms, at, shown, beside in paths:
         x, y = ([0.0, *(getattr(arm, key) for arm in arms)] for key in ("coherence_cost", "trait_over_base"))
         label = f"{title} %{{customdata}}: %{{y:+.3f}} at a cost of %{{x:.1%}}<extra></extra>"
@@ -76,7 +77,7 @@ def frontier_figure(summary: Summary) -> go.Figure:
     x, y = [prompted.coherence_cost], [prompted.trait_over_base]
     fig.add_scatter(x=x, y=y, mode="markers", marker=dot, name="prompted")
     fig.update_xaxes(title="coherence lost: answer mass or neutral perplexity, the larger loss", tickformat=".0%")
-    fig.update_xaxes(range=[min(-0.1, *x) - 0.02, 1.0])
+    fig.update_xaxes(range=[min(-0.1, *costs) - 0.02, min(1.0, max(costs) + 0.05)])
     fig.update_yaxes(title=f"trait over base, {summary.unit}")
     return _styled(fig, 420)
 

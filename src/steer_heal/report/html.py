@@ -24,8 +24,12 @@ def filled(title: str, sections: str, lead: str = "", footer: str = "") -> str:
     return template.substitute(title=title, sections=sections, lead=lead, footer=footer, **scripts)
 
 
-def section(title: str, why: str, body: str) -> str:
-    return f'<section><h2>{title}</h2><p class="why">{why}</p>{body}</section>'
+def section(title: str, why: str, body: str, fold: bool = False) -> str:
+    """A section with a heading and a sentence or two about what it shows. A folded one shows its heading alone."""
+    inner = f'<p class="why">{why}</p>{body}'
+    if fold:
+        return f'<section class="fold"><details><summary><h2>{title}</h2></summary>{inner}</details></section>'
+    return f"<section><h2>{title}</h2>{inner}</section>"
 
 
 def panel(title: str, fig: go.Figure, more: str = "") -> str:
@@ -52,6 +56,16 @@ def stacked(table: str) -> str:
 
 def folded(title: str, body: str) -> str:
     return f"<details><summary>{title}</summary>{body}</details>"
+
+
+def defined(terms: dict[str, str]) -> str:
+    """Terms with what they mean."""
+    return f"<dl>{''.join(f'<dt>{term}</dt><dd>{meaning}</dd>' for term, meaning in terms.items())}</dl>"
+
+
+def arm_name(name: str) -> str:
+    """An arm's name with its colour."""
+    return f'<span class="arm {name.split()[0]}">{name}</span>'
 
 
 def prose(text: str) -> str:

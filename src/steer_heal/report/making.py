@@ -1,31 +1,28 @@
-"""Report sections on how the result was made: vector, dose, training, answers side by side, the filter."""
+"""Report sections on how the result was made: vector, dose, training, the filter."""
 
 from __future__ import annotations
 
 from collections import Counter
 
-from steer_heal.config import FIRED_FLOOR, of_record
+from steer_heal.config import FIRED_FLOOR
 from steer_heal.distil.record import Completion
-from steer_heal.eval.reading import ArmReading, Demo
 from steer_heal.report.figures import dose_figure, heal_figure
-from steer_heal.report.html import folded, marked, panel, prose, safe, section, stacked, table_of
+from steer_heal.report.html import folded, panel, prose, safe, section, stacked, table_of
 from steer_heal.runs.reading import Run
 from steer_heal.runs.recipe import choices
-from steer_heal.runs.rounds import Round
 from steer_heal.scores import Judged
 
-SHOWN_COMPLETIONS, SHOWN_DEMOS = 160, 8  # rows of a round's table; cards above the fold
+SHOWN_COMPLETIONS = 160  # rows of a round's table
 
 
 def recipe_section(run: Run) -> str:
     """What the run measured for itself."""
-    config = of_record({key: value for key, value in run.config.items() if key != "preset"})
-    found = choices(config, run.survey, run.rounds[0])
+    found = choices(run.settings, run.survey, run.rounds[0])
     if not found:
         return ""
     rows = [(one.setting, one.chosen, one.why, one.measured) for one in found]
     why = "Settings that are auto: what was measured on this model with this trait in round 0, and what was chosen."
-    return section("Recipe", why, stacked(table_of(("setting", "chosen", "because", "measured"), rows)))
+    return section("Recipe", why, stacked(table_of(("setting", "chosen", "because", "measured"), rows)), fold=True)
 
 
 def vector_section(run: Run) -> str:
@@ -36,7 +33,7 @@ def vector_section(run: Run) -> str:
         rows = [tuple(form.format(getattr(layer, key)) for key, form in columns.items()) for layer in r.layers]
         body += folded(f"Round {r.number}", table_of(names, rows))
     why = "The vector at each block: how long it is, how reliable, and how well it tells the two personas apart."
-    return section("Vector", why, body) if body else ""
+    return section("Vector", why, body, fold=True) if body else ""
 
 
 def dose_section(run: Run) -> str:
@@ -59,7 +56,7 @@ def dose_section(run: Run) -> str:
     why = """The chosen dose is the largest at which completions pass the filter nearly as often as unsteered ones and
         tell at least half as much of their own prompts (relevance, nats per token); or the dose that reaches a given
         divergence. Hover over a point to read its text."""
-    return section("Dose", why, f'<div class="panels">{"".join(panels)}</div>')
+    return section("Dose", why, f'<div class="panels">{"".join(panels)}</div>', fold=True)
 
 
 def heal_section(run: Run) -> str:
@@ -80,36 +77,7 @@ def heal_section(run: Run) -> str:
     if silent:
         why += f" In round {', '.join(silent)} neither barrier nor anchor fired on 5% of the steps: that was {held}."
     panels = "".join(panel(f"Round {r.number}", heal_figure(r.steps, run.config["heal"])) for r in run.rounds)
-    return section("Heal", why, f'<div class="panels">{panels}</div>{table_of(head, rows)}')
-
-
-def demo_section(run: Run) -> str:
-    cards = _demo_cards(run.base, run.rounds)
-    body = f'<div class="cards">{"".join(cards[:SHOWN_DEMOS])}</div>'
-    if rest := cards[SHOWN_DEMOS:]:
-        body += folded(f"The other {len(rest)} prompts", f'<div class="cards">{"".join(rest)}</div>')
-    why = """Greedy answers after each round. Words that differ from the previous answer are marked. A label gives the
-        reason why the filter would drop an answer."""
-    return section("Answers side by side", why, body)
-
-
-def _demo_cards(base: ArmReading, rounds: list[Round]) -> list[str]:
-    """One card per prompt: base, the student after every round, and the last round's steered teacher."""
-    cards = []
-    for number, first in enumerate(base.demos):
-        before, rows = first, [_voice("base", first, prose(first.text))]
-        for r in rounds:
-            now = r.healed.demos[number]
-            rows.append(_voice(f"healed r{r.number}", now, marked(before.text, now.text)))
-            before = now
-        steered = rounds[-1].steered.demos[number]
-        rows.append(_voice(f"steered r{rounds[-1].number}", steered, prose(steered.text)))
-        cards.append(f"<article><h3>{safe(first.prompt)}</h3>{''.join(rows)}</article>")
-    return cards
-
-
-def _voice(name: str, answer: Demo, text: str) -> str:
-    return f'<div class="voice"><span class="arm {name.split()[0]}">{name}</span> {_dropped(answer)}{text}</div>'
+    return section("Heal", why, f'<div class="panels">{panels}</div>{table_of(head, rows)}', fold=True)
 
 
 def filter_section(run: Run) -> str:
@@ -134,7 +102,7 @@ def filter_section(run: Run) -> str:
         kept ones are trained on. The student's own answers are all trained on; there the filter shows what training
         does to them."""
     search = '<p><input class="search" type="search" placeholder="search prompts, texts and reasons" hidden></p>'
-    return section("Kept and dropped", why, search + body)
+    return section("Kept and dropped", why, search + body, fold=True)
 
 
 def _writer(text: Completion) -> str:

@@ -1,4 +1,4 @@
-"""Report sections on the results: arms, trajectory, coherence, validity of the instruments, plain steering, other
+"""Folded report sections on the results: arms, rounds, coherence, validity of the instruments, plain steering, other
 traits, moral-foundation profile and geometry."""
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ from steer_heal.eval.opponents import LEAST_COST
 from steer_heal.eval.reading import printed
 from steer_heal.eval.record import ArmSummary
 from steer_heal.eval.verdict import Validity
-from steer_heal.report.figures import coherence_figure, frontier_figure, map_figure, trajectory_figure
-from steer_heal.report.html import panel, prose, section, stacked, table_of, with_interval
+from steer_heal.report.figures import coherence_figure, map_figure, trajectory_figure
+from steer_heal.report.html import arm_name, panel, prose, section, stacked, table_of, with_interval
 from steer_heal.runs.reading import Run
 from steer_heal.runs.summary import Summary
 
 SHOWN = (MASS, COHERENT, LOOPED, STYLED, RIGHT, DEMO_PPL, NEUTRAL)  # columns of the table of arms
 
 
-def arms_section(run: Run) -> str:
+def measures_section(run: Run) -> str:
     named = {name: getattr(run.summary, name) for name in ("base", "prompted", "negative")}
     arms = [(name, arm, "") for name, arm in named.items() if arm]
     for index, r in enumerate(run.summary.rounds):
@@ -48,7 +48,7 @@ def arms_section(run: Run) -> str:
     for name, arm, dose in arms:
         over = with_interval(arm.trait_over_base, arm.trait_over_base_ci) if name != "base" else ""
         cells = [_shown(one, getattr(arm, one.measure)) for one in SHOWN]
-        rows.append((_arm(name), with_interval(arm.trait_nats, arm.trait_ci), over, *cells, _length(arm), dose))
+        rows.append((arm_name(name), with_interval(arm.trait_nats, arm.trait_ci), over, *cells, _length(arm), dose))
     why = """Every arm on the same items, with 95% bootstrap intervals. Trait: log-probability per token of the answer
         with the trait minus that of its opposite (for a trait measured on whole answers: summed over all tokens and
         the end; on yes/no questions: log-odds of the answer with the trait). Answer mass: probability of yes and no in
@@ -57,9 +57,9 @@ def arms_section(run: Run) -> str:
         refuses, which is style and not damage. Words: mean length of the free answers, and the share that ends within
         the limit, neither of them damage. Questions right: plain questions with four answers each. Perplexity: of the
         free answers under base, and of neutral text. Negative: the opposite persona as system prompt. Equal cost,
-        equal trait: see Against plain steering."""
+        equal trait: see The student minus plain steering."""
     found = stacked(table_of(head, rows)) if rows else "<p>No arm has been measured yet.</p>"
-    return section("Arms", why, found)
+    return section("Every arm, every measure", why, found, fold=True)
 
 
 def _shown(one: Instrument, value: float | None) -> str:
@@ -73,11 +73,6 @@ def _length(arm: ArmSummary) -> str:
     return f"{_shown(WORDS, arm.demo_words)} ({_shown(ENDED, arm.ended_share)})"
 
 
-def _arm(name: str) -> str:
-    """An arm's name with its colour."""
-    return f'<span class="arm {name.split()[0]}">{name}</span>'
-
-
 def _moves(changes: dict[str, Change], keys: Iterable[str]) -> list[str]:
     return [with_interval(changes[key].mean, changes[key].ci) if key in changes else "" for key in keys]
 
@@ -87,7 +82,7 @@ def trajectory_section(run: Run) -> str:
         "How far each round moved the trait. If healed still rises, there is room left. If healed is level while "
         "steered is above it, a bound holds it back. Bars and bands: 95% intervals."
     )
-    return section("Trajectory", why, panel("", trajectory_figure(run.summary)))
+    return section("The trait, round by round", why, panel("", trajectory_figure(run.summary)), fold=True)
 
 
 def coherence_section(run: Run) -> str:
@@ -95,11 +90,12 @@ def coherence_section(run: Run) -> str:
     rows = []
     for index, r in enumerate(run.summary.rounds):
         for name, arm in (("steered", r.steered), ("healed", r.healed)):
-            rows.append((_arm(f"{name} r{index}"), *_moves(arm.over_base, (one.name for one in COSTS))))
+            rows.append((arm_name(f"{name} r{index}"), *_moves(arm.over_base, (one.name for one in COSTS))))
     why = """Each measure relative to base (solid line). Beyond the dotted line it counts as damage. Healed should stay
         near 100%. The table has the differences from base on the same items, with 95% intervals."""
     figures = f'<div class="panels three">{"".join(panels)}</div>'
-    return section("Coherence", why, figures + stacked(table_of(("arm", *(one.item_label for one in COSTS)), rows)))
+    table = stacked(table_of(("arm", *(one.item_label for one in COSTS)), rows))
+    return section("Coherence, round by round", why, figures + table, fold=True)
 
 
 def frames_section(summary: Summary) -> str:
@@ -112,13 +108,14 @@ def frames_section(summary: Summary) -> str:
         for frame in dict.fromkeys(found.frame for found in arm.framed):
             own = {found.measure: found for found in arm.framed if found.frame == frame}
             cells = (f"{one.form.format(own[one.name].value)} ({own[one.name].over_base:.0%})" for one in FRAMED)
-            rows.append((_arm(name), frame, *cells))
+            rows.append((arm_name(name), frame, *cells))
     if not rows:
         return ""
     why = """Coherence read in frames that neither training nor its anchor has: another system prompt, a second turn, an
         answer in JSON. In brackets: relative to base in the same frame. What holds in the training's frame alone is
         held there and nowhere else."""
-    return section("Other frames", why, stacked(table_of(("arm", "frame", *(one.label for one in FRAMED)), rows)))
+    table = stacked(table_of(("arm", "frame", *(one.label for one in FRAMED)), rows))
+    return section("Frames that training has not seen", why, table, fold=True)
 
 
 def validity_section(summary: Summary) -> str:
@@ -136,7 +133,7 @@ def validity_section(summary: Summary) -> str:
         often than chance). An instrument that fails does not measure the trait. On each half: that difference on every
         other probe. Reliability: correlation of two random halves of the probes over all {arms} arms, corrected to full
         length. Agreement: correlation with the trait's other instruments over the arms."""
-    return section("Can the instruments be believed?", why, table_of(head, rows))
+    return section("Can the instruments be believed?", why, table_of(head, rows), fold=True)
 
 
 def _note(row: Validity) -> str:
@@ -147,7 +144,7 @@ def _note(row: Validity) -> str:
 
 
 def plain_section(summary: Summary) -> str:
-    """The student compared with plain steering of the base, at equal cost and at equal trait."""
+    """The student minus plain steering of the base, at equal cost and at equal trait."""
     if not summary.plain:
         return ""
     rows, columns = [], (summary.instrument, *(one.name for one in COSTS))
@@ -158,11 +155,10 @@ def plain_section(summary: Summary) -> str:
                 rows.append((*cells, f"{arm.coherence_cost:.1%}", *_moves(arm.healed_over, columns)))
     labels = (one.item_label for one in COSTS)
     head = ("round", "opponent", "dose", "its cost", f"trait, {summary.unit}", *labels)
-    why = f"""The base steered by the first vector at a range of doses (eval.plain_range), and the student after every
-        round. Higher is more trait, further left is less damage. The table: the healed student minus plain steering on
-        the same items, with 95% intervals. Equal cost: the dose that costs as much coherence as the rounds so far (at
-        least {LEAST_COST:.0%}). Equal trait, after the last round: the dose that moves the trait as far."""
-    return section("Against plain steering", why, panel("", frontier_figure(summary)) + stacked(table_of(head, rows)))
+    why = f"""The healed student minus plain steering of the base by the first vector, on the same items, with 95%
+        intervals. Equal cost: the dose that costs as much coherence as the rounds so far (at least {LEAST_COST:.0%}).
+        Equal trait, after the last round: the dose that moves the trait as far."""
+    return section("The student minus plain steering", why, stacked(table_of(head, rows)), fold=True)
 
 
 def _capped(arm: ArmSummary, summary: Summary) -> str:
@@ -180,14 +176,14 @@ def others_section(summary: Summary) -> str:
     for index, r in enumerate(summary.rounds):
         arms += [(f"steered r{index}", r.steered), (f"healed r{index}", r.healed)]
     rows = [
-        (_arm(name), *_moves(arm.over_base, [CONTRAST.name]), *_moves(arm.off_target, names))
+        (arm_name(name), *_moves(arm.over_base, [CONTRAST.name]), *_moves(arm.off_target, names))
         for name, arm in arms
         if arm.off_target
     ]
     why = """Contrast probes of traits that were not steered, nats per token over base, beside those of the trait
         itself: five far traits, and the other built-in traits, which may be near. A round is called broad when one of
         them moved as far as the trait and its interval excludes zero. The intervals are wide: each has few probes."""
-    return section("Other traits", why, stacked(table_of(("arm", "the trait", *names), rows)))
+    return section("Other traits", why, stacked(table_of(("arm", "the trait", *names), rows)), fold=True)
 
 
 def profile_section(summary: Summary) -> str:
@@ -202,12 +198,13 @@ def profile_section(summary: Summary) -> str:
         cells = [with_interval(move.nats, move.ci) for move in arm.profile_over_base.values()]
         if name == "base":
             cells = [f"{arm.profile.nats(foundation):.2f}" for foundation in FOUNDATIONS] + [""]
-        rows.append((_arm(name), *cells, f"{arm.profile.top1:.0%}", f"{arm.profile.p_ans_any:.3f}"))
+        rows.append((arm_name(name), *cells, f"{arm.profile.top1:.0%}", f"{arm.profile.p_ans_any:.3f}"))
     head = ("arm", *FOUNDATIONS, "care against authority", "top-1", "mass on labels")
     why = """The model is asked which of seven concerns a short scene breaches, with the list forwards and backwards.
         Base: log of the mean probability of each concern, nats. Other arms: change against base. Top-1: agreement with
         the label of the scene (chance 14%)."""
-    return section("Moral-foundation profile", why, panel("", map_figure(arms)) + stacked(table_of(head, rows)))
+    body = panel("", map_figure(arms)) + stacked(table_of(head, rows))
+    return section("Moral-foundation profile", why, body, fold=True)
 
 
 def geometry_section(summary: Summary) -> str:
@@ -226,4 +223,4 @@ def geometry_section(summary: Summary) -> str:
     why = """Cosines, mean over the steered blocks: the round's vector with the first one; the shift of the student in
         this round (mean over contexts, no persona) with its teacher's vector; the whole shift since base with the first
         vector. KL(student || base) per token of neutral text, nats, over all rounds so far."""
-    return section("Geometry", why, table_of((*head, "rmse"), rows))
+    return section("Geometry", why, table_of((*head, "rmse"), rows), fold=True)

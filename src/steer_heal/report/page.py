@@ -10,29 +10,24 @@ from __future__ import annotations
 import json
 import shlex
 from pathlib import Path
+from typing import NamedTuple
 
 from steer_heal.files import write_text
 from steer_heal.report.html import filled, folded, safe, table_of
-from steer_heal.report.making import (
-    demo_section,
-    dose_section,
-    filter_section,
-    heal_section,
-    recipe_section,
-    vector_section,
-)
+from steer_heal.report.making import dose_section, filter_section, heal_section, recipe_section, vector_section
+from steer_heal.report.opening import answers_section, arms_section, cost_section, lead
 from steer_heal.report.outcome import (
-    arms_section,
     coherence_section,
     frames_section,
     geometry_section,
+    measures_section,
     others_section,
     plain_section,
     profile_section,
     trajectory_section,
     validity_section,
 )
-from steer_heal.report.words import diary, verdict
+from steer_heal.report.words import diary, headline
 from steer_heal.runs.reading import Run, load
 from steer_heal.runs.rounds import InRound
 
@@ -48,28 +43,31 @@ TIMED = {
 }
 
 
-def build(folder: Path) -> Path:
-    """Write report.html and diary.md into the run folder, from its artefacts. Returns the path of the page."""
+class Built(NamedTuple):
+    """The page that was written, and the verdict at its top."""
+
+    path: Path
+    headline: str
+
+
+def build(folder: Path) -> Built:
+    """Write report.html and diary.md into the run folder, from its artefacts."""
     run = load(folder)
     write_text(folder / "diary.md", diary(run))
     write_text(folder / "report.html", page(run))
-    return folder / "report.html"
+    return Built(folder / "report.html", headline(run)[0])
 
 
 def page(run: Run) -> str:
     """The whole report.html."""
-    sections = [arms_section(run)]
+    sections, summary = [arms_section(run)], run.summary
     if run.rounds:
-        sections += [trajectory_section(run), plain_section(run.summary), coherence_section(run)]
-        sections += [frames_section(run.summary)]
-        sections += [validity_section(run.summary), others_section(run.summary), profile_section(run.summary)]
-        sections += [recipe_section(run), vector_section(run), geometry_section(run.summary)]
-        sections += [dose_section(run), heal_section(run)]
-        sections += [demo_section(run), filter_section(run)]
-    sentences, kind = verdict(run)
-    status = f'<p class="status">{run.status}</p>' if run.status else ""
-    lead = f'{status}<p class="verdict {kind}">{safe(sentences)}</p>'
-    return filled(safe(run.name), "\n".join(sections), lead, footer(run))
+        sections = [answers_section(run), *([cost_section(run)] * bool(summary.plain)), *sections, "<h2>Details</h2>"]
+        sections += [measures_section(run), plain_section(summary), trajectory_section(run), coherence_section(run)]
+        sections += [frames_section(summary), others_section(summary), profile_section(summary)]
+        sections += [validity_section(summary), recipe_section(run), dose_section(run), heal_section(run)]
+        sections += [filter_section(run), vector_section(run), geometry_section(summary)]
+    return filled(safe(run.name), "\n".join(sections), lead(run), footer(run))
 
 
 def footer(run: Run) -> str:

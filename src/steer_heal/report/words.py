@@ -1,76 +1,185 @@
-"""The result of a run in words: the verdict's sentences, and a short diary."""
+"""The result of a run in words: the headline, the facts behind it, and a short diary."""
 
 from __future__ import annotations
 
 import re
+from typing import NamedTuple
 
-from steer_heal.eval.catalogue import MASS
+from steer_heal.eval.catalogue import (
+    COHERENCE,
+    COHERENT,
+    INFORMATION,
+    LOOPED,
+    MASS,
+    NEUTRAL,
+    RELEVANT,
+    RIGHT,
+    Instrument,
+)
 from steer_heal.eval.framed import worst
-from steer_heal.eval.intervals import relative
+from steer_heal.eval.intervals import Change
 from steer_heal.eval.record import ArmSummary
 from steer_heal.report.html import shorten
 from steer_heal.runs.reading import Run
+from steer_heal.runs.summary import RoundSummary, Summary
 
-NOT_EXPRESSED = (
-    "this model cannot express this trait on this instrument (the positive persona as a system prompt does not score "
-    "above the negative one by more than the interval)."
-)
+LEAST_LOSS = 0.02  # a smaller one is not named: points of a share as 0.01, else relative to base
+COUNTED = {  # what can get worse, and how its change is said; shares change by points, the others in percent of base
+    COHERENT: ("coherent answers", "fewer"),
+    MASS: ("probability on yes and no where a question asks for one", "less"),
+    NEUTRAL: ("perplexity on unrelated text", "more"),
+    RIGHT: ("right answers to plain questions", "fewer"),
+    LOOPED: ("answers that repeat themselves", "more"),
+    RELEVANT: ("answers that fit their own prompt best", "fewer"),
+    INFORMATION: ("fit of answers to their prompts", "less"),
+}
+OPENINGS = {
+    "moved": "The trait moved.",
+    "broad": "The trait moved, and so did others.",
+    "broken": "The model is damaged.",
+    "undone": "Steering moved the trait, and training lost it.",
+    "unmoved": "The trait did not move.",
+    "unreadable": "No verdict: this model cannot express this trait.",
+}
 DIARY_DEMOS, DIARY_CHARS = 4, 200
 
 
 # ---- verdict
 
 
-def verdict(run: Run) -> tuple[str, str]:
-    """Sentences about the last round's healed student, and the word of its verdict, see `verdict.verdict`."""
+class Loss(NamedTuple):
+    """A measure that stands worse than base."""
+
+    one: Instrument
+    amount: float
+    """difference of shares, or relative to base"""
+    certain: bool
+    """whether its 95% interval excludes zero"""
+
+    @property
+    def named(self) -> str:
+        what, direction = COUNTED[self.one]
+        much = f"{100 * self.amount:.0f} points" if self.one.unit == "share" else f"{self.amount:.0%}"
+        return f"{what} ({much} {direction}{'' if self.certain else ', within noise'})"
+
+
+def losses(arm: ArmSummary, base: ArmSummary) -> list[Loss]:
+    """What an arm has lost against base, of what was read; losses below LEAST_LOSS are left out."""
+    found = []
+    for one in COUNTED:
+        own, before, change = (getattr(arm, one.measure), getattr(base, one.measure), arm.over_base.get(one.name))
+        if None not in (own, before, change):
+            lost = own - before if one.unit == "share" else one.over(arm, base) - 1
+            bad_side = change.ci[0] if one.damage > 0 else -change.ci[1]
+            found.append(Loss(one, one.damage * lost, bad_side > 0))
+    return [loss for loss in found if loss.amount >= LEAST_LOSS]
+
+
+def headline(run: Run) -> tuple[str, str]:
+    """The verdict on the last round in two or three short sentences, and its kind.
+
+    The kind is the verdict's word, see `verdict.verdict`, or "lost" where the trait moved and something was lost.
+    """
     if not run.rounds:
         return "No round is complete yet: there is nothing to judge.", "unmoved"
-    base, last, prompted = run.summary.base, run.summary.rounds[-1], run.summary.prompted
-    healed, steered, equal = last.healed, last.steered, last.equal_cost
+    last = run.summary.rounds[-1]
     word, why = last.verdict.word, last.verdict.why
-    over, (low, high) = healed.trait_over_base, healed.trait_over_base_ci
-    after = f"After round {run.rounds[-1].number} ({len(run.rounds)} of {run.config['rounds']})"
-    within = f"95% interval {low:+.3f} to {high:+.3f}"
-    if run.summary.stopped:
-        after = f"The loop ended early ({run.summary.stopped}). {after}"
-    stands = f"{after} the healed student stands {over:+.3f} {run.summary.unit} over base ({within})"
-    if word == "unreadable":
-        return f"No verdict: {NOT_EXPRESSED} {stands}; that number does not measure the trait.", word
-    if low > 0:
-        stands += f". The system prompt alone moves it by {_moves(prompted)}"
-        stands += f"; steering in that round by {_moves(steered)}"
-        if equal:
-            reach = f"{equal.trait_over_base:+.3f} at dose {equal.dose:.2f}"
-            stands += f"; plain steering that costs no more coherence reaches {reach}"
-        if last.equal_trait:
-            stands += f", and {_equal_trait(last.equal_trait, base)}"
-    lead = {"broken": f"Broken: {why}. ", "broad": f"Broad: {why}. "}.get(word, f"{word.capitalize()}. ")
-    ppl_change = round(relative(healed.neutral_ppl, base.neutral_ppl) - 1, 3) + 0.0  # no "-0.0%"
-    held = f"Coherent share {healed.coherent_share:.0%} of the demo answers (base {base.coherent_share:.0%})"
-    held += f", answer mass {relative(healed.answer_mass, base.answer_mass):.0%} of base, neutral perplexity"
-    held += f" {ppl_change:+.1%} against base"
-    if lowest := worst(healed.framed, MASS):
-        held += f"; in the worst of the frames that training has not seen, answer mass {lowest.over_base:.0%} of base"
-        held += f" ({lowest.frame})"
+    if word == "broken":
+        return f"{OPENINGS[word]} {why.capitalize()}.", word
+    lost = losses(last.healed, run.summary.base)
+    fluent = "Fluency slipped." if any(loss.one in COHERENCE for loss in lost) else "Fluency held."
+    named = f"Worse: {', '.join(loss.named for loss in lost)}." if lost else "Nothing that was measured got worse."
+    return f"{OPENINGS[word]} {fluent} {named}", "lost" if word == "moved" and lost else word
+
+
+def facts(run: Run) -> list[str]:
+    """The figures behind the headline, a sentence each."""
+    if not run.rounds:
+        return []
+    summary, last = run.summary, run.summary.rounds[-1]
+    found = [_moved(run)]
+    if last.verdict.word == "unreadable":
+        found.append(
+            "That number does not measure the trait: as a system prompt the positive persona does not score above the "
+            "negative one by more than the interval."
+        )
+    found += [_prompt(summary), *_rivals(last, summary), *_kept(last.healed, summary.base)]
+    if last.verdict.word == "broad":
+        found.append(f"Broad: {last.verdict.why}.")
+    if summary.stopped:
+        found.append(f"The loop ended early: {summary.stopped}.")
+    return found
+
+
+def _moved(run: Run) -> str:
+    arms, unit = run.summary.rounds[-1], run.summary.unit
+    after = f"After round {arms.round} ({_counted(run)})"
+    seen = _interval(Change(arms.healed.trait_over_base, arms.healed.trait_over_base_ci))
+    return f"{after} the student stands {seen} {unit} above the original model; its teacher, {_steered(arms)}."
+
+
+def _counted(run: Run) -> str:
+    """Which rounds there are to be."""
+    rounds = run.config["rounds"]
+    return "the only one" if rounds == 1 else f"rounds are 0 to {rounds - 1}"
+
+
+def _steered(arms: RoundSummary) -> str:
+    return f"steered at dose {arms.dose:.2f}, stands {arms.steered.trait_over_base:+.3f}"
+
+
+def _prompt(summary: Summary) -> str:
+    effect, (low, high) = summary.prompted.trait_over_base, summary.prompted.trait_over_base_ci
+    noise = ", which is within noise" if low <= 0 <= high else ""
+    return f"The persona as a system prompt moves the original model by {effect:+.3f}{noise}."
+
+
+def _rivals(last: RoundSummary, summary: Summary) -> list[str]:
+    """The student beside plain steering of the original model: at equal cost, and at equal trait."""
+    found, equal, same = [], last.equal_cost, last.equal_trait
+    if equal and equal.healed_over:
+        lead = equal.healed_over[summary.instrument]
+        found.append(
+            f"Plain steering that costs as much coherence (dose {equal.dose:.2f}) reaches "
+            f"{equal.trait_over_base:+.3f}; student minus that: {_interval(lead)}."
+        )
+    if same:
+        mass, ppl = MASS.over(same, summary.base), NEUTRAL.over(same, summary.base) - 1
+        price = f"{mass:.0%} of the original's answer mass and {ppl:+.0%} perplexity on unrelated text"
+        if same.reached:
+            found.append(f"To move the trait as far, plain steering needs dose {same.dose:.2f} and has {price}.")
+        else:
+            found.append(
+                f"No dose of plain steering moves the trait as far; the nearest, {same.dose:.2f}, has {price}."
+            )
+    return found
+
+
+def _kept(healed: ArmSummary, base: ArmSummary) -> list[str]:
+    """Coherence beside the original model's, in the usual frame and in the worst one that training has not seen."""
+    usual = [
+        f"coherent answers {healed.coherent_share:.0%} ({base.coherent_share:.0%} before)",
+        f"answer mass {MASS.over(healed, base):.0%} of the original's",
+        f"perplexity on unrelated text {_percent(NEUTRAL.over(healed, base))}",
+    ]
     if healed.canary_share is not None:
-        held += f", plain questions right {healed.canary_share:.0%} (base {base.canary_share:.0%})"
-    return f"{lead}{stands}. {held}.", word
+        usual.append(f"plain questions right {healed.canary_share:.0%} ({base.canary_share:.0%} before)")
+    found = [f"Coherence: {', '.join(usual)}."]
+    mass, ppl = worst(healed.framed, MASS), worst(healed.framed, NEUTRAL)
+    if mass and ppl:
+        found.append(
+            f"In the worst frame that training has not seen: answer mass {mass.over_base:.0%} of the original's "
+            f"({mass.frame}), perplexity {_percent(ppl.over_base)} ({ppl.frame})."
+        )
+    return found
 
 
-def _equal_trait(arm: ArmSummary, base: ArmSummary) -> str:
-    """The coherence that plain steering loses to move the trait as far as the student."""
-    mass, coherent = relative(arm.answer_mass, base.answer_mass), relative(arm.coherent_share, base.coherent_share)
-    ppl = relative(arm.neutral_ppl, base.neutral_ppl) - 1
-    price = f"answer mass {mass:.0%} and coherent share {coherent:.0%} of base, neutral perplexity {ppl:+.0%}"
-    if arm.reached:
-        return f"to move the trait as far it needs dose {arm.dose:.2f}: {price}"
-    return f"no dose moves the trait as far; the nearest, {arm.dose:.2f}, means {price}"
+def _percent(ratio: float) -> str:
+    return f"{round(ratio - 1, 3) + 0.0:+.1%}"  # no "-0.0%"
 
 
-def _moves(arm: ArmSummary) -> str:
-    """How far an arm moves the trait, and whether its interval includes zero."""
-    effect, (low, high) = arm.trait_over_base, arm.trait_over_base_ci
-    return f"{effect:+.3f}" + (", not measurably" if low <= 0 <= high else "")
+def _interval(change: Change) -> str:
+    return f"{change.mean:+.3f} [{change.ci[0]:+.3f}, {change.ci[1]:+.3f}]"
 
 
 # ---- diary
@@ -78,7 +187,8 @@ def _moves(arm: ArmSummary) -> str:
 
 def diary(run: Run) -> str:
     """The run in words: for each round its numbers, then answers to the same prompts."""
-    parts = [f"# {_markdown(run.name)}" + (f" ({run.status})" if run.status else ""), verdict(run)[0]]
+    parts = [f"# {_markdown(run.name)}" + (f" ({run.status})" if run.status else ""), headline(run)[0]]
+    parts.append("\n".join(f"- {fact}" for fact in facts(run)))
     anchored = "" if run.config["heal"]["anchor"]["prompts"] == 0 else ", its anchor on {:.0%}"
     for r, arms in zip(run.rounds, run.summary.rounds, strict=True):
         steered, healed, base = arms.steered, arms.healed, run.summary.base
@@ -99,7 +209,7 @@ def diary(run: Run) -> str:
             said = zip(("base", "steered", "healed"), answers, strict=True)
             lines = [f"- {name}: {_markdown(answer.text) or '(nothing)'}" for name, answer in said]
             parts.append("\n".join([f"**{_markdown(answers[0].prompt)}**", "", *lines]))
-    return "\n\n".join(parts) + "\n"
+    return "\n\n".join(part for part in parts if part) + "\n"
 
 
 def _markdown(text: str) -> str:

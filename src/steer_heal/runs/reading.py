@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from steer_heal.config import SIZES, model_name
+from steer_heal.config import SIZES, RunConfig, model_name
 from steer_heal.eval.reading import ArmReading, Survey
-from steer_heal.runs.resume import opened
+from steer_heal.runs.resume import opened, settings
 from steer_heal.runs.rounds import Round, read_round
 from steer_heal.runs.summary import SUMMARY, SURVEY, Baselines, RunName, Summary, plain_file, summarise
 
@@ -17,6 +17,9 @@ class Run:
     """The contents of a run folder. For an unfinished run, `summary` has the arms measured so far."""
 
     config: dict
+    """the contents of config.json"""
+    settings: RunConfig
+    """the same"""
     title: str
     env: dict
     commands: list[list[str]]
@@ -24,6 +27,9 @@ class Run:
     seconds: dict[str, float]
     """computing time of every artefact"""
     base: ArmReading | None
+    prompted: ArmReading | None
+    answer_limit: int
+    """of the free answers, tokens"""
     survey: Survey | None
     rounds: list[Round]
     summary: Summary
@@ -41,7 +47,8 @@ def load(folder: Path) -> Run:
     folder = opened(folder)
     config, trait = folder.read("config.json"), folder.read("trait.json", {})
     arms = {name: folder.load(ArmReading, f"{name}.json") for name in ("base", "prompted", "negative")}
-    plain = [folder.load(ArmReading, plain_file(index)) for index in range(SIZES[config["eval"]["size"]].plain_doses)]
+    counts = SIZES[config["eval"]["size"]]
+    plain = [folder.load(ArmReading, plain_file(index)) for index in range(counts.plain_doses)]
     baselines = Baselines(**arms, plain=[arm for arm in plain if arm is not None])
     rounds = []
     for number in range(config["rounds"]):
@@ -58,11 +65,14 @@ def load(folder: Path) -> Run:
         summary = summarise(of, baselines, rounds, folder.stage_seconds())
     return Run(
         config=config,
+        settings=settings(folder)[1],
         title=trait.get("title", config["trait"]),
         env=folder.read("env.json", {}),
         commands=[event["argv"] for event in folder.events() if "argv" in event],
         seconds=folder.stage_seconds(),
         base=arms["base"],
+        prompted=arms["prompted"],
+        answer_limit=max(counts.demo_tokens, trait.get("answer_tokens") or 0),
         survey=folder.load(Survey, SURVEY),
         rounds=rounds,
         summary=summary,

@@ -47,10 +47,19 @@ class Difference(NamedTuple):
 
 def check_place(out: Path) -> None:
     """Raise UserError, before any work, if no run folder can be made under `out`."""
+    if is_run(out):
+        raise UserError(
+            f"--out {str(out)!r} is a run itself, not a folder of runs: --resume goes on with it, leave --out out"
+        )
     there = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
     if not there.is_dir() or not os.access(there, os.W_OK):
         wrong = "may not be written" if there.is_dir() else "is no folder"
         raise UserError(f"--out {str(out)!r}: {str(there)!r} {wrong}: give another")
+
+
+def is_run(folder: Path) -> bool:
+    """Whether this is a run folder."""
+    return any((folder / name).is_file() for name in ("config.json", EVENTS))
 
 
 def create(config: RunConfig, preset: str, trait: Trait, env: dict, argv: list[str]) -> RunDir:
@@ -102,11 +111,15 @@ class OtherVersion(UserError):
 
 
 def opened(folder: Path) -> RunDir:
-    """Open a run folder for reading. Raises UserError when it is none, OtherVersion when another version made it."""
-    if not any((folder / name).is_file() for name in ("config.json", EVENTS)):
+    """Open a run folder for reading.
+
+    Raises UserError when it is none, OtherVersion when another version made it.
+    """
+    if not is_run(folder):
         raise UserError(f"{str(folder)!r} is no run folder: it has no config.json")
     run = RunDir(folder)
     require_version(run)
+    settings(run)
     return run
 
 
@@ -129,17 +142,22 @@ def started(folder: Path, named: str | None = None) -> tuple[str, RunConfig]:
 
     Raises UserError when `folder` is no run folder, of another version, or of another preset than `named`.
     """
-    table = opened(folder).read("config.json")
-    try:
-        preset, config = table["preset"], of_record({key: value for key, value in table.items() if key != "preset"})
-    except KeyError as error:
-        raise UserError(
-            f"{folder} was made by another version of steer-heal (its config differs in {error.args[0]}): start a new "
-            "run, or use the version in its env.json"
-        ) from error
+    preset, config = settings(opened(folder))
     if named not in (None, preset):
         raise UserError(f"--resume {folder}: its preset is {preset}, not {named}: leave the preset out")
     return preset, config
+
+
+def settings(run: RunDir) -> tuple[str, RunConfig]:
+    """Preset and config of an opened run. Raises OtherVersion when the config has other fields than this version's."""
+    table = run.read("config.json")
+    try:
+        return table["preset"], of_record({key: value for key, value in table.items() if key != "preset"})
+    except KeyError as error:
+        raise OtherVersion(
+            f"{str(run.path)!r} was made by another version of steer-heal (its config differs in {error.args[0]}): "
+            "start a new run, or use the version in its env.json"
+        ) from error
 
 
 def record_of(config: RunConfig, preset: str) -> dict:
