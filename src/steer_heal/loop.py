@@ -107,6 +107,10 @@ def announce(work: Work, arms: Baselines, rounds: list[Round], survey: Survey | 
     verdict = verdict_of(done, arms)
     logger.info(f"{done.name} verdict: {verdict_line(verdict, left)}")
     figures = {arm.arm: headline(arm) for arm in (arms.base, arms.prompted, done.steered, done.healed)}
+    if left:
+        seconds = work.folder.stage_seconds()
+        spent = sum(took for artefact, took in seconds.items() if artefact.startswith(f"{done.name}/"))
+        print(f"Next: round {done.number + 1}. This one took {spent / 60:.0f} min, {left} to go.\n")
     work.folder.event("round", round=done.number, verdict=verdict.word, dose=done.dose.dose, **figures)
 
 

@@ -146,7 +146,7 @@ def test_a_loop_that_steering_exhausts_ends_with_what_it_has(tmp_path, monkeypat
     assert (folder.path / "adapter").is_dir() and not (folder.path / "r01" / "adapter").exists()
     assert "in 1 round:" in (folder.path / "adapter" / "README.md").read_text()
     page = report.page(read_run(folder.path))
-    assert "ended after 1 of 2 rounds" in page and "The loop ended early (no dose leaves 68%" in page
+    assert "ended after 1 of 2 rounds" in page and "The loop ended early: no dose leaves 68%" in page
     (found,) = disk.scan(tmp_path)
     assert found.rounds == "1 of 2" and found.arm("healed").arm == "healed"
     asked.clear()
@@ -211,7 +211,7 @@ def test_a_barrier_that_never_fires_is_loud(capsys):
     assert len(lines) == 4
     assert "WARNING" in lines[0] and "0.13 nats" in lines[0] and "--heal.barrier.tau 0.065" in lines[0]
     assert "INFO" in lines[1] and "100%" in lines[1]
-    assert "INFO" in lines[2] and "the anchor alone held this round back" in lines[2]
+    assert "INFO" in lines[2] and "only the anchor acted in this round" in lines[2]
     assert "INFO" in lines[3] and "within its budget" in lines[3]
 
 

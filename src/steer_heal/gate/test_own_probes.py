@@ -168,7 +168,7 @@ def test_a_small_trait_goes_through_the_loop_and_eval_reads_the_runs_probes(tmp_
     assert again["student"]["trait_over_base"] == pytest.approx(healed, abs=1e-3)
     main(["eval", "random:tiny", "--trait", "mine.toml", "--eval.size", "tiny", *BRIEF])
     said = capsys.readouterr().out
-    assert written == ["mine"] * 2 and "trait nats/answer" in said and "The filter drops" in said
+    assert written == ["mine"] * 2 and "trait nats/answer" in said and "the filter drops" in said
 
 
 @pytest.mark.run

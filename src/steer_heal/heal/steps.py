@@ -60,20 +60,22 @@ def fired_shares(steps: list[HealStep]) -> FiredShares:
 
 
 def barrier_warning(steps: list[HealStep], config: HealConfig) -> None:
-    """Log how often the barrier fired; warn, with a tau to try, when it fired almost never and so changed nothing."""
+    """Log how often the barrier fired; warn, with a tau to try, when it almost never did and so changed nothing."""
     barrier = config.barrier
     if barrier.reg == "nll":
         return
     operating = statistics.median(step.divergence for step in steps)
     own, anchor = fired_shares(steps)
-    anchored = f", its anchor on {anchor:.0%}" if config.anchor.prompts > 0 else ""
-    seen = f"the barrier fired on {own:.0%} of the steps{anchored}"
-    at = f"operating {barrier.agg} of {barrier.reg} {operating:.3g} nats, tau {steps[0].tau:.3g}"
+    anchored = f", the anchor's on {anchor:.0%}" if config.anchor.prompts > 0 else ""
+    seen = f"training: the barrier's limit was exceeded on {own:.0%} of the steps{anchored}"
+    at = f"Median divergence {operating:.3g} nats ({barrier.agg} of {barrier.reg}), limit {steps[0].tau:.3g} (tau)"
     if max(own, anchor) < FIRED_FLOOR and barrier.reference == "base":
-        logger.info(f"{seen}: the loop is still within its budget ({at})")
+        logger.info(f"{seen}: neither acted, the run is still within its budget. {at}")
     elif max(own, anchor) < FIRED_FLOOR:
-        logger.warning(f"{seen}: this round was plain fine-tuning ({at}). Try --heal.barrier.tau {operating / 2:.2g}")
+        logger.warning(
+            f"{seen}: neither acted, this round was plain fine-tuning. {at}. Try --heal.barrier.tau {operating / 2:.2g}"
+        )
     elif own < FIRED_FLOOR:
-        logger.info(f"{seen}: the anchor alone held this round back ({at})")
+        logger.info(f"{seen}: only the anchor acted in this round. {at}")
     else:
-        logger.info(f"{seen} ({at})")
+        logger.info(f"{seen}. {at}")

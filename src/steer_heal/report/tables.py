@@ -67,12 +67,12 @@ def filter_text(base: list[str], persona: list[str]) -> str:
     shown = []
     for reasons in (base, persona):
         counts = Counter(filter(None, reasons))
-        named = ", ".join(f"{reason} {count}" for reason, count in counts.most_common())
-        shown.append(f"{counts.total()} of {len(reasons)} answers{f' ({named})' if named else ''}")
+        named = ", ".join(f"{count} {reason}" for reason, count in counts.most_common())
+        shown.append(f"{counts.total()}{f' ({named})' if named else ''}")
     lost = [[float(reason not in ("", *STYLES)) for reason in reasons] for reasons in (base, persona)]
     of_style = interval(np.subtract(lost[1], lost[0]))[0] > 0
     end = ": it would drop the style, loosen --filter.*" if of_style else ""
-    return f"The filter drops {shown[0]} of the base and {shown[1]} under the persona{end}."
+    return f"Of {len(base)} such answers the filter drops {shown[0]}; under the persona, {shown[1]}{end}."
 
 
 def _line(text: str) -> str:

@@ -121,7 +121,7 @@ class RoundStages:
                 return extract(work.student.lm, personas, config, blocks, done)
 
         extraction = work.folder.stage(self.file(InRound.VECTOR), compute, write_vector, read_vector)
-        logger.info(f"{self.name} vector {extraction.described(len(work.student.lm.blocks))}")
+        logger.info(f"{self.name} steering vector {extraction.described(len(work.student.lm.blocks))}")
         return extraction
 
     def find_dose(self, vector: AnyVector, layers: list[LayerReport]) -> DoseCurve:
@@ -138,12 +138,15 @@ class RoundStages:
         found = self.work.folder.artefact(DoseCurve, self.file(InRound.DOSE), compute)
         dose = f"{self.name} dose {require_dose(found):.2f}"
         if found.rule == "iso_kl":
-            logger.info(f"{dose}: 95th percentile KL {found.kl:.3g} nats  (survival {found.survivals})")
+            why = f"the 95th percentile of the KL divergence is {found.kl:.3g} nats"
         else:
-            relevant = f" and relevance is {found.least_relevance:.2f} nats" if found.least_relevance else ""
-            logger.info(f"{dose}, the largest at which {found.target:.0%} survive{relevant}  ({found.survivals})")
+            fit = (
+                f" and fit their prompts by {found.least_relevance:.2f} nats per token" if found.least_relevance else ""
+            )
+            why = f"the largest at which {found.target:.0%} of the texts pass the filter{fit}"
+        logger.info(f"{dose}: {why}. Texts that pass, by dose: {found.survivals}")
         if found.open_ended:
-            logger.info(f"{self.name} that is the largest dose tried: a larger one may do as well (dose.range)")
+            logger.info(f"{self.name} no larger dose was tried, though one may do as well (dose.range)")
         return found
 
     # ---- distil, heal, bake
@@ -235,8 +238,8 @@ class RoundStages:
             about = {"epoch": writing.epoch, "tokens": sum(len(answer.ids) for answer in answers)}
             self.work.folder.event("own_text", round=self.number, **about, seconds=writing.seconds)
         if shares:
-            change = f"{shares[0]:.0%} of it before training, {shares[-1]:.0%} in the last epoch"
-            logger.info(f"{self.name} own text passes the filter: {change}")
+            change = f"{shares[0]:.0%} before training, {shares[-1]:.0%} before the last epoch"
+            logger.info(f"{self.name} the student's own answers that pass the filter: {change}")
         return found
 
     def locate(self, vector: AnyVector) -> Geometry:

@@ -89,7 +89,10 @@ class Work:
     @classmethod
     def begun(cls, config: RunConfig, preset: str, folder: RunDir, trait: data.Trait, lm: LM) -> Work:
         """Start the work. "auto" for `model.decode_rows` becomes a number, which a resumed run takes again."""
-        logger.info(f"model {config.model.path}, trait {trait.name!r}, {config.rounds} rounds, folder {folder.path}")
+        logger.info(f"model {config.model.path}, trait {trait.name!r}, folder {folder.path}")
+        logger.info(
+            f"the model itself is measured, then {config.rounds} times: find a vector, find a dose, train, measure"
+        )
         config = roomy(config, trait)
         logger.info(f"weights in {dtype_of(lm)}: {lm.why_dtype}")
         if not lm.fused_attention:
@@ -106,7 +109,7 @@ class Work:
                 return rows_that_fit(lm, longest, config.distil.max_new_tokens)
 
             rows, most = folder.artefact(int, "decode_rows.json", compute), MOST_ROWS[lm.device.type]
-            logger.info(f"up to {rows} rows are decoded together: as many as fit free memory, {most} at most")
+            logger.info(f"{rows} answers are written at a time: as many as fit free memory, {most} at most")
         lora, band = config.heal.lora, lm.band(config.heal.lora.band)
         logger.info(f"LoRA of rank {lora.r} in blocks {band[0]} to {band[-1]} on {reach(lm.blocks, band).described}")
         return cls(folder, Student(replace(lm, decode_rows=rows)), trait, config, preset)

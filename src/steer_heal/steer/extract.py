@@ -89,8 +89,9 @@ class Extraction(NamedTuple):
         keys = ("relative_norm", "split_half", "auc")
         norm, split_half, auc = (sum(getattr(r, key) for r in self.report) / len(self.report) for key in keys)
         return (
-            f"on blocks {self.report[0].layer} to {self.report[-1].layer} of {blocks}: norm {norm:.1%} of the "
-            f"residual stream, halves agree {split_half:.2f}, tells personas apart (AUC) {auc:.2f}"
+            f"in blocks {self.report[0].layer} to {self.report[-1].layer} of {blocks}: {norm:.1%} as long as the "
+            f"residual stream, alike from two halves of the contexts (cosine {split_half:.2f}), tells the personas "
+            f"apart (AUC {auc:.2f})"
         )
 
 
