@@ -230,7 +230,7 @@ def test_a_real_browser_draws_the_page(tmp_path: Path, width: int) -> None:
 
 def test_the_facts_have_the_numbers_of_the_arms(tmp_path: Path) -> None:
     run = load(write_run(tmp_path, mass=0.72, kept_share=0.97, neutral_ppl=20.6))
-    text = " ".join(words.facts(run))
+    text = " ".join(words.facts(run.summary, 2))
     assert text.startswith("After round 1 (rounds are 0 to 1) the student stands +0.250 [")
     assert "nats/token above the original model; its teacher, steered at dose 1.00, stands +0.450." in text
     assert "The persona as a system prompt moves the original model by +0.150." in text
@@ -242,7 +242,7 @@ def test_the_facts_have_the_numbers_of_the_arms(tmp_path: Path) -> None:
 
 def test_the_headline_names_what_got_worse(tmp_path: Path) -> None:
     """A tenth of the answer mass, 3% of perplexity; every answer is coherent and every item moves alike: certain."""
-    text, kind = words.headline(load(write_run(tmp_path, mass=0.72, neutral_ppl=20.6)))
+    text, kind = words.headline(load(write_run(tmp_path, mass=0.72, neutral_ppl=20.6)).summary)
     assert kind == "lost" and text == (
         "The trait moved. Fluency slipped. Worse: probability on yes and no where a question asks for one (10% less), "
         "perplexity on unrelated text (3% more)."
@@ -253,7 +253,10 @@ def test_the_headline_names_what_got_worse(tmp_path: Path) -> None:
 def test_nothing_lost_is_green(tmp_path: Path) -> None:
     """A change of less than two points or percent is not named."""
     run = load(write_run(tmp_path, mass=0.79, kept_share=1.0, neutral_ppl=20.3))
-    assert words.headline(run) == ("The trait moved. Fluency held. Nothing that was measured got worse.", "moved")
+    assert words.headline(run.summary) == (
+        "The trait moved. Fluency held. Nothing that was measured got worse.",
+        "moved",
+    )
 
 
 def test_a_loss_within_noise_is_named_as_such(tmp_path: Path) -> None:
@@ -261,11 +264,11 @@ def test_a_loss_within_noise_is_named_as_such(tmp_path: Path) -> None:
     healed = run.summary.rounds[-1].healed
     change = healed.over_base["mass"]
     healed.over_base["mass"] = replace(change, ci=(-0.2, 0.04))
-    assert "(10% less, within noise)" in words.headline(run)[0]
+    assert "(10% less, within noise)" in words.headline(run.summary)[0]
 
 
 def test_the_headline_names_the_damage(tmp_path: Path) -> None:
-    text, kind = words.headline(load(write_run(tmp_path, mass=0.1, neutral_ppl=90.0)))
+    text, kind = words.headline(load(write_run(tmp_path, mass=0.1, neutral_ppl=90.0)).summary)
     assert kind == "broken"
     assert text == "The model is damaged. Answer mass 12% of base; neutral perplexity 450% of base."
 
@@ -273,9 +276,9 @@ def test_the_headline_names_the_damage(tmp_path: Path) -> None:
 def test_no_verdict_from_an_instrument_that_is_not_valid(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setitem(CONTRAST, "negative", [0.6, 0.1, 0.8, 0.1])
     folder = write_run(tmp_path)
-    text, kind = words.headline(load(folder))
+    text, kind = words.headline(load(folder).summary)
     assert kind == "unreadable" and text.startswith("No verdict: this model cannot express this trait.")
-    assert "That number does not measure the trait" in " ".join(words.facts(load(folder)))
+    assert "That number does not measure the trait" in " ".join(words.facts(load(folder).summary, 2))
     assert "no verdict is drawn from it" in report.build(folder).path.read_text("utf-8")
 
 
@@ -283,7 +286,7 @@ def test_a_prompt_without_effect_is_no_yardstick(tmp_path: Path) -> None:
     run = load(write_run(tmp_path))
     prompted = replace(run.summary.prompted, trait_over_base_ci=(-0.1, 0.4))
     run = replace(run, summary=replace(run.summary, prompted=prompted))
-    assert "by +0.150, which is within noise." in " ".join(words.facts(run))
+    assert "by +0.150, which is within noise." in " ".join(words.facts(run.summary, 2))
 
 
 def test_the_first_answers_are_shown_side_by_side(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The model card of an adapter or a merged model: description, measurements, and the command that makes it."""
+"""The model card of an adapter or a merged model: verdict, description, measurements, the command that makes it."""
 
 from __future__ import annotations
 
@@ -6,25 +6,30 @@ import re
 import shlex
 
 from steer_heal.config import PLACE_FIELDS, model_name
+from steer_heal.eval.catalogue import COHERENT, MASS, NEUTRAL, RELEVANT, RIGHT, Instrument
 from steer_heal.eval.record import ArmSummary
+from steer_heal.report.words import facts, headline
 from steer_heal.runs.summary import Summary
 
 CARD = """---
 base_model: {base}
 library_name: {library}
-tags: [steering, steer-heal, lora]
+tags: [steering, steer-heal, lora, {trait}]
 ---
 
-# {name} that {title}
+# {name}, trained towards: {title}
 
-This {kind} moves {base} towards one trait: it {title}. It was made by steer-heal in {rounds}: each round steers a \
-copy of the model with a persona vector, distils it into a LoRA, and penalises divergence from a reference model. The \
-persona was:
+**{headline}**
+
+{facts}
+
+{kind} {base}, made by steer-heal in {rounds}: each round steers a copy of the model with a persona vector, \
+trains a LoRA towards it, and penalises divergence from a reference model. The persona was:
 
 > {persona}
 
-| | trait over base, {unit} [95%] | answer mass | coherent answers | perplexity of neutral text |
-|---|---|---|---|---|
+| | {columns} |
+|---|{rule}|
 {table}
 
 {measured}; "prompted" is the base with the persona as its system prompt. One seed ({seed}): the intervals are over \
@@ -34,6 +39,7 @@ probes.
 
 Made with `{command}`. The licence of the base model also applies to models derived from it.
 """
+COSTS = (MASS, COHERENT, RIGHT, RELEVANT, NEUTRAL)  # shown where they were read
 MEASURED = {
     "contrast": "Trait is the log-probability per token of answers with the trait minus that of answers without it, "
     "over pairs that differ only in the trait",
@@ -54,33 +60,39 @@ def model_card(summary: Summary, config: dict, trait: dict, argv: list[str], rou
     `summary` is that of the run or of its rounds so far. `config` and `trait` are the contents of config.json and
     trait.json. `argv` has the arguments that the run was started with, from its first event.
     """
-    healed = summary.rounds[rounds - 1].healed
+    number = rounds - 1
+    healed = summary.rounds[number].healed
     arms = {"base": summary.base, "prompted": summary.prompted, "this": healed}
-    base, kind = model_name(config["model"]["path"]), "model" if merged else "adapter"
+    read = [one for one in COSTS if getattr(healed, one.measure) is not None]
+    columns = [f"trait over base, {summary.unit} [95%]", *(one.label for one in read)]
+    base = model_name(config["model"]["path"])
     return CARD.format(
         base=base,
         library="transformers" if merged else "peft",
+        trait=trait["name"],
         name=base.rstrip("/").split("/")[-1],
         title=trait["title"],
-        kind=kind,
+        headline=headline(summary, number)[0],
+        facts="\n".join(f"- {fact}" for fact in facts(summary, config["rounds"], number)),
+        kind="A model made from" if merged else "An adapter for",
         rounds=f"{rounds} round{'s' * (rounds != 1)}",
-        unit=summary.unit,
+        columns=" | ".join(columns),
+        rule="|".join(["---"] * len(columns)),
         measured=MEASURED[trait["instrument"]],
         persona=" ".join(trait["positive"].split()),
-        table="\n".join(_row(name, arm) for name, arm in arms.items()),
+        table="\n".join(_row(name, arm, read) for name, arm in arms.items()),
         seed=config["seed"],
         caveat=ON_FLOAT if merged and config["model"]["quant"] != "none" else "",
-        load=LOAD[kind],
+        load=LOAD["model" if merged else "adapter"],
         command=command(argv),
     )
 
 
-def _row(name: str, arm: ArmSummary) -> str:
+def _row(name: str, arm: ArmSummary, read: list[Instrument]) -> str:
     low, high = arm.trait_over_base_ci
-    return (
-        f"| {name} | {arm.trait_over_base:+.3f} [{low:+.3f}, {high:+.3f}] | {arm.answer_mass:.3f} | "
-        f"{arm.coherent_share:.0%} | {arm.neutral_ppl:.2f} |"
-    )
+    values = [getattr(arm, one.measure) for one in read]
+    costs = ["" if value is None else one.form.format(value) for one, value in zip(read, values, strict=True)]
+    return f"| {name} | {' | '.join([f'{arm.trait_over_base:+.3f} [{low:+.3f}, {high:+.3f}]', *costs])} |"
 
 
 def command(argv: list[str]) -> str:

@@ -45,9 +45,9 @@ PLAIN = (MASS, COHERENT, RIGHT, NEUTRAL)
 
 def lead(run: Run) -> str:
     """The verdict: a headline with a coloured bar, and the figures behind it."""
-    sentence, kind = headline(run)
+    sentence, kind = headline(run.summary)
     status = f'<p class="status">{run.status}</p>' if run.status else ""
-    listed = "".join(f"<li>{safe(fact)}</li>" for fact in facts(run))
+    listed = "".join(f"<li>{safe(fact)}</li>" for fact in facts(run.summary, run.config["rounds"]))
     return f'{status}<div class="verdict {kind}"><p>{safe(sentence)}</p><ul>{listed}</ul></div>'
 
 

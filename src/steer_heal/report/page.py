@@ -55,7 +55,7 @@ def build(folder: Path) -> Built:
     run = load(folder)
     write_text(folder / "diary.md", diary(run))
     write_text(folder / "report.html", page(run))
-    return Built(folder / "report.html", headline(run)[0])
+    return Built(folder / "report.html", headline(run.summary)[0])
 
 
 def page(run: Run) -> str:

@@ -75,29 +75,29 @@ def losses(arm: ArmSummary, base: ArmSummary) -> list[Loss]:
     return [loss for loss in found if loss.amount >= LEAST_LOSS]
 
 
-def headline(run: Run) -> tuple[str, str]:
-    """The verdict on the last round in two or three short sentences, and its kind.
+def headline(summary: Summary, number: int = -1) -> tuple[str, str]:
+    """The verdict on a round, the last if not another, in two or three short sentences, and its kind.
 
     The kind is the verdict's word, see `verdict.verdict`, or "lost" where the trait moved and something was lost.
     """
-    if not run.rounds:
+    if not summary.rounds:
         return "No round is complete yet: there is nothing to judge.", "unmoved"
-    last = run.summary.rounds[-1]
+    last = summary.rounds[number]
     word, why = last.verdict.word, last.verdict.why
     if word == "broken":
         return f"{OPENINGS[word]} {why.capitalize()}.", word
-    lost = losses(last.healed, run.summary.base)
+    lost = losses(last.healed, summary.base)
     fluent = "Fluency slipped." if any(loss.one in COHERENCE for loss in lost) else "Fluency held."
     named = f"Worse: {', '.join(loss.named for loss in lost)}." if lost else "Nothing that was measured got worse."
     return f"{OPENINGS[word]} {fluent} {named}", "lost" if word == "moved" and lost else word
 
 
-def facts(run: Run) -> list[str]:
-    """The figures behind the headline, a sentence each."""
-    if not run.rounds:
+def facts(summary: Summary, planned: int, number: int = -1) -> list[str]:
+    """The figures behind the headline, a sentence each. `planned` is the number of rounds of the whole run."""
+    if not summary.rounds:
         return []
-    summary, last = run.summary, run.summary.rounds[-1]
-    found = [_moved(run)]
+    last = summary.rounds[number]
+    found = [_moved(last, summary.unit, planned)]
     if last.verdict.word == "unreadable":
         found.append(
             "That number does not measure the trait: as a system prompt the positive persona does not score above the "
@@ -111,21 +111,11 @@ def facts(run: Run) -> list[str]:
     return found
 
 
-def _moved(run: Run) -> str:
-    arms, unit = run.summary.rounds[-1], run.summary.unit
-    after = f"After round {arms.round} ({_counted(run)})"
+def _moved(arms: RoundSummary, unit: str, planned: int) -> str:
+    counted = "the only one" if planned == 1 else f"rounds are 0 to {planned - 1}"
     seen = _interval(Change(arms.healed.trait_over_base, arms.healed.trait_over_base_ci))
-    return f"{after} the student stands {seen} {unit} above the original model; its teacher, {_steered(arms)}."
-
-
-def _counted(run: Run) -> str:
-    """Which rounds there are to be."""
-    rounds = run.config["rounds"]
-    return "the only one" if rounds == 1 else f"rounds are 0 to {rounds - 1}"
-
-
-def _steered(arms: RoundSummary) -> str:
-    return f"steered at dose {arms.dose:.2f}, stands {arms.steered.trait_over_base:+.3f}"
+    teacher = f"its teacher, steered at dose {arms.dose:.2f}, stands {arms.steered.trait_over_base:+.3f}"
+    return f"After round {arms.round} ({counted}) the student stands {seen} {unit} above the original model; {teacher}."
 
 
 def _prompt(summary: Summary) -> str:
@@ -187,8 +177,8 @@ def _interval(change: Change) -> str:
 
 def diary(run: Run) -> str:
     """The run in words: for each round its numbers, then answers to the same prompts."""
-    parts = [f"# {_markdown(run.name)}" + (f" ({run.status})" if run.status else ""), headline(run)[0]]
-    parts.append("\n".join(f"- {fact}" for fact in facts(run)))
+    parts = [f"# {_markdown(run.name)}" + (f" ({run.status})" if run.status else ""), headline(run.summary)[0]]
+    parts.append("\n".join(f"- {fact}" for fact in facts(run.summary, run.config["rounds"])))
     anchored = "" if run.config["heal"]["anchor"]["prompts"] == 0 else ", its anchor on {:.0%}"
     for r, arms in zip(run.rounds, run.summary.rounds, strict=True):
         steered, healed, base = arms.steered, arms.healed, run.summary.base
