@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import yaml
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -23,8 +24,9 @@ from steer_heal.gate.conftest import tiny
 from steer_heal.gate.soak import WORDS
 from steer_heal.model.loading import load
 from steer_heal.presets import PRESETS
-from steer_heal.report.card import command
+from steer_heal.report.card import command, model_card
 from steer_heal.runs.folder import RunDir
+from steer_heal.runs.reading import load as read_run
 from steer_heal.runs.summary import STAGES
 from steer_heal.terminal import harmless
 
@@ -90,6 +92,13 @@ def test_the_model_card_says_what_was_measured_and_how_it_was_made(finished, tmp
     assert "{" not in card and str(tmp_path) not in card
     last = (finished / "adapter" / "README.md").read_text("utf-8")
     assert f"| this | {summary['rounds'][1]['healed']['trait_over_base']:+.3f} " in last and "in 2 rounds:" in last
+
+
+def test_any_name_of_a_trait_is_a_tag_of_the_card(finished):
+    run = read_run(finished)
+    trait = json.loads((finished / "trait.json").read_text()) | {"name": 'no: [nonsense], "please" #1'}
+    head = model_card(run.summary, run.config, trait, ["run"], 1).split("---")[1]
+    assert yaml.safe_load(head)["tags"][-1] == trait["name"]
 
 
 @pytest.mark.parametrize(

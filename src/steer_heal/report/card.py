@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 
@@ -69,7 +70,7 @@ def model_card(summary: Summary, config: dict, trait: dict, argv: list[str], rou
     return CARD.format(
         base=base,
         library="transformers" if merged else "peft",
-        trait=trait["name"],
+        trait=json.dumps(trait["name"]),  # YAML reads a JSON string
         name=base.rstrip("/").split("/")[-1],
         title=trait["title"],
         headline=headline(summary, number)[0],

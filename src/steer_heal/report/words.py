@@ -85,7 +85,7 @@ def headline(summary: Summary, number: int = -1) -> tuple[str, str]:
     last = summary.rounds[number]
     word, why = last.verdict.word, last.verdict.why
     if word == "broken":
-        return f"{OPENINGS[word]} {why.capitalize()}.", word
+        return f"{OPENINGS[word]} {why[:1].upper()}{why[1:]}.", word
     lost = losses(last.healed, summary.base)
     fluent = "Fluency slipped." if any(loss.one in COHERENCE for loss in lost) else "Fluency held."
     named = f"Worse: {', '.join(loss.named for loss in lost)}." if lost else "Nothing that was measured got worse."
