@@ -330,24 +330,18 @@ def _typed(hint: Any) -> str:
 # ---- Python functions
 
 ENTRIES = {
-    "Run and read": (
-        ("steer_heal.commands.run", "run"),
+    "The interface": tuple(
+        ("steer_heal.python", name) for name in ("load", "extract", "answer", "run", "resume", "Result")
+    ),
+    "Read and compare runs": (
         ("steer_heal.runs.reading", "load"),
         ("steer_heal.sweep.disk", "scan"),
         ("steer_heal.report.page", "build"),
         ("steer_heal.commands.export", "export"),
     ),
-    "Load": (
-        ("steer_heal.model.loading", "load"),
-        ("steer_heal.data", "load_trait"),
-        ("steer_heal.runs.student", "student_after"),
-    ),
-    "Steer and decode": (
-        ("steer_heal.steer.extract", "extract"),
+    "Underneath": (
         ("steer_heal.model.steering", "steering"),
         ("steer_heal.model.decode", "decode"),
-    ),
-    "Measure and train": (
         ("steer_heal.eval.instruments", "evaluate"),
         ("steer_heal.heal.train", "heal"),
         ("steer_heal.loop", "run"),
@@ -368,8 +362,9 @@ for done in run.summary.rounds:
 def python_page() -> str:
     """Signatures and docstrings of the functions that a program of one's own may call."""
     about = (
-        "The functions behind the commands. They may change between versions; the command line is the stable way in. "
-        "Reading a finished run needs no torch:"
+        "`import steer_heal as sh` has the names of the first section, `sh.Trait`, `sh.load_trait` and `sh.VERSION`; "
+        "`docs/tutorial.ipynb` goes through them. The other functions are behind the commands and may change between "
+        "versions. Reading a finished run needs no torch:"
     )
     parts = ["# Python functions", MADE, about, EXAMPLE]
     for title, entries in ENTRIES.items():
@@ -380,11 +375,20 @@ def python_page() -> str:
 
 
 def _described(module: str, name: str) -> list[str]:
+    """Signature and docstring of a function, or docstring of a class and signatures of its methods."""
     source = Path(importlib.util.find_spec(module).origin).read_text("utf-8")
-    node = next(n for n in ast.parse(source).body if isinstance(n, ast.FunctionDef) and n.name == name)
-    arguments = ast.unparse(node.args).split(", ")
-    text = f"{name}({', '.join(arguments)})" + (f" -> {ast.unparse(node.returns)}" if node.returns else "")
-    return [f"```python\n{text}\n```", f"```text\n{ast.get_docstring(node) or ''}\n```"]
+    node = next(n for n in ast.parse(source).body if getattr(n, "name", None) == name)
+    if isinstance(node, ast.FunctionDef):
+        return [f"```python\n{_signature(node)}\n```", f"```text\n{ast.get_docstring(node) or ''}\n```"]
+    members = [f"{ast.get_docstring(node)}"]
+    for member in (n for n in node.body if isinstance(n, ast.FunctionDef)):
+        shown = member.name if any("property" in ast.unparse(d) for d in member.decorator_list) else _signature(member)
+        members.append(f"- `{shown}`: {' '.join((ast.get_docstring(member) or '').split())}")
+    return ["\n".join([members[0], "", *members[1:]])]
+
+
+def _signature(node: ast.FunctionDef) -> str:
+    return f"{node.name}({ast.unparse(node.args)})" + (f" -> {ast.unparse(node.returns)}" if node.returns else "")
 
 
 PAGES = {"flags.md": flags_page, "files.md": files_page, "python.md": python_page}

@@ -1,9 +1,16 @@
 """steer-heal: steer a chat model towards a trait, distil it into the weights, heal the incoherence, and repeat."""
 
+import importlib
 import logging
 import os
+from typing import TYPE_CHECKING, Any
 
 from steer_heal.processor import processor
+
+if TYPE_CHECKING:
+    from steer_heal.python import Result, Trait, answer, extract, load, load_trait, resume, run
+
+__all__ = ["VERSION", "Result", "Trait", "answer", "extract", "load", "load_trait", "resume", "run"]
 
 VERSION = "0.5.0"  # a run folder is read by versions that share its first two numbers
 
@@ -20,6 +27,13 @@ if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys():
 
 # At its import on a CPU it advises a package that it does not need.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+
+
+def __getattr__(name: str) -> Any:
+    """The names of `steer_heal.python`, which imports torch: the command line starts without it."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module("steer_heal.python"), name)
 
 
 def check_types() -> None:

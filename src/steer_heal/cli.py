@@ -16,10 +16,10 @@ from pathlib import Path
 from loguru import logger
 
 from steer_heal import VERSION, flags
-from steer_heal.commands.preset import flag_value, unknown_preset, with_preset
+from steer_heal.commands.preset import chosen, unknown_preset, with_preset
 from steer_heal.config import ModelConfig, RunConfig, UserError
 from steer_heal.demands import check
-from steer_heal.presets import DEFAULT_PRESET, MODELS_TOO, PRESETS
+from steer_heal.presets import PRESETS
 from steer_heal.processor import processor
 from steer_heal.terminal import harmless, program, take_any_text
 from steer_heal.verbs import Bench, Chat, Eval, Export, Report, Results, Run, Sweep, Trait, verbs
@@ -70,12 +70,12 @@ def carry_out(argv: list[str]) -> None:
         argv, shared = argv[:cut], argv[cut + 1 :]
     if argv[:1] == ["run"] and {"--help", "-h"} & {*argv}:
         argv = [word for word in argv if word not in ("--help", "-h")]
-        flags.short_help(_chosen(argv).config)
+        flags.short_help(chosen(argv).config)
     argv = ["--help" if word == "--help-all" else word for word in argv]
-    chosen = _chosen(argv)
-    asked = flags.read(verbs(chosen), argv, "steer-heal")
+    usual = chosen(argv)
+    asked = flags.read(verbs(usual), argv, "steer-heal")
     match asked:
-        case Run() if asked.preset != chosen.preset:
+        case Run() if asked.preset != usual.preset:
             raise UserError(f"the preset comes first: steer-heal run {asked.preset} ...")
         case Run():
             if said:
@@ -97,24 +97,6 @@ def carry_out(argv: list[str]) -> None:
             trait(asked)
         case Bench():
             bench(asked)
-
-
-def _chosen(argv: list[str]) -> Run:
-    """Return the preset named after `run` and its config, or, with --resume, those of the run to resume.
-
-    The config's values are the defaults of the flags.
-    """
-    if argv[:1] != ["run"]:
-        return Run()
-    named = argv[1] if len(argv) > 1 and not argv[1].startswith("-") else None
-    if named is not None and named not in PRESETS:
-        raise UserError(f"{unknown_preset(named)}; or give {MODELS_TOO}")
-    folder = flag_value("--resume", argv)
-    if folder is not None and "config.json" not in argv:  # with --recompute config.json the flags give the config
-        from steer_heal.runs.resume import started
-
-        return Run(*started(Path(folder), named))
-    return Run(named or DEFAULT_PRESET, PRESETS[named or DEFAULT_PRESET])
 
 
 def _check_files(**files: str | None) -> None:

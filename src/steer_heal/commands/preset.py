@@ -7,7 +7,8 @@ from itertools import pairwise
 from pathlib import Path
 
 from steer_heal.config import UserError, nearest
-from steer_heal.presets import PRESETS, RECIPES, is_model
+from steer_heal.presets import DEFAULT_PRESET, MODELS_TOO, PRESETS, RECIPES, is_model
+from steer_heal.verbs import Run
 
 
 def with_preset(argv: list[str]) -> tuple[str, list[str]]:
@@ -26,6 +27,24 @@ def with_preset(argv: list[str]) -> tuple[str, list[str]]:
         f"{name!r} is no preset: band, dose, thresholds and steps are measured on the model (settings of {preset})",
         ["run", preset, "--model.path", name, *rest],
     )
+
+
+def chosen(argv: list[str]) -> Run:
+    """Return the preset named after `run` and its config, or, with --resume, those of the run to resume.
+
+    The config's values are the defaults of the flags.
+    """
+    if argv[:1] != ["run"]:
+        return Run()
+    named = argv[1] if len(argv) > 1 and not argv[1].startswith("-") else None
+    if named is not None and named not in PRESETS:
+        raise UserError(f"{unknown_preset(named)}; or give {MODELS_TOO}")
+    folder = flag_value("--resume", argv)
+    if folder is not None and "config.json" not in argv:  # with --recompute config.json the flags give the config
+        from steer_heal.runs.resume import started
+
+        return Run(*started(Path(folder), named))
+    return Run(named or DEFAULT_PRESET, PRESETS[named or DEFAULT_PRESET])
 
 
 def _has_gpu() -> bool:

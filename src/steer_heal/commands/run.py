@@ -32,8 +32,10 @@ PARTS = {
 }
 
 
-def run(config: RunConfig, preset: str, argv: list[str]) -> tuple[RunDir, Summary]:
+def run(config: RunConfig, preset: str, argv: list[str], trait: data.Trait | None = None) -> tuple[RunDir, Summary]:
     """Start or resume a run; return its folder and summary. `argv` is the command line.
+
+    A new run takes `trait` in place of the one that the config names.
 
     Raises UserError for what the user can fix, and KeyboardInterrupt, with the command to resume, when stopped.
     """
@@ -47,7 +49,7 @@ def run(config: RunConfig, preset: str, argv: list[str]) -> tuple[RunDir, Summar
     check_tracker(config.track)
     if not config.resume:
         check_place(Path(config.out))
-        trait = data.load_trait(config.trait)
+        trait = trait or data.load_trait(config.trait)
         require_room(config, trait, argv)
         lm = loaded(config.model)  # before the folder is made: a model that cannot be loaded leaves no folder
         check_optimiser(config.heal.training, lm.device)

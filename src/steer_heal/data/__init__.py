@@ -83,6 +83,15 @@ class Trait:
     answer_tokens: int | None = None
     """tokens that the demo's and training's answers may have, where that is more than the config's"""
 
+    @classmethod
+    def from_personas(cls, name: str, positive: str, negative: str) -> Trait:
+        """A trait of a name and two personas: system prompts for somebody who has it, and for the opposite.
+
+        Raises UserError for what a trait file would be refused for.
+        """
+        words = (json.dumps(text, ensure_ascii=False) for text in (name, positive, negative))  # TOML reads them
+        return parse_trait("name = {}\n[persona]\npositive = {}\nnegative = {}\n".format(*words), name)
+
     def answer_limit(self, tokens: int) -> int:
         """The larger of a limit and of the one that the trait asks for."""
         return max(tokens, self.answer_tokens or 0)

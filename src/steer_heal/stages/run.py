@@ -90,9 +90,8 @@ class Work:
     def begun(cls, config: RunConfig, preset: str, folder: RunDir, trait: data.Trait, lm: LM) -> Work:
         """Start the work. "auto" for `model.decode_rows` becomes a number, which a resumed run takes again."""
         logger.info(f"model {config.model.path}, trait {trait.name!r}, folder {folder.path}")
-        logger.info(
-            f"the model itself is measured, then {config.rounds} times: find a vector, find a dose, train, measure"
-        )
+        rounds = f"{config.rounds} round{'s' * (config.rounds != 1)}"
+        logger.info(f"first the model itself is measured, then {rounds} of: find a vector, find a dose, train, measure")
         config = roomy(config, trait)
         logger.info(f"weights in {dtype_of(lm)}: {lm.why_dtype}")
         if not lm.fused_attention:
