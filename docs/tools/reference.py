@@ -336,6 +336,7 @@ ENTRIES = {
         ("steer_heal.sweep.disk", "scan"),
         ("steer_heal.report.page", "build"),
         ("steer_heal.commands.export", "export"),
+        ("steer_heal.commands.export_gguf", "export_gguf"),
     ),
     "Load": (
         ("steer_heal.model.loading", "load"),

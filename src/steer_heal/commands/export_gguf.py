@@ -20,7 +20,7 @@ import torch
 
 from steer_heal.bake.lowrank import Factors
 from steer_heal.bake.student import Student
-from steer_heal.config import PACKAGED_GGUF, UserError
+from steer_heal.config import PACKAGED_GGUF, UserError, model_name
 from steer_heal.distil.record import DoseCurve
 from steer_heal.files import sync, write_text, writing
 from steer_heal.model.gguf_file import About, Directions, describe, opened, value, write_control_vector, write_tensors
@@ -238,7 +238,7 @@ def _base_gguf_name(run: Run, base: Path | None) -> str:
 
 
 def _base_name(run: Run) -> str:
-    return run.summary.model
+    return model_name(run.settings.model.path)
 
 
 def _about(run: Run, what: str) -> About:

@@ -98,6 +98,7 @@ def test_the_model_card_says_what_was_measured_and_how_it_was_made(finished, tmp
         (["run", "tiny-random", "--out=/home/me/x", "--heal.lam", "0.1"], "steer-heal run tiny-random --heal.lam 0.1"),
         (["run", "tiny-random", "--track", "none", "--trait", "/home/me/my trait.toml"], None),
         (["run", "tiny-random", "--trait=/home/me/my trait.toml"], None),
+        (["run", "a", "--steer.method", "file:/home/me/v.gguf"], "steer-heal run a --steer.method file:v.gguf"),
         (["run", "tiny-random", "--heal.band", "0.1", "0.9"], "steer-heal run tiny-random --heal.band 0.1 0.9"),
     ],
 )

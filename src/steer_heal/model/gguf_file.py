@@ -81,8 +81,8 @@ def write_control_vector(file: Path, directions: Directions, architecture: str, 
     write_tensors(writer, {f"direction.{block}": direction for block, direction in directions.items()})
 
 
-def read_control_vector(file: Path, what: str) -> Directions:
-    """The directions of a control vector, by block. Raises UserError, which begins with `what`, for another file."""
+def read_control_vector(file: Path, what: str) -> dict[int, Tensor]:
+    """The tensors of a control vector, by block. Raises UserError, which begins with `what`, for another file."""
     reader = opened(file, what)
     architecture = value(reader, gguf.Keys.General.ARCHITECTURE)
     if architecture != CONTROL_VECTOR:

@@ -221,10 +221,10 @@ class Work:
         band, lm, config = self.config.steer.band, self.student.lm, self.config.eval
         if band != "auto" and (config.plain_range != "auto" or "plain" in config.leave_out):
             return None
-        bands = self.bands
 
         @freeing
         def compute() -> Survey:
+            bands = self.bands  # a resumed run no longer needs the file of a vector
             blocks = tuple(sorted(set().union(*bands)))
             prompts = prompts_read(self.config.steer) * len(self.personas.contexts)
             with self.student.view(history=0.0, now=0.0):

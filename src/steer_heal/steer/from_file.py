@@ -45,7 +45,7 @@ def read(method: str) -> Directions:
     return dict(sorted(found.items()))
 
 
-def _read_safetensors(file: Path, what: str) -> Directions:
+def _read_safetensors(file: Path, what: str) -> dict[int, Tensor]:
     try:
         with safe_open(file, "pt") as stored:
             own = (stored.metadata() or {}).get("vector")
