@@ -25,7 +25,7 @@ from steer_heal.gate.folders import seal
 from steer_heal.gate.llama_cpp import tiny_gguf
 from steer_heal.gate.test_input import refused
 from steer_heal.model import gguf_layout
-from steer_heal.model.gguf_file import About, write_control_vector
+from steer_heal.model.gguf_file import About, write_control_vector, write_tensors
 from steer_heal.model.loading import load
 from steer_heal.runs.environment import environment
 from steer_heal.runs.folder import RunDir
@@ -203,6 +203,15 @@ def test_a_base_of_another_architecture_is_not_merged(on_gguf, tmp_path, monkeyp
     assert [file.name for file in tmp_path.iterdir()] == ["other.gguf"]
 
 
+def test_numbers_beyond_float16_are_not_written_as_infinite(tmp_path):
+    writer = gguf.GGUFWriter(tmp_path / "big.gguf", "llama")
+    write_tensors(writer, {"blk.0.ffn_up.weight": torch.full((2, 32), 7e4)})
+    (tensor,) = gguf.GGUFReader(tmp_path / "big.gguf").tensors
+    for weights in exporting.TYPES.values():
+        with pytest.raises(UserError, match=r"blk.0.ffn_up.weight has numbers beyond the range of float16"):
+            exporting._data(tensor, None, weights)
+
+
 @pytest.mark.parametrize("kind", ["adapter", "model", "vector"])
 def test_what_is_written_is_whole_or_not_there(on_gguf, tmp_path, monkeypatch, kind):
     def full(*_):
@@ -338,8 +347,13 @@ def test_a_run_keeps_the_vector_of_its_file_in_all_rounds(tmp_path, monkeypatch,
     monkeypatch.chdir(tmp_path)
     write_control_vector(tmp_path / "v.gguf", {n: 20 * v for n, v in directions.items()}, "gemma3", ABOUT)
     few = [*FEW, *BRIEF, "--rounds", "2", "--steer.band", "auto", "--anyway"]
+    directions_of, asked = from_file.directions, []
+    recording = lambda lm, method, layers: asked.append(method) or directions_of(lm, method, layers)  # noqa: E731
+    monkeypatch.setattr(from_file, "directions", recording)
     main(["run", "tiny-random", "--steer.method", "file:v.gguf", "--out", "out", *few])
     (run,) = (tmp_path / "out").iterdir()
+    own = run.relative_to(tmp_path) / "r00" / "vector" / "vector.safetensors"
+    assert asked == [f"file:{tmp_path / 'v.gguf'}"] * 2 + [f"file:{own}"]  # survey, round 0, round 1
     wanted = 20 * torch.stack(list(directions.values()))
     for number in (0, 1):
         stored = load_file(run / f"r0{number}" / "vector" / "vector.safetensors")["direction"]
