@@ -338,6 +338,7 @@ ENTRIES = {
         ("steer_heal.sweep.disk", "scan"),
         ("steer_heal.report.page", "build"),
         ("steer_heal.commands.export", "export"),
+        ("steer_heal.commands.export_gguf", "export_gguf"),
     ),
     "Underneath": (
         ("steer_heal.model.steering", "steering"),

@@ -189,8 +189,20 @@ def report(asked: Report) -> None:
 
 def export(asked: Export) -> None:
     from steer_heal.commands.export import export as write
+    from steer_heal.commands.export_gguf import export_gguf
 
-    write(Path(asked.run), Path(asked.to), asked.round, asked.merge)
+    to, in_gguf = Path(asked.to), asked.to.lower().endswith(".gguf")
+    if asked.merge and asked.vector:
+        raise UserError("--merge and --vector: a file holds one of them, leave the other out")
+    if asked.vector and not in_gguf:
+        raise UserError(f"--vector --to {asked.to!r}: a control vector is a .gguf file: give --to NAME.gguf")
+    if asked.type != "f16" and not (asked.merge and in_gguf):
+        raise UserError(f"--type {asked.type} is of a merged .gguf file: give --merge --to NAME.gguf, or leave it out")
+    if in_gguf:
+        kind = "model" if asked.merge else "vector" if asked.vector else "adapter"
+        export_gguf(Path(asked.run), to, asked.round, kind, asked.type)
+    else:
+        write(Path(asked.run), to, asked.round, asked.merge)
     print(f"written: {asked.to}")
 
 

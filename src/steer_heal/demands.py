@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from datetime import date
 
-from steer_heal.config import STEER_METHODS, Knob, RunConfig, UserError, Within, knobs, nearest
+from steer_heal.config import FILE, STEER_METHODS, Knob, RunConfig, UserError, Within, knobs, nearest
 
 
 def check(config: RunConfig) -> None:
@@ -33,12 +33,12 @@ def _demands(config: RunConfig) -> list[tuple[bool, str]]:
     ranges = {name: value for name, value in ranges.items() if value != "auto"}
     return [
         (
-            method in STEER_METHODS or method.startswith("lite:"),
+            method in STEER_METHODS or method.startswith(("lite:", FILE)),
             f"steer.method {method!r} is not known{nearest(method, STEER_METHODS)}: "
-            f"choose {', '.join(STEER_METHODS)} or lite:NAME",
+            f"choose {', '.join(STEER_METHODS)}, lite:NAME or file:PATH",
         ),
         (
-            config.steer.band != "auto" or method in ("mean_diff", "pca", "random"),
+            config.steer.band != "auto" or method in ("mean_diff", "pca", "random") or method.startswith(FILE),
             "steer.band auto needs a vector that is added: choose steer.method mean_diff or pca instead of "
             f"{method}, or give two shares of depth",
         ),

@@ -25,7 +25,7 @@ def writing(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}") from error
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
     except SafetensorError as error:
         reason = re.sub(r".*I/O error: | \(os error \d+\)", "", str(error))
         raise UserError(f"cannot write {path}: {reason}") from error

@@ -117,21 +117,30 @@ class Report:
 
 @dataclass(frozen=True)
 class Export:
-    """Write a run's result for others to load: a PEFT adapter, or with --merge a whole model.
+    """Write a run's result for others to load: an adapter, or with --merge a whole model.
 
-    Both include a README with the description, the measurements and the command that made the run.
+    Into a folder for PEFT and transformers, into a .gguf file for llama.cpp and Ollama. Both come with the description,
+    the measurements and the command that made the run.
 
     Example: steer-heal export outputs/RUN --to my-model --merge
+
+    Example: steer-heal export outputs/RUN --to love.gguf
     """
 
     run: Positional[str]
     """the run folder"""
     to: str
-    """the folder to write, new or empty"""
+    """the folder to write, new or empty; or a new file NAME.gguf"""
     merge: bool = False
-    """write a float model that plain transformers loads, instead of an adapter"""
+    """write a whole model instead of an adapter: a float model for transformers, or, where the base is a .gguf file, a
+    .gguf file"""
+    vector: bool = False
+    """write the steering vector times its dose as a control vector of llama.cpp, a .gguf file"""
+    type: Literal["f16", "q8_0"] = "f16"
+    """of the matrices in a merged .gguf file; q8_0 takes half the space and rounds more"""
     round: int | None = None
-    """the student after this round (from 0); default: the last finished round"""
+    """the student after this round (from 0), default: the last finished round; with --vector: the vector of this
+    round, default: of the first"""
 
 
 @dataclass(frozen=True)

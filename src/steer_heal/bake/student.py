@@ -121,6 +121,11 @@ class Student:
         """The current round's update, layer by layer."""
         return [_factors(layer, NOW) for _, layer in self._layers()]
 
+    def updates(self) -> Iterator[tuple[str, Factors]]:
+        """The history's update, layer by layer, each with its path in the model."""
+        for path, layer in self._layers():
+            yield path, _factors(layer, self.history)
+
     def trainable(self) -> list[torch.nn.Parameter]:
         """The factors of the current round."""
         return [p for name, p in self.peft.named_parameters() if f".{NOW}." in name]

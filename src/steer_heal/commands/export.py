@@ -1,4 +1,7 @@
-"""The verb `export`: write a run's result as an adapter that plain PEFT loads, or a model that transformers loads."""
+"""The verb `export`: write a run's result as an adapter that plain PEFT loads, or a model that transformers loads.
+
+`export_gguf` writes .gguf files.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +35,9 @@ def export(folder: Path, to: Path, round_: int | None, merge: bool) -> None:
     student = student_after(folder, run.config, rounds, float_weights=merge)
     if merge:
         require_mergeable(student.lm)
-    card = model_card(run.summary, run.config, made.read("trait.json"), made.first_argv, rounds, merge)
+    card = model_card(
+        run.summary, run.config, made.read("trait.json"), made.first_argv, rounds, "model" if merge else "adapter"
+    )
     to.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=to.parent, prefix=".export-") as scratch:
         whole = Path(scratch) / "whole"

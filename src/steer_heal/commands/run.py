@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from steer_heal import data, loop
-from steer_heal.config import ModelConfig, RunConfig, UserError, settled
+from steer_heal.config import FILE, ModelConfig, RunConfig, UserError, settled
 from steer_heal.demands import check
 from steer_heal.eval.foundations import check_profile
 from steer_heal.heal.train import check_optimiser
@@ -22,7 +22,7 @@ from steer_heal.runs.resume import check_place, create, described, reopened, req
 from steer_heal.runs.summary import Summary
 from steer_heal.runs.tracking import check_tracker, follower
 from steer_heal.stages.run import Work
-from steer_heal.steer import lite
+from steer_heal.steer import from_file, lite
 
 # What can run out of memory, by the modules that do it; the first that fits counts.
 PARTS = {
@@ -48,6 +48,8 @@ def run(config: RunConfig, preset: str, argv: list[str], trait: data.Trait | Non
     check_profile(config.eval)
     check_tracker(config.track)
     if not config.resume:
+        if config.steer.method.startswith(FILE):
+            from_file.read(config.steer.method)
         check_place(Path(config.out))
         trait = trait or data.load_trait(config.trait)
         require_room(config, trait, argv)

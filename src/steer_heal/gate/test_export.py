@@ -109,6 +109,7 @@ def test_any_name_of_a_trait_is_a_tag_of_the_card(finished):
         (["run", "tiny-random", "--out=/home/me/x", "--heal.lam", "0.1"], "steer-heal run tiny-random --heal.lam 0.1"),
         (["run", "tiny-random", "--track", "none", "--trait", "/home/me/my trait.toml"], None),
         (["run", "tiny-random", "--trait=/home/me/my trait.toml"], None),
+        (["run", "a", "--steer.method", "file:/home/me/v.gguf"], "steer-heal run a --steer.method file:v.gguf"),
         (["run", "tiny-random", "--heal.band", "0.1", "0.9"], "steer-heal run tiny-random --heal.band 0.1 0.9"),
     ],
 )

@@ -71,7 +71,7 @@ def load(config: ModelConfig, adapter: Path | None = None) -> LM:
             build_random(_known_architecture(source), Path(scratch))
             source = scratch
         elif source in PACKAGED_GGUF or source.lower().endswith(".gguf"):
-            source = str(_dequantised(_gguf_file(source)))
+            source = str(_dequantised(gguf_file(source)))
         model, tokenizer = _from_pretrained(source, config, device)
     tokenizer = tokenizer_of(adapter, tokenizer) if adapter else tokenizer
     _require_usable(model, tokenizer, config.path)
@@ -232,7 +232,8 @@ def _require_no_gguf(folder: Path) -> None:
         )
 
 
-def _gguf_file(source: str) -> Path:
+def gguf_file(source: str) -> Path:
+    """The file of a packaged model or of a path. Raises UserError when there is none."""
     if source not in PACKAGED_GGUF:
         file = Path(source).expanduser()
         if not file.is_file():

@@ -6,7 +6,7 @@ import json
 import re
 import shlex
 
-from steer_heal.config import PLACE_FIELDS, model_name
+from steer_heal.config import FILE, PLACE_FIELDS, model_name
 from steer_heal.eval.catalogue import COHERENT, MASS, NEUTRAL, RELEVANT, RIGHT, Instrument
 from steer_heal.eval.record import ArmSummary
 from steer_heal.report.words import facts, headline
@@ -51,12 +51,15 @@ MEASURED = {
 LOAD = {
     "model": 'model = AutoModelForCausalLM.from_pretrained("this folder")',
     "adapter": 'model = PeftModel.from_pretrained(base_model, "this folder")',
+    "gguf adapter": "llama-cli -m BASE.gguf --lora THIS.gguf",
+    "gguf model": "llama-cli -m THIS.gguf",
 }
+LIBRARIES = {"model": "transformers", "adapter": "peft", "gguf adapter": "gguf", "gguf model": "gguf"}
 ON_FLOAT = "\nIt was trained and measured on the base's NF4 weights; here the update is added to the float weights.\n"
 
 
-def model_card(summary: Summary, config: dict, trait: dict, argv: list[str], rounds: int, merged: bool = False) -> str:
-    """README of an adapter or a merged model after `rounds` rounds.
+def model_card(summary: Summary, config: dict, trait: dict, argv: list[str], rounds: int, form: str = "adapter") -> str:
+    """README of an adapter or a merged model after `rounds` rounds; `form` is one of LOAD.
 
     `summary` is that of the run or of its rounds so far. `config` and `trait` are the contents of config.json and
     trait.json. `argv` has the arguments that the run was started with, from its first event.
@@ -66,10 +69,10 @@ def model_card(summary: Summary, config: dict, trait: dict, argv: list[str], rou
     arms = {"base": summary.base, "prompted": summary.prompted, "this": healed}
     read = [one for one in COSTS if getattr(healed, one.measure) is not None]
     columns = [f"trait over base, {summary.unit} [95%]", *(one.label for one in read)]
-    base = model_name(config["model"]["path"])
+    base, merged = model_name(config["model"]["path"]), form.endswith("model")
     return CARD.format(
         base=base,
-        library="transformers" if merged else "peft",
+        library=LIBRARIES[form],
         trait=json.dumps(trait["name"]),  # YAML reads a JSON string
         name=base.rstrip("/").split("/")[-1],
         title=trait["title"],
@@ -84,7 +87,7 @@ def model_card(summary: Summary, config: dict, trait: dict, argv: list[str], rou
         table="\n".join(_row(name, arm, read) for name, arm in arms.items()),
         seed=config["seed"],
         caveat=ON_FLOAT if merged and config["model"]["quant"] != "none" else "",
-        load=LOAD["model" if merged else "adapter"],
+        load=LOAD[form],
         command=command(argv),
     )
 
@@ -98,7 +101,7 @@ def _row(name: str, arm: ArmSummary, read: list[Instrument]) -> str:
 
 def command(argv: list[str]) -> str:
     """The command line that a run was started with, without paths of the machine: the flags of PLACE_FIELDS and the
-    folders of a trait file and of a model."""
+    folders of a trait file, of a vector and of a model."""
     words, skipping = [], False
     for word in argv:
         if word.startswith("--"):
@@ -106,5 +109,6 @@ def command(argv: list[str]) -> str:
         if not skipping:
             flag, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
             value = re.sub(r"^.*[/\\\\](.+\.toml)$", r"\1", model_name(value))
+            value = re.sub(rf"^{FILE}.*[/\\\\]", FILE, value)
             words.append(f"{flag}{equals}{value}")
     return shlex.join(["steer-heal", *words])

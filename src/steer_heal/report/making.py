@@ -27,11 +27,15 @@ def recipe_section(run: Run) -> str:
 
 def vector_section(run: Run) -> str:
     columns = {"layer": "{:d}", "depth": "{:.2f}", "relative_norm": "{:.2%}", "split_half": "{:.3f}", "auc": "{:.3f}"}
-    names = ("block", "depth", "norm / residual stream", "cosine of two halves", "AUC on the other half")
+    names = {"layer": "block", "relative_norm": "norm / residual stream"}
+    names |= {"split_half": "cosine of two halves", "auc": "AUC on the other half"}
+    if any(layer.split_half is None for r in run.rounds for layer in r.layers):  # a vector from a file
+        del columns["split_half"]
+        names["auc"] = "AUC"
     body = ""
     for r in run.rounds:
         rows = [tuple(form.format(getattr(layer, key)) for key, form in columns.items()) for layer in r.layers]
-        body += folded(f"Round {r.number}", table_of(names, rows))
+        body += folded(f"Round {r.number}", table_of(tuple(names.get(key, key) for key in columns), rows))
     why = "The vector at each block: how long it is, how reliable, and how well it tells the two personas apart."
     return section("Vector", why, body, fold=True) if body else ""
 

@@ -110,7 +110,7 @@ class RoundStages:
 
     def extract(self) -> Extraction:
         """The round's vector."""
-        work, config = self.work, self.work.config.steer
+        work, config = self.work, self.work.steer_in(self.number)
         personas, blocks = work.personas, work.blocks
 
         @freeing

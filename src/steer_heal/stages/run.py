@@ -17,7 +17,7 @@ from loguru import logger
 from steer_heal import data
 from steer_heal.bake.reach import reach
 from steer_heal.bake.student import Student
-from steer_heal.config import RunConfig
+from steer_heal.config import FILE, RunConfig, SteerConfig
 from steer_heal.data import Contrast
 from steer_heal.distil.record import Anchor
 from steer_heal.distil.sample import anchor_rows, anchor_texts
@@ -39,7 +39,8 @@ from steer_heal.model.steering import AnyVector
 from steer_heal.runs.folder import PROBES, RunDir
 from steer_heal.runs.rounds import InRound, Round
 from steer_heal.runs.summary import SUMMARY, SURVEY, Baselines, RunName, Summary, plain_file, summarise
-from steer_heal.steer.extract import extract, prompts_read, read_vector
+from steer_heal.steer import from_file
+from steer_heal.steer.extract import VECTOR_FILE, extract, prompts_read, read_vector
 from steer_heal.steer.personas import Personas
 from steer_heal.terminal import progress
 
@@ -219,10 +220,10 @@ class Work:
         band, lm, config = self.config.steer.band, self.student.lm, self.config.eval
         if band != "auto" and (config.plain_range != "auto" or "plain" in config.leave_out):
             return None
-        bands = list(dict.fromkeys(lm.band(share) for share in (BANDS if band == "auto" else [band])))
 
         @freeing
         def compute() -> Survey:
+            bands = self.bands  # a resumed run no longer needs the file of a vector
             blocks = tuple(sorted(set().union(*bands)))
             prompts = prompts_read(self.config.steer) * len(self.personas.contexts)
             with self.student.view(history=0.0, now=0.0):
@@ -234,6 +235,23 @@ class Work:
         found = self.folder.artefact(Survey, SURVEY, compute)
         logger.info(f"survey: {found.described}")
         return found
+
+    @property
+    def bands(self) -> list[tuple[int, ...]]:
+        """The bands of blocks that the survey compares; one where the band is given, or a file gives the vector."""
+        lm, steer = self.student.lm, self.config.steer
+        if steer.band != "auto":
+            return [lm.band(steer.band)]
+        if steer.method.startswith(FILE):
+            return [from_file.blocks(lm, steer.method)]
+        return list(dict.fromkeys(lm.band(share) for share in BANDS))
+
+    def steer_in(self, number: int) -> SteerConfig:
+        """How a round's vector is made. From the second round on, a vector from a file is that of the first."""
+        steer = self.config.steer
+        if number == 0 or not steer.method.startswith(FILE):
+            return steer
+        return replace(steer, method=f"{FILE}{self.folder.find(InRound.VECTOR.of(0)) / VECTOR_FILE}")
 
     @property
     def blocks(self) -> tuple[int, ...]:

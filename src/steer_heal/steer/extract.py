@@ -19,12 +19,12 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from steer_heal.config import SteerConfig, UserError
+from steer_heal.config import FILE, SteerConfig, UserError
 from steer_heal.model.forward import last_token_states
 from steer_heal.model.lm import LM
 from steer_heal.model.steering import AnyVector, Vector
 from steer_heal.records import structured, unstructured
-from steer_heal.steer import lite
+from steer_heal.steer import from_file, lite
 from steer_heal.steer.layers import LayerReport
 from steer_heal.steer.lite import LiteVector
 from steer_heal.steer.personas import Personas
@@ -86,12 +86,12 @@ class Extraction(NamedTuple):
 
     def described(self, blocks: int) -> str:
         """The vector in one line, for a model with `blocks` blocks."""
-        keys = ("relative_norm", "split_half", "auc")
-        norm, split_half, auc = (sum(getattr(r, key) for r in self.report) / len(self.report) for key in keys)
+        norm, auc = (sum(getattr(r, key) for r in self.report) / len(self.report) for key in ("relative_norm", "auc"))
+        halves = [r.split_half for r in self.report if r.split_half is not None]
+        alike = halves and f"alike from two halves of the contexts (cosine {sum(halves) / len(halves):.2f}), "
         return (
             f"in blocks {self.report[0].layer} to {self.report[-1].layer} of {blocks}: {norm:.1%} as long as the "
-            f"residual stream, alike from two halves of the contexts (cosine {split_half:.2f}), tells the personas "
-            f"apart (AUC {auc:.2f})"
+            f"residual stream, {alike or ''}tells the personas apart (AUC {auc:.2f})"
         )
 
 
@@ -107,15 +107,22 @@ def extract(
     Args:
         layers: blocks to steer; None takes them from `config.band`.
 
-    Raises UserError for a vector without a direction: zero, or not finite.
+    A vector from a file is not extracted: the personas' states tell how well it fits them.
+
+    Raises UserError for a vector without a direction: zero, or not finite; and for a file that does not fit the model.
     """
-    method = METHODS["mean_diff" if config.method.startswith(lite.PREFIX) else config.method]
+    from_others = config.method.startswith((lite.PREFIX, FILE))
+    method = METHODS["mean_diff" if from_others else config.method]
     chosen = lm.band(config.band) if layers is None else layers
+    given = from_file.directions(lm, config.method, chosen) if config.method.startswith(FILE) else None
     systems = [personas.positive, personas.negative] + [None] * (method.operation == "project_out")
     states = [
         last_token_states(lm, [lm.prompt(text, system) for text in personas.contexts], chosen, on_prompts)
         for system in systems
     ]
+    if given is not None:
+        report = [_fit(lm, layer, given[i], states[0][:, i], states[1][:, i]) for i, layer in enumerate(chosen)]
+        return Extraction(Vector(chosen, given), report)
     report = [_report(lm, layer, states[0][:, i], states[1][:, i]) for i, layer in enumerate(chosen)]
     _require_direction(chosen, [r.relative_norm for r in report])
     if config.method.startswith(lite.PREFIX):
@@ -145,21 +152,44 @@ def _report(lm: LM, layer: int, positive: Float[Tensor, "n d"], negative: Float[
     order = torch.randperm(len(difference), generator=torch.Generator().manual_seed(layer))
     halves = order[: len(order) // 2], order[len(order) // 2 :]
     a, b = (difference[half].mean(0) for half in halves)
-    stream = (positive.norm(dim=-1).mean() + negative.norm(dim=-1).mean()) / 2
     aucs = [auc(positive[held] @ v, negative[held] @ v) for v, held in ((a, halves[1]), (b, halves[0]))]
     return LayerReport(
         layer=layer,
-        depth=layer / max(1, len(lm.blocks) - 1),
-        relative_norm=(difference.mean(0).norm() / stream).item(),
+        depth=_depth(lm, layer),
+        relative_norm=(difference.mean(0).norm() / _stream(positive, negative)).item(),
         split_half=torch.cosine_similarity(a, b, dim=0).item(),
         auc=sum(aucs) / 2,
     )
+
+
+def _fit(
+    lm: LM, layer: int, v: Float[Tensor, " d"], positive: Float[Tensor, "n d"], negative: Float[Tensor, "n d"]
+) -> LayerReport:
+    """The report of a direction that comes from a file."""
+    return LayerReport(
+        layer=layer,
+        depth=_depth(lm, layer),
+        relative_norm=(v.norm() / _stream(positive, negative)).item(),
+        auc=auc(positive @ v, negative @ v),
+    )
+
+
+def _depth(lm: LM, layer: int) -> float:
+    return layer / max(1, len(lm.blocks) - 1)
+
+
+def _stream(positive: Float[Tensor, "n d"], negative: Float[Tensor, "n d"]) -> Float[Tensor, ""]:
+    """Mean norm of the residual stream."""
+    return (positive.norm(dim=-1).mean() + negative.norm(dim=-1).mean()) / 2
 
 
 def auc(high: Float[Tensor, " n"], low: Float[Tensor, " m"]) -> float:
     """Probability that one of `high` exceeds one of `low`, ties counted half."""
     difference = high[:, None] - low[None, :]
     return ((difference > 0).double().mean() + (difference == 0).double().mean() / 2).item()
+
+
+VECTOR_FILE = "vector.safetensors"  # in a vector's folder
 
 
 def write_vector(path: Path, extraction: Extraction) -> None:
@@ -172,7 +202,7 @@ def write_vector(path: Path, extraction: Extraction) -> None:
         return
     described = json.dumps({"layers": vector.layers, "operation": vector.operation})
     # One key: safetensors writes several in random order, and the file's checksum would change.
-    save_file({"direction": vector.direction.contiguous()}, path / "vector.safetensors", {"vector": described})
+    save_file({"direction": vector.direction.contiguous()}, path / VECTOR_FILE, {"vector": described})
 
 
 def read_vector(path: Path) -> Extraction:
@@ -180,7 +210,7 @@ def read_vector(path: Path) -> Extraction:
     report = structured(list[LayerReport], json.loads((path / "layers.json").read_text("utf-8")))
     if (path / "lite.safetensors").exists():
         return Extraction(lite.load(path / "lite.safetensors"), report)
-    with safe_open(path / "vector.safetensors", "pt") as stored:
+    with safe_open(path / VECTOR_FILE, "pt") as stored:
         described = json.loads(stored.metadata()["vector"])
         vector = Vector(tuple(described["layers"]), stored.get_tensor("direction"), described["operation"])
         return Extraction(vector, report)

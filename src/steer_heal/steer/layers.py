@@ -13,8 +13,9 @@ class LayerReport:
     depth: float
     """block index as a share of the last"""
     relative_norm: float
-    """norm of the mean difference over the mean norm of the residual stream"""
-    split_half: float
-    """cosine between the mean differences of two random halves of the contexts"""
+    """norm of the mean difference, or of a vector from a file, over the mean norm of the residual stream"""
+    split_half: float | None = None
+    """cosine between the mean differences of two random halves of the contexts; none for a vector from a file"""
     auc: float
-    """probability that one half's mean difference ranks a positive prompt of the other half above a negative one"""
+    """probability that one half's mean difference ranks a positive prompt of the other half above a negative one; that
+    a vector from a file ranks any positive prompt above a negative one"""
