@@ -183,12 +183,48 @@ def evaluate(asked: Eval) -> None:
 
     _check_files(json=asked.json)
     _check_gate(asked.gate)
+    if asked.judge:
+        _have_judged(asked)
+        return
+    for name in ("judge_model", "judge_items", "judge_seed"):
+        if getattr(asked, name) != getattr(Eval, name):
+            raise UserError(f"--{name.replace('_', '-')} {getattr(asked, name)!r} needs --judge: leave it out")
     check(RunConfig(eval=asked.eval))
     check_profile(asked.eval)
     model = ModelConfig(asked.base, asked.quant, asked.dtype, asked.device)
     record = evaluate_alone(asked.target, asked.round, asked.gate, asked.trait, model, asked.eval)
     if asked.json is not None:
         Path(asked.json).write_text(dumps(unstructured(record), indent=1), "utf-8")
+
+
+def _have_judged(asked: Eval) -> None:
+    from steer_heal.commands.judge import Wanted, judge_run
+    from steer_heal.commands.judges import endpoint_judge, local_judge
+    from steer_heal.records import unstructured
+
+    if asked.trait is not None:
+        raise UserError(f"--trait {asked.trait!r} with --judge: a run is judged on its own trait, leave it out")
+    is_url = _is_url(asked.judge)
+    if asked.judge_model and not is_url:
+        raise UserError(f"--judge-model {asked.judge_model!r} needs --judge URL: leave it out")
+    wanted = Wanted(asked.round, asked.gate, asked.judge_items, asked.judge_seed)
+    if is_url:
+        judge = endpoint_judge(asked.judge, asked.judge_model)
+    else:
+        judge = local_judge(_named_model(asked.judge, asked.quant))
+    record = judge_run(asked.target, judge, wanted)
+    if asked.json is not None:
+        Path(asked.json).write_text(dumps(unstructured(record), indent=1), "utf-8")
+
+
+def _is_url(text: str) -> bool:
+    return text.startswith(("http://", "https://"))
+
+
+def _named_model(name: str, quant: str) -> ModelConfig:
+    """The model of a preset, or the one that is named; `quant` is the user's where it is not none."""
+    model = PRESETS[name].model if name in PRESETS else replace(PRESETS["auto"].model, path=name)
+    return model if quant == "none" else replace(model, quant=quant)
 
 
 def results(asked: Results) -> None:
@@ -246,7 +282,7 @@ def _new_trait(asked: Trait) -> str:
     from steer_heal.commands import trait as traits
     from steer_heal.commands import write_trait, writers
 
-    is_url = asked.write.startswith(("http://", "https://"))
+    is_url = _is_url(asked.write)
     if asked.about and not (asked.about.isprintable() and len(asked.about) <= 500 and len(asked.about.split()) > 2):
         raise UserError(f"--about {asked.about[:60]!r}: give one sentence of 3 words or more, at most 500 characters")
     if asked.writer_model and not is_url:
@@ -255,8 +291,7 @@ def _new_trait(asked: Trait) -> str:
         return traits.new(asked.name, asked.about)
     if is_url:
         return write_trait.write(asked.name, asked.about, lambda: writers.endpoint(asked.write, asked.writer_model))
-    model = PRESETS[asked.write].model if asked.write in PRESETS else replace(PRESETS["auto"].model, path=asked.write)
-    model = model if asked.quant == "none" else replace(model, quant=asked.quant)
+    model = _named_model(asked.write, asked.quant)
     return write_trait.write(asked.name, asked.about, lambda: writers.local(model))
 
 

@@ -49,6 +49,29 @@ def read_jsonl(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
 
 
+def append_row(path: Path, row: Any) -> None:
+    """Add a line to a JSON lines file. Raises UserError when it cannot be written."""
+    with writing(path), path.open("ab") as file:
+        torn = file.tell() > 0 and path.read_bytes()[-1:] != b"\n"  # left by a process that was killed
+        file.write(b"\n" * torn + json.dumps(row).encode() + b"\n")
+
+
+def appended_rows(path: Path) -> list[Any]:
+    """The lines of a file that `append_row` wrote; none without a file. A last line that is torn is left out.
+
+    Raises UserError for any other line that is damaged.
+    """
+    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    found = []
+    for number, line in enumerate(lines, 1):
+        try:
+            found.append(json.loads(line))
+        except ValueError as error:
+            if number < len(lines):
+                raise UserError(f"{path} is damaged in line {number}: delete that line") from error
+    return found
+
+
 def remove(path: Path) -> None:
     """Delete a file, or a folder with its contents, if it exists."""
     if path.is_dir():
