@@ -22,7 +22,7 @@ from steer_heal.demands import check
 from steer_heal.presets import DEFAULT_PRESET, MODELS_TOO, PRESETS
 from steer_heal.processor import processor
 from steer_heal.terminal import harmless, program, take_any_text
-from steer_heal.verbs import Bench, Chat, Eval, Export, Report, Results, Run, Sweep, Trait, verbs
+from steer_heal.verbs import Bench, Chat, Compare, Eval, Export, Report, Results, Run, Sweep, Trait, verbs
 
 INTERRUPTED = 130  # the shell's code for Ctrl-C
 CANNOT_WRITE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM}
@@ -93,6 +93,8 @@ def carry_out(argv: list[str]) -> None:
             export(asked)
         case Chat():
             chat(asked)
+        case Compare():
+            compare(asked)
         case Trait():
             trait(asked)
         case Bench():
@@ -255,6 +257,22 @@ def chat(asked: Chat) -> None:
     if asked.max_new_tokens < 1:
         raise UserError(f"--max-new-tokens is {asked.max_new_tokens}: it must be 1 or more")
     talk(Path(asked.run), asked.gate, asked.max_new_tokens, asked.round)
+
+
+def compare(asked: Compare) -> None:
+    from steer_heal.commands import compare as comparing
+
+    _check_files(log=asked.log, page=asked.page)
+    folder = Path(asked.run)
+    given = {f"--{name}": value for name in ("log", "page", "read") if (value := getattr(asked, name)) is not None}
+    if len(given) > 1:
+        raise UserError(f"{' and '.join(given)}: give one of them")
+    if asked.read is not None:
+        comparing.read_back(folder, Path(asked.read))
+    elif asked.page is not None:
+        comparing.write_page(folder, asked.against, asked.seed, Path(asked.page))
+    else:
+        comparing.compare(folder, asked.against, asked.seed, Path(asked.log or folder / comparing.LOG))
 
 
 def trait(asked: Trait) -> None:

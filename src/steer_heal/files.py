@@ -51,24 +51,26 @@ def read_jsonl(path: Path) -> list[dict]:
 
 def append_row(path: Path, row: Any) -> None:
     """Add a line to a JSON lines file. Raises UserError when it cannot be written."""
-    with writing(path), path.open("ab") as file:
-        torn = file.tell() > 0 and path.read_bytes()[-1:] != b"\n"  # left by a process that was killed
-        file.write(b"\n" * torn + json.dumps(row).encode() + b"\n")
+    with writing(path), path.open("a+b") as file:
+        end = file.seek(0, os.SEEK_END)
+        file.seek(max(0, end - 1))
+        if end and file.read(1) != b"\n":  # a process was killed while it wrote a line
+            file.seek(0)
+            file.truncate(file.read().rfind(b"\n") + 1)
+        file.write(json.dumps(row).encode() + b"\n")
 
 
 def appended_rows(path: Path) -> list[Any]:
-    """The lines of a file that `append_row` wrote; none without a file. A last line that is torn is left out.
+    """The lines of a file that `append_row` wrote; none without a file. A torn line at the end is left out.
 
     Raises UserError for any other line that is damaged.
     """
-    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
     found = []
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1] if path.exists() else (), 1):
         try:
             found.append(json.loads(line))
         except ValueError as error:
-            if number < len(lines):
-                raise UserError(f"{path} is damaged in line {number}: delete that line") from error
+            raise UserError(f"{path} is damaged in line {number}: delete that line") from error
     return found
 
 

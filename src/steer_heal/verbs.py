@@ -166,6 +166,30 @@ class Chat:
 
 
 @dataclass(frozen=True)
+class Compare:
+    """Read a run's answers yourself: two to a prompt, unlabelled; press a key for the better one. Needs no model.
+
+    Example: steer-heal compare outputs/RUN --against equal-cost
+
+    Example: steer-heal compare outputs/RUN --page which.html
+    """
+
+    run: Positional[str]
+    """the run folder"""
+    against: Literal["base", "equal-cost", "prompted"] = "base"
+    """whose answers stand beside the student's: base, base plainly steered at the student's cost, or base with the
+    persona as its system prompt"""
+    log: str | None = None
+    """file that keeps the choices and is gone on with; default: compare.jsonl in the run folder"""
+    page: str | None = None
+    """.html file for a colleague: one page with all pairs, which saves the choices as a file"""
+    read: str | None = None
+    """file that such a page saved: show its result"""
+    seed: int = 0
+    """seed of the order of the prompts, and of which answer comes first"""
+
+
+@dataclass(frozen=True)
 class Trait:
     """Traits: `list` and `show` the built-in ones, begin a file with `new`, find what is wrong with one by `check`.
 
@@ -228,6 +252,7 @@ def verbs(chosen: Run) -> Any:
         | Annotated[Report, subcommand("report")]
         | Annotated[Export, subcommand("export")]
         | Annotated[Chat, subcommand("chat")]
+        | Annotated[Compare, subcommand("compare")]
         | Annotated[Trait, subcommand("trait")]
         | Annotated[Bench, subcommand("bench")]
     )

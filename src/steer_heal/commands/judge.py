@@ -220,9 +220,11 @@ def rate_again(hearing: Hearing, trait: Trait, rated: list[Rated], seed: int) ->
 def _ratings(hearing: Hearing, trait: Trait, answers: list[Rated], label: str, reading: int) -> list[Rating | None]:
     questions = [rating_question(trait, one.prompt, one.text) for one in answers]
     found = _asked(hearing, questions, label, reading)
-    return [
-        values and Rating(values["trait"], values["coherence"], float(values["answered"] == "yes")) for values in found
-    ]
+    return [values and _rating(values) for values in found]
+
+
+def _rating(values: dict[str, int | str]) -> Rating:
+    return Rating(float(values["trait"]), float(values["coherence"]), float(values["answered"] == "yes"))
 
 
 def _asked(hearing: Hearing, questions: list[Question], label: str, reading: int = 1) -> list[dict | None]:

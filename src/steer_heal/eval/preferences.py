@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from steer_heal.eval.intervals import Change, interval
+import numpy as np
+
+from steer_heal.eval.intervals import Change
+from steer_heal.eval.reading import change_of
 
 ASPECTS = {"trait": "shows the trait more", "answered": "better does what was asked"}
 
@@ -29,7 +32,7 @@ class Preferred:
 def preferred(arm: str, over: str, aspect: str, outcomes: Sequence[int]) -> Preferred:
     """Count outcomes, at least one, each +1 (better), 0 (the same) or -1 (worse)."""
     counts = [sum(outcome == one for outcome in outcomes) for one in (1, 0, -1)]
-    net = Change(sum(outcomes) / len(outcomes), interval(outcomes))
+    net = change_of(np.array(outcomes, dtype=np.float64))
     return Preferred(arm=arm, over=over, aspect=aspect, better=counts[0], same=counts[1], worse=counts[2], net=net)
 
 

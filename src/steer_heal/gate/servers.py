@@ -19,7 +19,7 @@ def send(handler, text: str, status: int = 200, kind: str = "application/json") 
 
 
 @contextmanager
-def serving(endpoint):
+def serving(endpoint, port: int = 0):
     """The URL of a server that answers by `endpoint.reply(handler, body)`; `endpoint.closed` is set at its end."""
 
     class Handler(BaseHTTPRequestHandler):
@@ -32,7 +32,7 @@ def serving(endpoint):
         def log_message(self, *_):
             pass
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server = ThreadingHTTPServer(("127.0.0.1", port), Handler)
     server.daemon_threads = True
     server.handle_error = lambda *_: None  # clients that went away
     thread = Thread(target=server.serve_forever, args=(0.02,))
