@@ -44,6 +44,7 @@ KEPT = "judge.jsonl"  # in the run folder: answers of the arms and of judges
 TOKENS = 200  # of an answer
 USUAL = 100  # prompts of the trait; half as many everyday ones
 SPREAD = 25  # points by which ratings of one arm differ from prompt to prompt, to say what width to expect
+TRIAL = Rated(arm="", prompt="What is 8 plus 6?", everyday=True, text="It is 14.")
 AGAIN = 10  # of so many ratings one is asked for a second time
 
 
@@ -146,9 +147,8 @@ def judge_run(target: str, judge: Judge, wanted: Wanted) -> Judged:
     of = arms_of(target, wanted)
     prompts = held_out(of.trait, of.config, wanted.prompts, wanted.everyday)
     hearing = Hearing(judge, Kept(of.folder / KEPT), wanted.seed)
-    rate(
-        hearing, of.trait, [Rated(arm="", prompt="What is 8 plus 6?", everyday=True, text="It is 14.")], "judge, trial"
-    )
+    if judge.trial:
+        rate(hearing, of.trait, [TRIAL], "judge, trial")
     print(f"{len(prompts)} held-out prompts, {sum(one.everyday for one in prompts)} of them everyday: {wanted.width}")
     arms = of.arms
     rated = rate(hearing, of.trait, _answers(of, ("prompted", "negative"), prompts, hearing.kept), "judge, personas")

@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import cache, partial
+from functools import partial
 from typing import TYPE_CHECKING
 
 from steer_heal.commands.endpoint import Endpoint, Flags, Form, object_of
@@ -21,7 +21,8 @@ FLAGS = Flags("--judge", "--judge-model", "judge")
 TRIES = 3  # for an answer of the form asked
 AT_ONCE = 8  # requests to an endpoint
 TOGETHER = 64  # questions to a local model, after which their answers are kept
-TOKENS = 6  # of a value, from a local model: a number, or a word
+WHOLE_TOKENS = 40  # of an answer in one go, from a local model
+TOKENS = 6  # of a value alone: a number, or a word
 MALFORMED = "no answer in the form asked"
 
 
@@ -43,13 +44,15 @@ class Heard:
 
 @dataclass(frozen=True)
 class Judge:
-    """Answers questions, in their order. Nothing is loaded or asked before the first one."""
+    """Answers questions, in their order. An endpoint is asked nothing before the first one."""
 
     place: str
     """the endpoint's URL and model, or the local model, as the user named them; names the kept answers"""
     name: Callable[[], str]
     ask: Callable[[str, list[Question]], Iterator[Heard]]
     """takes the judge's name, too"""
+    trial: bool = True
+    """whether it is tried on one question before the arms answer any: an endpoint may fail in many ways"""
 
 
 def endpoint_judge(url: str, model: str) -> Judge:
@@ -92,21 +95,47 @@ def _sum(counts: list[int | None]) -> int | None:
 
 
 def local_judge(config: ModelConfig) -> Judge:
-    """A chat model that is loaded here, at the first question. It decodes greedily, value by value."""
+    """A chat model that is loaded here. It decodes greedily, and goes on with an answer that is begun for it.
 
-    @cache
-    def loaded() -> LM:
-        from steer_heal.model.loading import load
+    Raises UserError for a model that cannot be loaded.
+    """
+    from steer_heal.model.loading import load
 
-        return load(config)
+    lm = load(config)
 
     def ask(name: str, questions: list[Question]) -> Iterator[Heard]:
         for start in range(0, len(questions), TOGETHER):
-            for question, said in _filled_in(loaded(), questions[start : start + TOGETHER]):
+            for question, said in _answered(lm, questions[start : start + TOGETHER]):
                 values = values_in(question.form, said)
                 yield Heard(values, said, "" if values else MALFORMED)
 
-    return Judge(f"model {config.path} {config.quant}", lambda: model_name(config.path), ask)
+    return Judge(f"model {config.path} {config.quant}", lambda: model_name(config.path), ask, trial=False)
+
+
+def _answered(lm: LM, questions: list[Question]) -> list[tuple[Question, str]]:
+    """Have every question answered in one go; those whose answer is not of the form, value by value."""
+    begun = [_opened("{", *next(iter(question.form.items()))) for question in questions]
+    written = _go_on(lm, questions, begun, WHOLE_TOKENS)
+    found = {question.text: before + after for question, before, after in zip(questions, begun, written, strict=True)}
+    if left := [one for one in questions if values_in(one.form, found[one.text]) is None]:
+        found |= {question.text: said for question, said in _filled_in(lm, left)}
+    return [(question, found[question.text]) for question in questions]
+
+
+def _opened(text: str, key: str, allowed: Allowed) -> str:
+    """The answer so far, with the beginning of its next value."""
+    return f'{text}"{key}": ' + ("" if isinstance(allowed, range) else '"')
+
+
+def _go_on(lm: LM, questions: list[Question], begun: list[str], tokens: int) -> list[str]:
+    """What the model writes after the beginning of each answer."""
+    from steer_heal.model.decode import decode, rows_that_fit
+
+    prompts = [
+        lm.prompt(one.text, frame=Frame("judge", begun=text)) for one, text in zip(questions, begun, strict=True)
+    ]
+    fit = rows_that_fit(lm, max(map(len, prompts)), tokens)
+    return [lm.text(answer.ids) for answer in decode(replace(lm, decode_rows=fit), prompts, tokens)]
 
 
 def _filled_in(lm: LM, questions: list[Question]) -> list[tuple[Question, str]]:
@@ -114,22 +143,16 @@ def _filled_in(lm: LM, questions: list[Question]) -> list[tuple[Question, str]]:
 
     The questions have one form. A value that is not allowed ends its answer.
     """
-    from steer_heal.model.decode import decode, rows_that_fit
-
-    begun, whole = ["{"] * len(questions), [True] * len(questions)
-    last = [*questions[0].form][-1]
-    for key, allowed in questions[0].form.items():
-        quote = "" if isinstance(allowed, range) else '"'
-        begun = [f'{text}"{key}": {quote}' if good else text for text, good in zip(begun, whole, strict=True)]
-        left = [i for i, good in enumerate(whole) if good]
-        prompts = [lm.prompt(questions[i].text, frame=Frame("judge", begun=begun[i])) for i in left]
-        if not prompts:
-            break
-        fit = rows_that_fit(lm, max(map(len, prompts)), TOKENS)
-        for i, answer in zip(left, decode(replace(lm, decode_rows=fit), prompts, TOKENS), strict=True):
-            value = _value(allowed, written := lm.text(answer.ids))
-            whole[i] = value is not None
-            begun[i] += written if value is None else f"{value}{quote}{'}' if key == last else ', '}"
+    form = questions[0].form
+    begun, left, last = ["{"] * len(questions), [*range(len(questions))], [*form][-1]
+    for key, allowed in form.items():
+        for i in left:
+            begun[i] = _opened(begun[i], key, allowed)
+        written = _go_on(lm, [questions[i] for i in left], [begun[i] for i in left], TOKENS) if left else []
+        values = {i: _value(allowed, text) for i, text in zip(left, written, strict=True)}
+        left = [i for i, value in values.items() if value is not None]
+        for i in left:
+            begun[i] += f"{values[i]}{'' if isinstance(allowed, range) else chr(34)}{'}' if key == last else ', '}"
     return [*zip(questions, begun, strict=True)]
 
 

@@ -241,8 +241,9 @@ def test_an_invalid_judge_is_told_so_and_asked_nothing_more(run, capsys):
 
 
 @pytest.mark.run
-def test_what_is_malformed_is_asked_again_and_then_counted(run, capsys):
-    """Every third request is answered in prose, and of one arm's everyday answers never in JSON."""
+def test_what_is_malformed_is_asked_again_and_then_counted(run, capsys, monkeypatch):
+    """Every third request is answered in prose, and of base's answers those without a question mark always."""
+    monkeypatch.setattr(judges, "AT_ONCE", 1)
     prose = says(json.dumps({"choices": [{"message": {"content": "I would say 80 of 100."}}]}))
 
     def rate(answer):
@@ -384,11 +385,19 @@ def test_a_local_model_fills_the_form_in_value_by_value(lm, monkeypatch):
 
     monkeypatch.setattr(decoding, "decode", written)
     question = rating_question(load_trait("love"), "Hi", "Hello")
-    ((_, said),) = judges._filled_in(lm, [question])
+    ((_, said),) = judges._answered(lm, [question])
     assert values_in(RATING, said) == {"trait": 85, "coherence": 7, "answered": "yes"}
-    assert begun == [['"trait": '], ['"trait": 85, "coherence": '], ['"trait": 85, "coherence": 7, "answered": "']]
-    both = judges._filled_in(lm, [question, question])
+    assert begun == [
+        ['"trait": '],
+        ['"trait": '],
+        ['"trait": 85, "coherence": '],
+        ['"trait": 85, "coherence": 7, "answered": "'],
+    ]
+    both = judges._answered(lm, [question, rating_question(load_trait("love"), "Hi", "Bye")])
     assert [values_in(RATING, said) for _, said in both] == [None, None]
+    monkeypatch.setattr(judges, "_go_on", lambda lm, asked, begun, tokens: ['3, "coherence": 4, "answered": "no"} x'])
+    ((_, said),) = judges._answered(lm, [question])
+    assert values_in(RATING, said) == {"trait": 3, "coherence": 4, "answered": "no"}
 
 
 @pytest.mark.run
