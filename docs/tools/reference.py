@@ -233,6 +233,8 @@ RUN_FILES: dict[str, tuple[Any, str]] = {
     "demos.jsonl": (None, "answers of base and prompted, side by side"),
     "adapter/": (None, "the student as one PEFT adapter, with a README; at the end of the run"),
     "summary.json": (Summary, "every figure with its interval; at the end of the run"),
+    "judge.jsonl": (None, "what `eval --judge` keeps: answers of the arms and of judges"),
+    "compare.jsonl": (None, "what `compare` keeps: a choice a line"),
     "report.html": (None, "the report as one page"),
     "diary.md": (None, "the report in short"),
 }

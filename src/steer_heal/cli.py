@@ -22,7 +22,7 @@ from steer_heal.demands import check
 from steer_heal.presets import PRESETS
 from steer_heal.processor import processor
 from steer_heal.terminal import harmless, program, take_any_text
-from steer_heal.verbs import Bench, Chat, Eval, Export, Report, Results, Run, Sweep, Trait, verbs
+from steer_heal.verbs import Bench, Chat, Compare, Eval, Export, Report, Results, Run, Sweep, Trait, verbs
 
 INTERRUPTED = 130  # the shell's code for Ctrl-C
 CANNOT_WRITE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM}
@@ -93,6 +93,8 @@ def carry_out(argv: list[str]) -> None:
             export(asked)
         case Chat():
             chat(asked)
+        case Compare():
+            compare(asked)
         case Trait():
             trait(asked)
         case Bench():
@@ -165,12 +167,48 @@ def evaluate(asked: Eval) -> None:
 
     _check_files(json=asked.json)
     _check_gate(asked.gate)
+    if asked.judge:
+        _have_judged(asked)
+        return
+    for name in ("judge_model", "judge_items", "judge_seed"):
+        if getattr(asked, name) != getattr(Eval, name):
+            raise UserError(f"--{name.replace('_', '-')} {getattr(asked, name)!r} needs --judge: leave it out")
     check(RunConfig(eval=asked.eval))
     check_profile(asked.eval)
     model = ModelConfig(asked.base, asked.quant, asked.dtype, asked.device)
     record = evaluate_alone(asked.target, asked.round, asked.gate, asked.trait, model, asked.eval)
     if asked.json is not None:
         Path(asked.json).write_text(dumps(unstructured(record), indent=1), "utf-8")
+
+
+def _have_judged(asked: Eval) -> None:
+    from steer_heal.commands.judge import Wanted, judge_run
+    from steer_heal.commands.judges import endpoint_judge, local_judge
+    from steer_heal.records import unstructured
+
+    if asked.trait is not None:
+        raise UserError(f"--trait {asked.trait!r} with --judge: a run is judged on its own trait, leave it out")
+    is_url = _is_url(asked.judge)
+    if asked.judge_model and not is_url:
+        raise UserError(f"--judge-model {asked.judge_model!r} needs --judge URL: leave it out")
+    wanted = Wanted(asked.round, asked.gate, asked.judge_items, asked.judge_seed)
+    if is_url:
+        judge = endpoint_judge(asked.judge, asked.judge_model)
+    else:
+        judge = local_judge(_named_model(asked.judge, asked.quant))
+    record = judge_run(asked.target, judge, wanted)
+    if asked.json is not None:
+        Path(asked.json).write_text(dumps(unstructured(record), indent=1), "utf-8")
+
+
+def _is_url(text: str) -> bool:
+    return text.startswith(("http://", "https://"))
+
+
+def _named_model(name: str, quant: str) -> ModelConfig:
+    """The model of a preset, or the one that is named; `quant` is the user's where it is not none."""
+    model = PRESETS[name].model if name in PRESETS else replace(PRESETS["auto"].model, path=name)
+    return model if quant == "none" else replace(model, quant=quant)
 
 
 def results(asked: Results) -> None:
@@ -215,6 +253,22 @@ def chat(asked: Chat) -> None:
     talk(Path(asked.run), asked.gate, asked.max_new_tokens, asked.round)
 
 
+def compare(asked: Compare) -> None:
+    from steer_heal.commands import compare as comparing
+
+    _check_files(log=asked.log, page=asked.page)
+    folder = Path(asked.run)
+    given = {f"--{name}": value for name in ("log", "page", "read") if (value := getattr(asked, name)) is not None}
+    if len(given) > 1:
+        raise UserError(f"{' and '.join(given)}: give one of them")
+    if asked.read is not None:
+        comparing.read_back(folder, Path(asked.read))
+    elif asked.page is not None:
+        comparing.write_page(folder, asked.against, asked.seed, Path(asked.page))
+    else:
+        comparing.compare(folder, asked.against, asked.seed, Path(asked.log or folder / comparing.LOG))
+
+
 def trait(asked: Trait) -> None:
     from steer_heal.commands import trait as traits
 
@@ -240,7 +294,7 @@ def _new_trait(asked: Trait) -> str:
     from steer_heal.commands import trait as traits
     from steer_heal.commands import write_trait, writers
 
-    is_url = asked.write.startswith(("http://", "https://"))
+    is_url = _is_url(asked.write)
     if asked.about and not (asked.about.isprintable() and len(asked.about) <= 500 and len(asked.about.split()) > 2):
         raise UserError(f"--about {asked.about[:60]!r}: give one sentence of 3 words or more, at most 500 characters")
     if asked.writer_model and not is_url:
@@ -249,8 +303,7 @@ def _new_trait(asked: Trait) -> str:
         return traits.new(asked.name, asked.about)
     if is_url:
         return write_trait.write(asked.name, asked.about, lambda: writers.endpoint(asked.write, asked.writer_model))
-    model = PRESETS[asked.write].model if asked.write in PRESETS else replace(PRESETS["auto"].model, path=asked.write)
-    model = model if asked.quant == "none" else replace(model, quant=asked.quant)
+    model = _named_model(asked.write, asked.quant)
     return write_trait.write(asked.name, asked.about, lambda: writers.local(model))
 
 

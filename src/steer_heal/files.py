@@ -49,6 +49,31 @@ def read_jsonl(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
 
 
+def append_row(path: Path, row: Any) -> None:
+    """Add a line to a JSON lines file. Raises UserError when it cannot be written."""
+    with writing(path), path.open("a+b") as file:
+        end = file.seek(0, os.SEEK_END)
+        file.seek(max(0, end - 1))
+        if end and file.read(1) != b"\n":  # a process was killed while it wrote a line
+            file.seek(0)
+            file.truncate(file.read().rfind(b"\n") + 1)
+        file.write(json.dumps(row).encode() + b"\n")
+
+
+def appended_rows(path: Path) -> list[Any]:
+    """The lines of a file that `append_row` wrote; none without a file. A torn line at the end is left out.
+
+    Raises UserError for any other line that is damaged.
+    """
+    found = []
+    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1] if path.exists() else (), 1):
+        try:
+            found.append(json.loads(line))
+        except ValueError as error:
+            raise UserError(f"{path} is damaged in line {number}: delete that line") from error
+    return found
+
+
 def remove(path: Path) -> None:
     """Delete a file, or a folder with its contents, if it exists."""
     if path.is_dir():

@@ -55,7 +55,11 @@ class Sweep:
 class Eval:
     """Read the instruments alone: on base, both personas as prompts and, for an adapter or a run, the student.
 
+    With --judge, a model that you name rates the answers of a run instead.
+
     Example: steer-heal eval outputs/RUN --round 0 --json round0.json
+
+    Example: steer-heal eval outputs/RUN --judge http://localhost:8000/v1 --json judged.json
     """
 
     target: Positional[str]
@@ -67,11 +71,21 @@ class Eval:
     trait: str | None = None
     """built-in trait or .toml file; default: the run's own trait, else love"""
     json: str | None = None
-    """file for every figure with its interval"""
+    """file for every figure with its interval; with --judge, also every answer with its ratings"""
+    judge: str = ""
+    """for a run: who rates its arms' answers, in place of the instruments: an OpenAI-compatible endpoint's URL (key:
+    OPENAI_API_KEY), or a chat model (hub id, folder, .gguf, preset)"""
+    judge_model: str = ""
+    """name of the endpoint's model; default: the first that it lists"""
+    judge_items: int = 100
+    """prompts of the trait that are judged, 8 or more, and half as many everyday ones. A quarter as many give intervals
+    twice as wide"""
+    judge_seed: int = 0
+    """seed of the order in which the judge is asked"""
     base: str = ""
     """for an adapter: the base model to load instead of the one that the adapter names"""
     quant: Literal["none", "nf4"] = "none"
-    """for a model or adapter: nf4 holds the base in 4 bits. A run is loaded as it was made"""
+    """for a model, an adapter or a judge: nf4 holds the weights in 4 bits. A run is loaded as it was made"""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """for a model or adapter: type of the weights that are not quantised"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -161,6 +175,30 @@ class Chat:
 
 
 @dataclass(frozen=True)
+class Compare:
+    """Read a run's answers yourself: two to a prompt, unlabelled; press a key for the better one. Needs no model.
+
+    Example: steer-heal compare outputs/RUN --against equal-cost
+
+    Example: steer-heal compare outputs/RUN --page which.html
+    """
+
+    run: Positional[str]
+    """the run folder"""
+    against: Literal["base", "equal-cost", "prompted"] = "base"
+    """whose answers stand beside the student's: base, base plainly steered at the student's cost, or base with the
+    persona as its system prompt"""
+    log: str | None = None
+    """file that keeps the choices and is gone on with; default: compare.jsonl in the run folder"""
+    page: str | None = None
+    """.html file for a colleague: one page with all pairs, which saves the choices as a file"""
+    read: str | None = None
+    """file that such a page saved: show its result"""
+    seed: int = 0
+    """seed of the order of the prompts, and of which answer comes first"""
+
+
+@dataclass(frozen=True)
 class Trait:
     """Traits: `list` and `show` the built-in ones, begin a file with `new`, find what is wrong with one by `check`.
 
@@ -223,6 +261,7 @@ def verbs(chosen: Run) -> Any:
         | Annotated[Report, subcommand("report")]
         | Annotated[Export, subcommand("export")]
         | Annotated[Chat, subcommand("chat")]
+        | Annotated[Compare, subcommand("compare")]
         | Annotated[Trait, subcommand("trait")]
         | Annotated[Bench, subcommand("bench")]
     )

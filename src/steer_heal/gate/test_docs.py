@@ -126,7 +126,7 @@ def commands(text: str, program: str) -> list[list[str]]:
 def typed(words: list[str], monkeypatch, tmp_path) -> None:
     """Read a command line with the program's own parser, up to where it would be carried out."""
     asked = []
-    for verb in ("run", "sweep", "evaluate", "results", "report", "export", "chat", "trait", "bench"):
+    for verb in ("run", "sweep", "evaluate", "results", "report", "export", "chat", "compare", "trait", "bench"):
         monkeypatch.setattr(cli, verb, lambda *given: asked.append(given))
     monkeypatch.setattr("steer_heal.commands.preset._has_gpu", lambda: False)
     monkeypatch.setattr("steer_heal.runs.resume.started", lambda *_: ("smollm2-135m", PRESETS["smollm2-135m"]))
@@ -145,7 +145,7 @@ def typed(words: list[str], monkeypatch, tmp_path) -> None:
             plan(sweep.name, sweep.grid, seed_list(sweep.seeds), shared, tmp_path, "")
 
 
-VERBS = ("run", "sweep", "eval", "results", "report", "export", "chat", "trait", "bench")
+VERBS = ("run", "sweep", "eval", "results", "report", "export", "chat", "compare", "trait", "bench")
 
 
 @pytest.mark.parametrize("page", INSTRUCTIONS, ids=name_of)
@@ -223,7 +223,8 @@ def test_the_reference_has_every_flag_with_its_meaning_and_bounds():
         takes, _, meaning = parts["steer-heal run"][f"`{flag(knob.name)}`"]
         bounds = [mark.interval for mark in knob.marks if isinstance(mark, Within) and mark != ANY]
         assert all(one in takes for one in bounds) and len(meaning) > 3, knob.name
-    forms = (verbs.Sweep, verbs.Eval, verbs.Results, verbs.Report, verbs.Export, verbs.Chat, verbs.Trait, verbs.Bench)
+    forms = (verbs.Sweep, verbs.Eval, verbs.Results, verbs.Report, verbs.Export, verbs.Chat, verbs.Compare)
+    forms += (verbs.Trait, verbs.Bench)
     for form in forms:
         listed = parts[f"steer-heal {form.__name__.lower()}"]
         for one in dataclasses.fields(form):

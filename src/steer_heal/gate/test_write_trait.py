@@ -7,25 +7,23 @@ import json
 import ssl
 import sys
 import tomllib
-from contextlib import contextmanager
-from functools import cache
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import count
 from pathlib import Path
-from threading import Event, Thread
+from threading import Event
 
 import pytest
 
 from steer_heal.cli import main
+from steer_heal.commands import endpoint as endpoints
 from steer_heal.commands import write_trait, writers
 from steer_heal.commands.trait import advice_of, paste
 from steer_heal.commands.trait_rows import Rows, near, rows_in, words
 from steer_heal.data import LEAST_PROBES, load_trait, pool, read_trait
+from steer_heal.gate.servers import HTML, TLS, drip, flood, hang, headed, says, send, serving
 from steer_heal.model import decode as decoding
 from steer_heal.model.decode import Decoded
 from steer_heal.terminal import CONTROL
 
-TLS = cache(ssl.create_default_context)  # most of the time of an ask over loopback, which has none
 ABOUT = "has time for everyone and waits gladly"
 PERSONAS = {
     "positive": "You have all the time in the world for everyone. You wait gladly.",
@@ -70,51 +68,15 @@ class Endpoint:
             send(handler, json.dumps({"choices": [{"message": {"content": text}}]}))
 
 
-def send(handler, text: str, status: int = 200, kind: str = "application/json") -> None:
-    handler.send_response(status)
-    handler.send_header("Content-Type", kind)
-    handler.send_header("Content-Length", str(len(text.encode())))
-    handler.end_headers()
-    handler.wfile.write(text.encode())
-
-
-@contextmanager
-def serving(endpoint: Endpoint):
-    """The URL of a server that answers as the endpoint does."""
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self):
-            endpoint.reply(self, {})
-
-        def do_POST(self):
-            endpoint.reply(self, json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
-
-        def log_message(self, *_):
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.daemon_threads = True
-    server.handle_error = lambda *_: None  # clients that went away
-    thread = Thread(target=server.serve_forever, args=(0.02,))
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}/v1"
-    finally:
-        endpoint.closed.set()
-        server.shutdown()
-        server.server_close()
-        thread.join()
-
-
 @pytest.fixture(autouse=True)
 def here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     monkeypatch.setenv("OPENAI_API_KEY", "a-key")
     monkeypatch.setattr(ssl, "create_default_context", TLS)
-    monkeypatch.setattr(writers, "RETRIES", 0)
+    monkeypatch.setattr(endpoints, "RETRIES", 0)
     monkeypatch.setattr(writers, "ROWS", {"endpoint": 64, "local": 8})
-    monkeypatch.setattr(writers, "SECONDS", {"models": 60, "rows": 60})
+    monkeypatch.setattr(endpoints, "SECONDS", {"models": 60, "answer": 60})
     return tmp_path
 
 
@@ -230,42 +192,6 @@ def test_rows_are_found_in_prose_and_in_answers_that_are_cut_off():
     assert rows_in('{"a": ' + "[" * 100_000 + "}") == [{}] and rows_in("{" * 100_000) == []
 
 
-def hang(endpoint, handler):
-    endpoint.closed.wait(20)
-
-
-def drip(endpoint, handler):
-    handler.send_response(200)
-    handler.end_headers()
-    while not endpoint.closed.wait(0.1):
-        handler.wfile.write(b" ")
-
-
-def flood(endpoint, handler):
-    handler.send_response(200)
-    handler.end_headers()
-    for _ in range(100):
-        handler.wfile.write(b" " * 100_000)
-
-
-def says(text, status=200, kind="application/json"):
-    return lambda endpoint, handler: send(handler, text, status, kind)
-
-
-def headed(**headers):
-    """A body that is not what its headers say."""
-
-    def reply(endpoint, handler):
-        handler.send_response(200)
-        for name, value in headers.items():
-            handler.send_header(name.replace("_", "-"), value)
-        handler.end_headers()
-        handler.wfile.write(b'{"data": []}')
-
-    return reply
-
-
-HTML = says("<!doctype html>\n<h1>It \x1b[2J works</h1>", kind="text/html")
 SERVERS = {
     "401": ("/models", says('{"error": {"message": "bad"}}', 401), "refuses the key (401): set the environment"),
     "403 later": ("/chat/completions", says("no", 403), "refuses the key (403)"),
@@ -296,7 +222,7 @@ SERVERS = {
 def test_a_server_that_is_no_endpoint(name, refused, monkeypatch):
     path, answer, message = SERVERS[name]
     if "0.5 seconds" in message:
-        monkeypatch.setitem(writers.SECONDS, "models" if path == "/models" else "rows", 0.5)
+        monkeypatch.setitem(endpoints.SECONDS, "models" if path == "/models" else "answer", 0.5)
     endpoint = Endpoint(answers={path: answer})
     with serving(endpoint) as url:
         assert message in refused("--write", url, "--about", ABOUT)
