@@ -27,9 +27,7 @@ ANSWER_ROUND = 4  # instead of ROUND: most answers are one or two words
 Kept = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
-def of_tokens(
-    log_p: Float[Tensor, "n v"], rows: Int[Tensor, " m"], tokens: Int[Tensor, " m"]
-) -> Float[Tensor, " m"]:
+def of_tokens(log_p: Float[Tensor, "n v"], rows: Int[Tensor, " m"], tokens: Int[Tensor, " m"]) -> Float[Tensor, " m"]:
     """The tokens' log-probabilities."""
     return log_p[rows, tokens]
 
@@ -48,7 +46,7 @@ def choice_log_probs(
     steering_: Steering | None = None,
     on_prompts: Callable[[int], None] = lambda prompts: None,
     keep: Kept = of_tokens,
-) -> list[list[Float[Tensor, "n *kept"]]]:
+) -> list[list[Float[Tensor, "n ..."]]]:
     """Log-probability in nats of each token of each answer: result[i][j] belongs to `choices[i][j]` after `prompts[i]`.
 
     Args:

@@ -135,6 +135,4 @@ def over_base(scores: Scores, base: Scores) -> Scores:
         return own(draw) - other(draw)
 
     everything = np.arange(len(scores.items))[None]
-    return replace(
-        scores, over_base=Change(float(change(everything)[0]), interval_of(change, len(scores.items)))
-    )
+    return replace(scores, over_base=Change(float(change(everything)[0]), interval_of(change, len(scores.items))))

@@ -133,7 +133,7 @@ class Answering:
     def _room_for(self, prompt: list[int], tokens: int) -> list[int]:
         if tokens >= self.room:
             raise UserError(
-                f"--harness: a task asks for answers of {tokens} tokens, the model reads {self.room} in all: leave it out"
+                f"--harness: a task asks for answers of {tokens} tokens, the model reads {self.room}: leave it out"
             )
         return self._cut(prompt, self.room - tokens)
 
@@ -165,7 +165,7 @@ class Answering:
         return self.lm.tokenizer.decode(ids, skip_special_tokens=True)
 
     def _bar(self, total: int, unit: str) -> Any:
-        return progress(f"{self.arm.name} {unit}s", total, unit)
+        return progress(f"eval {self.arm.name}", total, unit)
 
 
 def harness_model(lm: LM, arm: Arm) -> Answering:

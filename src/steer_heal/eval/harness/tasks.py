@@ -56,7 +56,7 @@ def load_tasks(names: list[str], folder: Path | None) -> Tasks:
     Raises UserError for a name that nothing has, and for a task that cannot be loaded or read.
     """
     require_harness()
-    for noisy in ("lm_eval", "datasets"):
+    for noisy in ("lm_eval", "datasets", "huggingface_hub"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
     from lm_eval.tasks import TaskManager
 
@@ -128,7 +128,9 @@ def _line(error: Exception) -> str:
 def _require_readable(name: str, task: Any) -> None:
     """Raise UserError for a task that needs more than text in and text out."""
     if getattr(task, "UNSAFE_CODE", False):
-        raise UserError(f"--harness {name!r}: the task runs code that the model writes, steer-heal does not: leave it out")
+        raise UserError(
+            f"--harness {name!r}: the task runs code that the model writes, steer-heal does not: leave it out"
+        )
     if getattr(task, "MULTIMODAL", False):
         raise UserError(f"--harness {name!r}: the task shows pictures or sounds, only text is read here: leave it out")
 
