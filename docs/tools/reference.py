@@ -23,6 +23,7 @@ from steer_heal.config import COMMON, SIZES, Counts, EvalConfig, RunConfig, With
 from steer_heal.data import Contrast, Trait
 from steer_heal.distil.record import Anchor, Completion, DoseCurve
 from steer_heal.eval.catalogue import CATALOGUE
+from steer_heal.eval.harness.record import Benchmarks
 from steer_heal.eval.reading import ArmReading, Geometry, Survey
 from steer_heal.heal.steps import HealStep
 from steer_heal.presets import DEFAULT_PRESET, PRESETS, RECIPES
@@ -233,6 +234,7 @@ RUN_FILES: dict[str, tuple[Any, str]] = {
     "demos.jsonl": (None, "answers of base and prompted, side by side"),
     "adapter/": (None, "the student as one PEFT adapter, with a README; at the end of the run"),
     "summary.json": (Summary, "every figure with its interval; at the end of the run"),
+    "harness.json": (Benchmarks, "benchmarks of the last student; only after `eval --harness`"),
     "report.html": (None, "the report as one page"),
     "diary.md": (None, "the report in short"),
 }

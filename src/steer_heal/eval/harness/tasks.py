@@ -15,6 +15,7 @@ import numpy as np
 from steer_heal.config import UserError
 from steer_heal.data import HERE, canary
 
+PLAIN = "plain_questions"
 OWN = HERE / "harness"  # our own task files
 SEED = 1234  # for tasks that draw examples or shuffle answers; the harness has the same default
 NEAR = 3  # names that a message about an unknown one offers
