@@ -23,6 +23,7 @@ from steer_heal.config import COMMON, SIZES, Counts, EvalConfig, RunConfig, With
 from steer_heal.data import Contrast, Trait
 from steer_heal.distil.record import Anchor, Completion, DoseCurve
 from steer_heal.eval.catalogue import CATALOGUE
+from steer_heal.eval.harness.record import Benchmarks
 from steer_heal.eval.reading import ArmReading, Geometry, Survey
 from steer_heal.heal.steps import HealStep
 from steer_heal.presets import DEFAULT_PRESET, PRESETS, RECIPES
@@ -235,6 +236,7 @@ RUN_FILES: dict[str, tuple[Any, str]] = {
     "summary.json": (Summary, "every figure with its interval; at the end of the run"),
     "judge.jsonl": (None, "what `eval --judge` keeps: answers of the arms and of judges"),
     "compare.jsonl": (None, "what `compare` keeps: a choice a line"),
+    "harness.json": (Benchmarks, "benchmarks of the last student; only after `eval --harness`"),
     "report.html": (None, "the report as one page"),
     "diary.md": (None, "the report in short"),
 }

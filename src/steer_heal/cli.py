@@ -17,7 +17,7 @@ from loguru import logger
 
 from steer_heal import VERSION, flags
 from steer_heal.commands.preset import chosen, unknown_preset, with_preset
-from steer_heal.config import ModelConfig, RunConfig, UserError
+from steer_heal.config import EvalConfig, ModelConfig, RunConfig, UserError
 from steer_heal.demands import check
 from steer_heal.presets import PRESETS
 from steer_heal.processor import processor
@@ -176,6 +176,10 @@ def evaluate(asked: Eval) -> None:
     check(RunConfig(eval=asked.eval))
     check_profile(asked.eval)
     model = ModelConfig(asked.base, asked.quant, asked.dtype, asked.device)
+    if asked.harness is not None:
+        return benchmark(asked, model)
+    if asked.harness_tasks is not None or asked.harness_items is not None:
+        raise UserError("--harness-tasks and --harness-items need --harness: name the benchmarks, or leave them out")
     record = evaluate_alone(asked.target, asked.round, asked.gate, asked.trait, model, asked.eval)
     if asked.json is not None:
         Path(asked.json).write_text(dumps(unstructured(record), indent=1), "utf-8")
@@ -197,6 +201,19 @@ def _have_judged(asked: Eval) -> None:
     else:
         judge = local_judge(_named_model(asked.judge, asked.quant))
     record = judge_run(asked.target, judge, wanted)
+    if asked.json is not None:
+        Path(asked.json).write_text(dumps(unstructured(record), indent=1), "utf-8")
+
+
+def benchmark(asked: Eval, model: ModelConfig) -> None:
+    from steer_heal.commands.benchmark import Asked, Wanted
+    from steer_heal.commands.benchmark import benchmark as do
+    from steer_heal.records import unstructured
+
+    if asked.eval != EvalConfig():
+        raise UserError("--eval.* choose the instruments, which --harness replaces: leave one of them out")
+    target = Asked(asked.target, asked.round, asked.gate, asked.trait, model)
+    record = do(target, Wanted(asked.harness, asked.harness_tasks, asked.harness_items))
     if asked.json is not None:
         Path(asked.json).write_text(dumps(unstructured(record), indent=1), "utf-8")
 

@@ -55,11 +55,13 @@ class Sweep:
 class Eval:
     """Read the instruments alone: on base, both personas as prompts and, for an adapter or a run, the student.
 
-    With --judge, a model that you name rates the answers of a run instead.
+    With --judge, a model that you name rates the answers of a run instead; with --harness, benchmarks are read.
 
     Example: steer-heal eval outputs/RUN --round 0 --json round0.json
 
     Example: steer-heal eval outputs/RUN --judge http://localhost:8000/v1 --json judged.json
+
+    Example: steer-heal eval outputs/RUN --harness plain_questions --json benchmarks.json
     """
 
     target: Positional[str]
@@ -90,6 +92,14 @@ class Eval:
     """for a model or adapter: type of the weights that are not quantised"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """for a model or adapter"""
+    harness: str | None = None
+    """instead of the instruments, read these benchmarks of lm-evaluation-harness, separated by commas, also with plain
+    steering at equal cost, e.g. gsm8k,ifeval; plain_questions needs no network (install it: pip install
+    'steer_heal[harness]')"""
+    harness_tasks: str | None = None
+    """with --harness: a folder with task files of your own (*.yaml)"""
+    harness_items: int | None = None
+    """with --harness: read the first so many items of each task; default: all"""
     eval: EvalConfig = field(default_factory=EvalConfig)
     """which instruments are read, and how many items of each"""
 

@@ -13,7 +13,7 @@ from bitsandbytes.nn import Linear4bit
 from steer_heal.config import UserError
 from steer_heal.files import write_text
 from steer_heal.model.lm import LM
-from steer_heal.report.card import model_card
+from steer_heal.report.card import benchmark_part, model_card
 from steer_heal.runs.reading import load as read_run
 from steer_heal.runs.resume import opened
 from steer_heal.runs.student import finished_rounds, student_after
@@ -38,6 +38,8 @@ def export(folder: Path, to: Path, round_: int | None, merge: bool) -> None:
     card = model_card(
         run.summary, run.config, made.read("trait.json"), made.first_argv, rounds, "model" if merge else "adapter"
     )
+    if run.benchmarks is not None and run.benchmarks.round == rounds - 1:
+        card += benchmark_part(run.benchmarks)
     to.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=to.parent, prefix=".export-") as scratch:
         whole = Path(scratch) / "whole"

@@ -6,7 +6,7 @@ No torch, so that a report can be rebuilt on a machine without torch.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -16,6 +16,8 @@ from scipy.special import stdtrit
 
 RESAMPLES = 10_000
 SEED = 20260606  # the same resamples for every arm and every rebuild, so that intervals are reproducible
+AT_ONCE = 2_000  # items whose resamples are kept for the next interval, see `_resamples`
+PART = 100  # resamples of more items that are drawn together
 SPLITS = 200  # random halvings of the probes
 
 Interval = tuple[float, float]
@@ -44,8 +46,19 @@ def interval(values: Sequence[float] | np.ndarray) -> Interval:
 
 def interval_of(statistic: Callable[[np.ndarray], np.ndarray], items: int) -> Interval:
     """95% percentile bootstrap interval of any statistic: item numbers [resamples, items] to values [resamples]."""
-    low, high = np.quantile(statistic(_resamples(items)), (0.025, 0.975))
+    if items <= AT_ONCE:
+        values = statistic(_resamples(items))
+    else:
+        values = np.concatenate([statistic(draw) for draw in _parts(items)])
+    low, high = np.quantile(values, (0.025, 0.975))
     return float(low), float(high)
+
+
+def _parts(items: int) -> Iterator[np.ndarray]:
+    """Resamples of many items, some at a time: all of a large benchmark would take a gigabyte."""
+    random = np.random.default_rng(SEED)
+    for _ in range(RESAMPLES // PART):
+        yield random.integers(0, items, (PART, items))
 
 
 @lru_cache(maxsize=4)  # 5 MB for 64 items; a table needs few sizes, each thousands of times

@@ -17,11 +17,26 @@ from transformers.cache_utils import Cache, DynamicCache
 
 from steer_heal.model.batching import ROUND, Padded, batches, filled, left_padded, rounded, shared_left_padded
 from steer_heal.model.forward import prefix
-from steer_heal.model.likelihood import token_nll
+from steer_heal.model.likelihood import log_probs
 from steer_heal.model.lm import LM
 from steer_heal.model.steering import Doses, Steering, steering
 
 ANSWER_ROUND = 4  # instead of ROUND: most answers are one or two words
+
+# What is kept of the log-probabilities [n, v]: of these rows and these tokens, one value or more for each.
+Kept = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def of_tokens(log_p: Float[Tensor, "n v"], rows: Int[Tensor, " m"], tokens: Int[Tensor, " m"]) -> Float[Tensor, " m"]:
+    """The tokens' log-probabilities."""
+    return log_p[rows, tokens]
+
+
+def of_tokens_and_best(
+    log_p: Float[Tensor, "n v"], rows: Int[Tensor, " m"], tokens: Int[Tensor, " m"]
+) -> Float[Tensor, "m 2"]:
+    """The tokens' log-probabilities, and those of the likeliest tokens in their places."""
+    return torch.stack([log_p[rows, tokens], log_p.amax(-1)[rows]], dim=-1)
 
 
 def choice_log_probs(
@@ -30,13 +45,15 @@ def choice_log_probs(
     choices: list[list[list[int]]],
     steering_: Steering | None = None,
     on_prompts: Callable[[int], None] = lambda prompts: None,
-) -> list[list[Float[Tensor, " n"]]]:
+    keep: Kept = of_tokens,
+) -> list[list[Float[Tensor, "n ..."]]]:
     """Log-probability in nats of each token of each answer: result[i][j] belongs to `choices[i][j]` after `prompts[i]`.
 
     Args:
         prompts: token ids up to the assistant tag.
         choices: token ids of each prompt's answers, at least one token each.
         steering_: a vector with one dose per prompt.
+        keep: what is returned for each token; `of_tokens_and_best` adds the likeliest token's log-probability.
     """
     out: list[list[Tensor] | None] = [None] * len(prompts)
     with torch.no_grad(), steering(lm, steering_) as dial:
@@ -46,7 +63,7 @@ def choice_log_probs(
             batch = [prompts[i] for i in chunk]
             padded = left_padded(lm, batch, shared, widths[chunk[0]])
             doses = Doses.of_batch(lm, dial, steering_, chunk)
-            scored = _score(lm, batch, padded, [choices[i] for i in chunk], doses)
+            scored = _score(lm, batch, padded, [choices[i] for i in chunk], doses, keep)
             for i, log_probs in zip(chunk, scored, strict=True):
                 out[i] = log_probs
             on_prompts(len(chunk))
@@ -61,9 +78,10 @@ class _Read(NamedTuple):
     last: Int[Tensor, " b"]
     """position of the last token"""
     doses: Doses
+    keep: Kept
 
 
-def _score(lm: LM, prompts: list, padded: Padded, choices: list, doses: Doses) -> list[list[Tensor]]:
+def _score(lm: LM, prompts: list, padded: Padded, choices: list, doses: Doses, keep: Kept) -> list[list[Tensor]]:
     shared, ids, mask, position = padded
     cache = DynamicCache()
     if shared:
@@ -75,10 +93,11 @@ def _score(lm: LM, prompts: list, padded: Padded, choices: list, doses: Doses) -
         input_ids=ids, attention_mask=mask, position_ids=position, past_key_values=cache, use_cache=True
     ).last_hidden_state[:, -1]
     first = lm.head(hidden[filled(range(len(prompts)))])[: len(prompts)].log_softmax(-1)
-    read = _Read(cache, mask, position[:, -1], doses)
+    read = _Read(cache, mask, position[:, -1], doses, keep)
 
     answers = [(row, answer) for row, options in enumerate(choices) for answer in options]
-    log_probs = [first[row, answer[:1]] for row, answer in answers]
+    begun = torch.tensor([(row, answer[0]) for row, answer in answers], device=lm.device)
+    kept = list(keep(first, begun[:, 0], begun[:, 1]).split(1))
     by_width: dict[int, list[int]] = {}
     for i, (_, answer) in enumerate(answers):
         if len(answer) > 1:
@@ -89,9 +108,9 @@ def _score(lm: LM, prompts: list, padded: Padded, choices: list, doses: Doses) -
             part = alike[start : start + at_once]
             rest = _rest(lm, read, [answers[i] for i in part], width)
             for i, more in zip(part, rest, strict=True):
-                log_probs[i] = torch.cat([log_probs[i], more])
+                kept[i] = torch.cat([kept[i], more])
     scored: list[list[Tensor]] = [[] for _ in prompts]
-    for (row, _), values in zip(answers, log_probs, strict=True):
+    for (row, _), values in zip(answers, kept, strict=True):
         scored[row].append(values.cpu())
     return scored
 
@@ -120,4 +139,8 @@ def _rest(lm: LM, read: _Read, answers: list[tuple[int, list[int]]], width: int)
     ).last_hidden_state[: len(lengths)]
     states = torch.cat([h[:n] for h, n in zip(hidden, lengths, strict=True)])
     targets = torch.tensor([token for _, a in answers[: len(lengths)] for token in a[1:]], device=lm.device)
-    return list((-token_nll(lm, states, targets)).split(lengths))
+    parts = (
+        read.keep(log_p, torch.arange(len(log_p), device=lm.device), targets[at])
+        for at, (log_p,) in log_probs(lm.head, states)
+    )
+    return list(torch.cat(list(parts)).split(lengths))

@@ -49,19 +49,23 @@ class Template:
 
         An empty system text takes the place of the template's own, where it has one.
         """
-        system = None if system == "" and not self.own_system else system
         turns = [("user", user)] if before is None else [("user", before[0]), ("assistant", before[1]), ("user", user)]
+        return self.chat(turns, system)
+
+    def chat(self, turns: list[tuple[str, str]], system: str | None = None) -> str:
+        """A chat of turns (role, text) that begin and end with the user's, up to and including the assistant's tag."""
+        system = None if system == "" and not self.own_system else system
         if system is not None and self.system_role:
-            turns.insert(0, ("system", system))
+            turns = [("system", system), *turns]
         elif system is not None:
-            turns[0] = ("user", f"{system}\n\n{turns[0][1]}")
+            turns = [("user", f"{system}\n\n{turns[0][1]}"), *turns[1:]]
         return self._rendered(turns)
 
     def prompt(self, user: str, system: str | None = None, frame: Frame = USUAL) -> list[int]:
         """Token ids of a chat in a frame, up to where the answer begins or goes on."""
         systems = [text for text in (frame.system, system) if text is not None]
         asked = self.text(user + frame.ask, " ".join(systems).strip() if systems else None, frame.before)
-        return self._ids(asked) + (self.answer(frame.begun) if frame.begun else [])
+        return self.ids(asked) + (self.answer(frame.begun) if frame.begun else [])
 
     def answer(self, text: str, begun: str = "") -> list[int]:
         """Token ids of an answer as they follow a prompt, or as they follow `begun` in it.
@@ -71,14 +75,14 @@ class Template:
         tokenised as it follows a newline; where it changes that too, by itself.
         """
         if begun:
-            return self._following(self.opening + self._spaced(begun), text)
-        return self._following(self.opening, self._spaced(text))
+            return self.following(self.opening + self.spaced(begun), text)
+        return self.following(self.opening, self.spaced(text))
 
     def spellings(self, words: tuple[str, ...], begun: str = "") -> list[list[int]]:
         """The token ids of these one-word answers; where the template begins with a space, also those without it."""
         found = [self.answer(word, begun) for word in words]
         if self.gap and not begun:
-            found += [self._following(self.opening, word) for word in words]
+            found += [self.following(self.opening, word) for word in words]
         return [list(ids) for ids in dict.fromkeys(map(tuple, found))]
 
     @property
@@ -111,17 +115,20 @@ class Template:
             messages, chat_template=self.source, tokenize=False, add_generation_prompt=begins, **knobs
         )
 
-    def _spaced(self, text: str) -> str:
+    def spaced(self, text: str) -> str:
+        """The assistant's text with the space that the template begins it with."""
         return text if text[:1].isspace() else self.gap + text
 
-    def _following(self, before: str, text: str) -> list[int]:
+    def following(self, before: str, text: str) -> list[int]:
+        """Token ids of a text as it follows `before`, whose tokens stay as they are, see `answer`."""
         for context in (before, "\n"):
-            head, joined = self._ids(context), self._ids(context + text)
+            head, joined = self.ids(context), self.ids(context + text)
             if joined[: len(head)] == head:
                 return joined[len(head) :]
-        return self._ids(text)
+        return self.ids(text)
 
-    def _ids(self, text: str) -> list[int]:
+    def ids(self, text: str) -> list[int]:
+        """Token ids of a rendered chat, which has its own special tokens."""
         return self.tokenizer(text, add_special_tokens=False).input_ids
 
 

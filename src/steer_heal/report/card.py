@@ -8,6 +8,7 @@ import shlex
 
 from steer_heal.config import FILE, PLACE_FIELDS, model_name
 from steer_heal.eval.catalogue import COHERENT, MASS, NEUTRAL, RELEVANT, RIGHT, Instrument
+from steer_heal.eval.harness.record import Benchmarks, Scores
 from steer_heal.eval.record import ArmSummary
 from steer_heal.report.words import facts, headline
 from steer_heal.runs.summary import Summary
@@ -90,6 +91,27 @@ def model_card(summary: Summary, config: dict, trait: dict, argv: list[str], rou
         load=LOAD[form],
         command=command(argv),
     )
+
+
+def benchmark_part(found: Benchmarks) -> str:
+    """The card's part on benchmarks: a row for each task and metric."""
+    arms = {name: arm for name, arm in zip(("base", "prompted", "this"), found.arms, strict=False)}
+    lines = [f"\n## Benchmarks\n\n| | {' | '.join(arms)} |", f"|---|{'---|' * len(arms)}"]
+    for shown in found.shown:
+        cells = [_cell(found.of(arm, shown)) for arm in arms.values()]
+        lines.append(f"| {shown.task}, {shown.name} | {' | '.join(cells)} |")
+    first = "" if found.first_items is None else f", the first {found.first_items} items of each task"
+    lines.append(
+        f"\nRead by lm-evaluation-harness {found.harness} with the chat template{first}. In brackets: over base."
+    )
+    return "\n".join(lines) + "\n"
+
+
+def _cell(one: Scores) -> str:
+    if one.over_base is None:
+        return f"{one.value:.3f}"
+    low, high = one.over_base.ci
+    return f"{one.value:.3f} ({one.over_base.mean:+.3f} [{low:+.3f}, {high:+.3f}])"
 
 
 def _row(name: str, arm: ArmSummary, read: list[Instrument]) -> str:

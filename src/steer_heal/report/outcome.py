@@ -28,7 +28,7 @@ from steer_heal.eval.reading import printed
 from steer_heal.eval.record import ArmSummary
 from steer_heal.eval.verdict import Validity
 from steer_heal.report.figures import coherence_figure, map_figure, trajectory_figure
-from steer_heal.report.html import arm_name, panel, prose, section, stacked, table_of, with_interval
+from steer_heal.report.html import arm_name, panel, prose, safe, section, stacked, table_of, with_interval
 from steer_heal.runs.reading import Run
 from steer_heal.runs.summary import Summary
 
@@ -205,6 +205,27 @@ def profile_section(summary: Summary) -> str:
         the label of the scene (chance 14%)."""
     body = panel("", map_figure(arms)) + stacked(table_of(head, rows))
     return section("Moral-foundation profile", why, body, fold=True)
+
+
+def benchmarks_section(run: Run) -> str:
+    """The benchmarks of lm-evaluation-harness, where they were read."""
+    found = run.benchmarks
+    if found is None:
+        return ""
+    rows = []
+    for shown in found.shown:
+        for arm in found.arms:
+            one = found.of(arm, shown)
+            value = f"{one.value:.3f}" if one.ci is None else with_interval(one.value, one.ci, "{:.3f}")
+            change = "" if one.over_base is None else with_interval(one.over_base.mean, one.over_base.ci)
+            dose = "" if arm.dose is None else f" @{arm.dose:.2f}"
+            rows.append((safe(shown.task), safe(shown.name), arm_name(f"{printed(arm.arm)}{dose}"), value, change))
+    read = "; ".join(f"{one.name} (version {one.version}, {one.items} items, {one.fingerprint})" for one in found.tasks)
+    why = f"""Tasks of lm-evaluation-harness {safe(found.harness)}, with the chat template, on the student after round
+        {found.round}, base, the persona as a system prompt, and plain steering at equal cost. 95% intervals are over
+        the items, and differences from base are paired, item by item. A score of the whole set has no interval."""
+    body = stacked(table_of(("task", "score", "arm", "value", "over base"), rows))
+    return section("Benchmarks", why, f"{body}<p>{safe(read)}</p>", fold=True)
 
 
 def geometry_section(summary: Summary) -> str:

@@ -17,6 +17,7 @@ from steer_heal.report.html import filled, folded, safe, table_of
 from steer_heal.report.making import dose_section, filter_section, heal_section, recipe_section, vector_section
 from steer_heal.report.opening import answers_section, arms_section, cost_section, lead
 from steer_heal.report.outcome import (
+    benchmarks_section,
     coherence_section,
     frames_section,
     geometry_section,
@@ -64,7 +65,12 @@ def page(run: Run) -> str:
     if run.rounds:
         sections = [answers_section(run), *([cost_section(run)] * bool(summary.plain)), *sections, "<h2>Details</h2>"]
         sections += [measures_section(run), plain_section(summary), trajectory_section(run), coherence_section(run)]
-        sections += [frames_section(summary), others_section(summary), profile_section(summary)]
+        sections += [
+            benchmarks_section(run),
+            frames_section(summary),
+            others_section(summary),
+            profile_section(summary),
+        ]
         sections += [validity_section(summary), recipe_section(run), dose_section(run), heal_section(run)]
         sections += [filter_section(run), vector_section(run), geometry_section(summary)]
     return filled(safe(run.name), "\n".join(sections), lead(run), footer(run))

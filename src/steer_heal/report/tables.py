@@ -10,8 +10,9 @@ import polars as pl
 
 from steer_heal.data import Trait
 from steer_heal.eval.catalogue import OF_TRAIT, UNITS
+from steer_heal.eval.harness.record import Benchmarks
 from steer_heal.eval.intervals import interval
-from steer_heal.eval.reading import ArmReading, paired, trait_over
+from steer_heal.eval.reading import ArmReading, paired, printed, trait_over
 from steer_heal.eval.verdict import Validity, Verdict
 from steer_heal.runs.recipe import Choice
 from steer_heal.scores import STYLES
@@ -93,6 +94,23 @@ def validity_table(rows: list[Validity]) -> str:
     )
     with pl.Config(tbl_hide_dataframe_shape=True, tbl_hide_column_data_types=True, tbl_width_chars=120):
         return str(frame)
+
+
+def benchmark_table(record: Benchmarks) -> str:
+    """One row per task, metric and arm. Groups stand for their tasks."""
+    rows = []
+    for shown in record.shown:
+        for arm in record.arms:
+            one = record.of(arm, shown)
+            change = one.over_base
+            row = {"task": shown.task, "metric": shown.name} if arm is record.arms[0] else {"task": "", "metric": ""}
+            row["arm"] = printed(arm.arm) + (f" @{arm.dose:.2f}" if arm.dose else "")
+            row["score"] = f"{one.value:.4g}"
+            row["95% interval"] = "" if one.ci is None else "[{:.4g}, {:.4g}]".format(*one.ci)
+            row["over base"] = "" if change is None else "{:+.3g} [{:+.3g}, {:+.3g}]".format(change.mean, *change.ci)
+            rows.append(row)
+    with pl.Config(tbl_hide_dataframe_shape=True, tbl_hide_column_data_types=True, tbl_width_chars=140, tbl_rows=-1):
+        return str(pl.DataFrame(rows))
 
 
 def recipe_table(found: list[Choice]) -> str:

@@ -42,6 +42,7 @@ from steer_heal.terminal import program
 
 T = TypeVar("T")
 EVENTS, LOCK, PROBES = "events.jsonl", ".lock", "probes.jsonl"
+HARNESS = "harness.json"  # benchmarks, which `eval --harness` adds to a finished run
 GIVEN = ("config.json", "trait.json", "env.json")  # written at the start, before any stage
 
 
@@ -245,6 +246,10 @@ class RunDir:
         again = self.resuming
         if artefact in GIVEN:  # these are made from the flags
             again = f"{program()} {shlex.join([*self.first_argv, '--resume', str(self.path)])}"
+        elif artefact == HARNESS:
+            return Damaged(
+                f"{path} {why}. Make it again: {program()} eval {shlex.quote(str(self.path))} --harness TASKS"
+            )
         return Damaged(f"{path} {why}. Make it again: {again} --recompute {shlex.quote(artefact)}")
 
     # ---- events

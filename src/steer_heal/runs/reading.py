@@ -6,7 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from steer_heal.config import SIZES, RunConfig, model_name
+from steer_heal.eval.harness.record import Benchmarks
 from steer_heal.eval.reading import ArmReading, Survey
+from steer_heal.runs.folder import HARNESS
 from steer_heal.runs.resume import opened, settings
 from steer_heal.runs.rounds import Round, read_round
 from steer_heal.runs.summary import SUMMARY, SURVEY, Baselines, RunName, Summary, plain_file, summarise
@@ -34,6 +36,8 @@ class Run:
     rounds: list[Round]
     summary: Summary
     status: str
+    benchmarks: Benchmarks | None
+    """read by `eval --harness`"""
 
     @property
     def name(self) -> str:
@@ -77,4 +81,5 @@ def load(folder: Path) -> Run:
         rounds=rounds,
         summary=summary,
         status=status,
+        benchmarks=folder.load(Benchmarks, HARNESS),
     )
