@@ -9,7 +9,7 @@ import shlex
 import signal
 import sys
 import warnings
-from dataclasses import replace
+from dataclasses import fields, replace
 from json import dumps
 from pathlib import Path
 
@@ -167,22 +167,27 @@ def evaluate(asked: Eval) -> None:
 
     _check_files(json=asked.json)
     _check_gate(asked.gate)
+    _check_readers(asked)
     if asked.judge:
-        _have_judged(asked)
-        return
-    for name in ("judge_model", "judge_items", "judge_seed"):
-        if getattr(asked, name) != getattr(Eval, name):
-            raise UserError(f"--{name.replace('_', '-')} {getattr(asked, name)!r} needs --judge: leave it out")
+        return _have_judged(asked)
     check(RunConfig(eval=asked.eval))
     check_profile(asked.eval)
     model = ModelConfig(asked.base, asked.quant, asked.dtype, asked.device)
     if asked.harness is not None:
         return benchmark(asked, model)
-    if asked.harness_tasks is not None or asked.harness_items is not None:
-        raise UserError("--harness-tasks and --harness-items need --harness: name the benchmarks, or leave them out")
     record = evaluate_alone(asked.target, asked.round, asked.gate, asked.trait, model, asked.eval)
     if asked.json is not None:
         Path(asked.json).write_text(dumps(unstructured(record), indent=1), "utf-8")
+
+
+def _check_readers(asked: Eval) -> None:
+    """Raise UserError for flags of a judge or of benchmarks that are not asked for, and for both at once."""
+    if asked.judge and asked.harness is not None:
+        raise UserError("--judge and --harness: give one of them")
+    for reader, given in (("judge", bool(asked.judge)), ("harness", asked.harness is not None)):
+        for name, usual in ((f.name, f.default) for f in fields(Eval) if f.name.startswith(f"{reader}_")):
+            if not given and (value := getattr(asked, name)) != usual:
+                raise UserError(f"--{name.replace('_', '-')} {value!r} needs --{reader}: leave it out")
 
 
 def _have_judged(asked: Eval) -> None:

@@ -31,6 +31,7 @@ from steer_heal.model.random_weights import build_random
 from steer_heal.model.steering import Steering, Vector
 
 TOKENS = 8
+QUICK = ("gemma3", "llama-tied", "phi3", "qwen3-moe")  # `just check` walks these; the other families wait for `just test`
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,9 @@ class Family:
         return [blocks[layer].register_forward_hook(add(i)) for i, layer in enumerate(vector.layers)]
 
 
-@pytest.fixture(scope="module", params=WORK)
+@pytest.fixture(
+    scope="module", params=[pytest.param(name, marks=[] if name in QUICK else pytest.mark.run) for name in WORK]
+)
 def family(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp(request.param)
     save(request.param, folder)

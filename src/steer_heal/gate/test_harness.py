@@ -195,8 +195,9 @@ WRONG = {
     "--harness a,a": ("a twice", "name each task once"),
     "--harness plain_questions --harness-items 0": ("--harness-items is 0", "1 or more"),
     "--harness plain_questions --eval.size tiny": ("--eval.*", "leave one of them out"),
-    "--harness-tasks .": ("need --harness", "name the benchmarks"),
-    "--harness-items 3": ("need --harness", "name the benchmarks"),
+    "--harness-tasks .": ("--harness-tasks '.' needs --harness", "leave it out"),
+    "--harness-items 3": ("--harness-items 3 needs --harness", "leave it out"),
+    "--harness plain_questions --judge tiny-random": ("--judge and --harness", "give one of them"),
 }
 
 
