@@ -191,8 +191,8 @@ def _check_readers(asked: Eval) -> None:
 
 
 def _have_judged(asked: Eval) -> None:
-    from steer_heal.commands.judge import Wanted, judge_run
-    from steer_heal.commands.judges import endpoint_judge, local_judge
+    from steer_heal.commands.judge.judges import endpoint_judge, local_judge
+    from steer_heal.commands.judge.run import Wanted, judge_run
     from steer_heal.records import unstructured
 
     if asked.trait is not None:

@@ -17,8 +17,8 @@ from typing import Any, Literal
 
 from steer_heal.config import UserError
 from steer_heal.data import HERE
-from steer_heal.eval.blind import Choice, Pair, counted, page_key, pairs_of
-from steer_heal.eval.preferences import ASPECTS
+from steer_heal.eval.judge.blind import Choice, Pair, counted, page_key, pairs_of
+from steer_heal.eval.judge.preferences import ASPECTS
 from steer_heal.eval.reading import ArmReading
 from steer_heal.files import append_row, appended_rows, write_text
 from steer_heal.report.judged import preference_table

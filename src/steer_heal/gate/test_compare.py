@@ -11,8 +11,8 @@ import pytest
 
 from steer_heal.cli import main
 from steer_heal.commands import compare as comparing
-from steer_heal.eval.blind import Choice, counted, page_key, pairs_of
 from steer_heal.eval.intervals import interval
+from steer_heal.eval.judge.blind import Choice, counted, page_key, pairs_of
 from steer_heal.eval.reading import Demo
 from steer_heal.gate.folders import seal
 from steer_heal.runs.rounds import InRound

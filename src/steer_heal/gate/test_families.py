@@ -31,7 +31,12 @@ from steer_heal.model.random_weights import build_random
 from steer_heal.model.steering import Steering, Vector
 
 TOKENS = 8
-QUICK = ("gemma3", "llama-tied", "phi3", "qwen3-moe")  # `just check` walks these; the other families wait for `just test`
+QUICK = (
+    "gemma3",
+    "llama-tied",
+    "phi3",
+    "qwen3-moe",
+)  # `just check` walks these; `just test` walks all
 
 
 @dataclass(frozen=True)

@@ -16,13 +16,14 @@ import pytest
 
 from steer_heal.cli import main
 from steer_heal.commands import endpoint as endpoints
-from steer_heal.commands import judge as judging
-from steer_heal.commands import judges
+from steer_heal.commands.judge import judges
+from steer_heal.commands.judge import run as judging
 from steer_heal.config import RunConfig, UserError
 from steer_heal.data import BUILT_IN, canary, contexts, load_trait, normalised
-from steer_heal.eval.held_out import held_out
 from steer_heal.eval.intervals import interval
-from steer_heal.eval.judged import (
+from steer_heal.eval.judge.held_out import held_out
+from steer_heal.eval.judge.questions import CHOICE, RATING, choice_question, rating_question, values_in
+from steer_heal.eval.judge.record import (
     Compared,
     Rated,
     Rating,
@@ -32,7 +33,6 @@ from steer_heal.eval.judged import (
     judged_arms,
     judged_preferences,
 )
-from steer_heal.eval.judging import CHOICE, RATING, choice_question, rating_question, values_in
 from steer_heal.eval.reading import ArmReading
 from steer_heal.gate.conftest import turned
 from steer_heal.gate.servers import HTML, TLS, hang, says, send, serving
@@ -405,7 +405,7 @@ def test_the_arms_answers_are_those_of_their_models(whole, tmp_path, monkeypatch
     """Greedy answers by plain transformers for base, persona and student; steered ones by a hook of the check's own."""
     import torch
 
-    from steer_heal.commands.hearing import Kept
+    from steer_heal.commands.judge.hearing import Kept
 
     monkeypatch.setattr(judging, "TOKENS", 6)
     of = judging.arms_of(str(whole), judging.Wanted(prompts=8))

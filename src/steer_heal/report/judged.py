@@ -7,8 +7,8 @@ from pathlib import Path
 import polars as pl
 
 from steer_heal.eval.intervals import Change
-from steer_heal.eval.judged import Agreement, Cost, Judged, JudgedArm
-from steer_heal.eval.preferences import ASPECTS, Preferred
+from steer_heal.eval.judge.preferences import ASPECTS, Preferred
+from steer_heal.eval.judge.record import Agreement, Cost, Judged, JudgedArm
 from steer_heal.eval.reading import printed
 from steer_heal.report.tables import validity_table
 

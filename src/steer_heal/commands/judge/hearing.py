@@ -10,10 +10,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from steer_heal.commands.judges import Heard, Judge
+from steer_heal.commands.judge.judges import Heard, Judge
 from steer_heal.config import UserError
-from steer_heal.eval.judged import Cost
-from steer_heal.eval.judging import Question, values_in
+from steer_heal.eval.judge.questions import Question, values_in
+from steer_heal.eval.judge.record import Cost
 from steer_heal.files import append_row, appended_rows
 
 FRUITLESS = 20  # questions at the beginning without one answer of the form asked: this is no judge

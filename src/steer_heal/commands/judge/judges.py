@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from steer_heal.commands.endpoint import Endpoint, Flags, Form, object_of
 from steer_heal.config import ModelConfig, UserError, model_name
 from steer_heal.data.frames import Frame
-from steer_heal.eval.judging import Allowed, Question, values_in
+from steer_heal.eval.judge.questions import Allowed, Question, values_in
 
 if TYPE_CHECKING:
     from steer_heal.model.lm import LM

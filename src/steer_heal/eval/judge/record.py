@@ -10,7 +10,7 @@ import numpy as np
 from steer_heal.config import UserError
 from steer_heal.data import LEAST_PROBES
 from steer_heal.eval.intervals import Change, correlation, interval, reliability
-from steer_heal.eval.preferences import ASPECTS, Preferred, agreed, outcome, preferred
+from steer_heal.eval.judge.preferences import ASPECTS, Preferred, agreed, outcome, preferred
 from steer_heal.eval.reading import ArmReading, change_of
 from steer_heal.eval.verdict import Validity
 

@@ -10,13 +10,14 @@ from functools import cached_property
 from pathlib import Path
 
 from steer_heal.bake.student import Student
-from steer_heal.commands.hearing import Hearing, Kept
-from steer_heal.commands.judges import Judge
+from steer_heal.commands.judge.hearing import Hearing, Kept
+from steer_heal.commands.judge.judges import Judge
 from steer_heal.config import RunConfig, UserError
 from steer_heal.data import LEAST_PROBES, Trait
 from steer_heal.eval.arms import Arm
-from steer_heal.eval.held_out import HeldOut, held_out
-from steer_heal.eval.judged import (
+from steer_heal.eval.judge.held_out import HeldOut, held_out
+from steer_heal.eval.judge.questions import Question, choice_question, rating_question
+from steer_heal.eval.judge.record import (
     EQUAL_COST,
     STUDENT,
     Compared,
@@ -29,7 +30,6 @@ from steer_heal.eval.judged import (
     judged_arms,
     judged_preferences,
 )
-from steer_heal.eval.judging import Question, choice_question, rating_question
 from steer_heal.eval.reading import ArmReading
 from steer_heal.model.decode import decode, rows_that_fit
 from steer_heal.report.judged import judged_text

@@ -7,7 +7,7 @@ import json
 import random
 from dataclasses import dataclass
 
-from steer_heal.eval.preferences import ASPECTS, Preferred, outcome, preferred
+from steer_heal.eval.judge.preferences import ASPECTS, Preferred, outcome, preferred
 from steer_heal.eval.reading import Demo
 
 CHOICES = ("first", "second", "same")
