@@ -1,6 +1,6 @@
 """Exported .gguf files in llama.cpp itself: it computes what we compute, for each family that is exported.
 
-Needs the package xllamacpp (`pip install xllamacpp`), which is in no extra: its wheel has 34 MB.
+Needs the package xllamacpp (`pip install xllamacpp`), which `just test` installs (34 MB).
 """
 
 import numpy as np
