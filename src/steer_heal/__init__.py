@@ -20,11 +20,6 @@ os.environ.setdefault("MKL_CBWR", processor().mkl_mode)
 # Large tensors on a CPU in large pages; torch reads it at the first one.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
-# A thread that waits for another spins for a moment and then sleeps. By default it spins for milliseconds: beside other
-# work, where the other thread has to wait for a core, decoding then takes several times as long (docs/results.md).
-if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys():
-    os.environ["GOMP_SPINCOUNT"] = "1000"
-
 # At its import on a CPU it advises a package that it does not need.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 

@@ -98,7 +98,8 @@ class DoseConfig:
     prompts: Annotated[int, COUNT] = 12
     """generation prompts answered at every dose and without steering"""
     survival: Annotated[float, Within("(0, 1]"), COMMON] = 0.75
-    """share of completions that must pass the filter at the chosen dose, relative to unsteered completions"""
+    """share of completions that must pass the filter at the chosen dose, and of what they tell of their prompts, both
+    relative to unsteered completions"""
     kl_target: Annotated[float | Literal["none"], POSITIVE] = "none"
     """choose the dose at which the 95th percentile over tokens of KL(steered || unsteered) is this, nats; none: the
     largest dose at which enough completions pass the filter and keep to their prompts"""

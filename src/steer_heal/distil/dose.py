@@ -24,7 +24,6 @@ from steer_heal.distil.sample import Exhausted, Progress, Teacher, sample
 from steer_heal.model.lm import Row
 
 MOST_DOSES = 10  # in a search
-RELEVANT = 0.5  # share of the unsteered completions' relevance that is left at the chosen dose
 BETWEEN = 3  # doses tried between the last that meets the targets and the first that does not
 
 
@@ -109,7 +108,7 @@ class Trials:
             return None
         own = self._relevance(0.0)
         certain = own.mean() > 2 * own.std() / math.sqrt(len(own))
-        return RELEVANT * float(own.mean()) if certain else None
+        return self.config.survival * float(own.mean()) if certain else None
 
     def _point(self, dose: float, survival: float, fitted: float) -> DosePoint:
         some = self.tried[dose]

@@ -254,7 +254,7 @@ def test_a_search_doubles_the_dose_until_completions_fall_apart(lm, vector, monk
 def test_a_dose_at_which_completions_lose_their_prompts_is_not_taken(lm, vector, monkeypatch, known, dose):
     """Every completion passes the filter. What each tells of its prompt falls with the dose, or nothing is known."""
     teacher = Teacher(Student(lm), vector, DistilConfig(), LIMITS, ())
-    fall = np.repeat([1.0, 0.5, 0.4, 0.2], 4) * np.tile([0.9, 1.0, 1.0, 1.1], 4)
+    fall = np.repeat([1.0, 0.75, 0.6, 0.4], 4) * np.tile([0.9, 1.0, 1.0, 1.1], 4)
     nats = fall if known else np.tile([-0.5, 0.5, -0.6, 0.6], 4)
     survivors = Survivors({0.0: 4, 0.5: 4, 1.0: 4, 2.0: 4})
 
@@ -266,11 +266,11 @@ def test_a_dose_at_which_completions_lose_their_prompts_is_not_taken(lm, vector,
     monkeypatch.setattr(dose_module, "sample", sample)
     found = dose_curve(teacher, list("abcd"), DoseConfig(range=(0.5, 2.0), steps=3, prompts=4))
     assert found.dose == pytest.approx(dose) and found.survivals.endswith("2.00: 100%")
-    assert found.least_relevance == (pytest.approx(0.5) if known else None)
+    assert found.least_relevance == (pytest.approx(0.75) if known else None)
     assert [p.relevance for p in found.curve] == pytest.approx(nats.reshape(4, 4).mean(1), abs=1e-6)
     if known:
         lost = replace(found, dose=None)
-        with pytest.raises(UserError, match=r"lose their prompts .*below 0\.50 nats.*0\.50: 0\.50"):
+        with pytest.raises(UserError, match=r"lose their prompts .*below 0\.75 nats.*0\.50: 0\.75"):
             require_dose(lost)
 
 

@@ -377,7 +377,9 @@ def seeded(out: Path, seed: int, second: int = 0, **changed) -> Path:
     folder.mkdir(parents=True)
     write_run(folder)
     config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"seed": seed} | changed))
+    barrier = config["heal"]["barrier"] | changed.pop("barrier", {})
+    config |= {"seed": seed, "heal": config["heal"] | {"barrier": barrier}} | changed
+    (folder / "config.json").write_text(json.dumps(config))
     return seal(folder)
 
 
@@ -392,7 +394,7 @@ def test_runs_that_differ_in_their_seed_are_one_row(tmp_path: Path, monkeypatch)
     assert row["seeds"] == 3 and row["verdict"] == "moved" and row["mass/base"] == "1.000"
     mean, low, high = (float(x) for x in re.findall(r"[+-][0-9.]+", row["healed"] + row["95% interval"]))
     assert mean == pytest.approx(0.35, abs=0.001) and 0.1 < low < 0.2 and 0.5 < high < 0.6
-    seeded(tmp_path, 4, heal={"barrier": {"reg": "kl_fwd", "agg": "rmse"}})
+    seeded(tmp_path, 4, barrier={"reg": "kl_fwd", "agg": "rmse"})
     rows = results.arm_table(disk.scan(tmp_path), ["heal.barrier.reg"]).to_dicts()
     assert [(row["heal.barrier.reg"], row["seeds"]) for row in rows] == [("kl_fwd", 1), ("kl_rev", 3)]
     with pytest.raises(UserError, match="no flag of `run`"):
@@ -404,7 +406,7 @@ def test_seeds_whose_prompts_show_another_day_are_not_pooled(tmp_path: Path) -> 
     arms = {"kl_rev": ("2026-03-02", "2026-03-02", "2026-03-03"), "kl_fwd": ("2026-03-02", "2026-03-03", "2026-03-03")}
     for reg, days in arms.items():
         for seed, day in enumerate(days):
-            folder = seeded(tmp_path / reg, seed, heal={"barrier": {"reg": reg}})
+            folder = seeded(tmp_path / reg, seed, barrier={"reg": reg})
             env = json.loads((folder / "env.json").read_text())
             env["template"] = {"prompt_sha256": f"of {day}", "date": day}
             (folder / "env.json").write_text(json.dumps(env))

@@ -58,7 +58,7 @@ def dose_section(run: Run) -> str:
         table = table_of((*(names.get(key, key) for key in columns), "example"), rows)
         panels.append(panel(f"Round {r.number}", dose_figure(r.dose), folded("Example text at each dose", table)))
     why = """The chosen dose is the largest at which completions pass the filter nearly as often as unsteered ones and
-        tell at least half as much of their own prompts (relevance, nats per token); or the dose that reaches a given
+        tell nearly as much of their own prompts (relevance, nats per token); or the dose that reaches a given
         divergence. Hover over a point to read its text."""
     return section("Dose", why, f'<div class="panels">{"".join(panels)}</div>', fold=True)
 

@@ -60,7 +60,7 @@ def _dose(curve: DoseCurve, survival: float) -> Choice:
     why = f"the largest at which {survival:.0%} as many pass as without steering"
     if curve.least_relevance is not None:
         seen = [f"{text}, relevance {point.relevance:.2f}" for text, point in zip(seen, (own, most), strict=True)]
-        why += f", and relevance half as large, {curve.least_relevance:.2f}"
+        why += f", and relevance is {curve.least_relevance:.2f}"
     if curve.open_ended:
         why = "the largest tried: the text held at every dose"
     return Choice(
