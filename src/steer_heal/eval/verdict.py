@@ -108,14 +108,19 @@ def damages(arm: ArmReading, base: ArmReading) -> list[str]:
         return ["its scores are not finite"]
     beyond = {one: own for one, (own, _) in seen.items() if one.limit is not None and one.worse(own, one.limit)}
     return [_beyond(one, own) for one, own in beyond.items()] or [
-        f"{one.label} {own / before:.0%} of base"
+        f"{one.label} {own / before:.0%} of base{_allowed(one)}"
         for one, (own, before) in seen.items()
         if one.worse(own, one.bound * before)
     ] + [
-        f"{one.label} {found.over_base:.0%} of base in the frame {found.frame!r}"
+        f"{one.label} {found.over_base:.0%} of base in the frame {found.frame!r}{_allowed(one)}"
         for one, found in framed
         if one.worse(found.over_base, one.bound)
     ]
+
+
+def _allowed(one: Instrument) -> str:
+    """The limit relative to base, as it is said beside a value beyond it."""
+    return f" ({'at least' if one.damage < 0 else 'at most'} {one.bound:.0%} is sound)"
 
 
 def _beyond(one: Instrument, value: float) -> str:

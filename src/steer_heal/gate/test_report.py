@@ -270,7 +270,10 @@ def test_a_loss_within_noise_is_named_as_such(tmp_path: Path) -> None:
 def test_the_headline_names_the_damage(tmp_path: Path) -> None:
     text, kind = words.headline(load(write_run(tmp_path, mass=0.1, neutral_ppl=90.0)).summary)
     assert kind == "broken"
-    assert text == "The model is damaged. Answer mass 12% of base; neutral perplexity 450% of base."
+    assert text == (
+        "The model is damaged: answer mass 12% of base (at least 85% is sound); "
+        "neutral perplexity 450% of base (at most 105% is sound)."
+    )
 
 
 def test_no_verdict_from_an_instrument_that_is_not_valid(tmp_path: Path, monkeypatch) -> None:

@@ -36,7 +36,7 @@ COUNTED = {  # what can get worse, and how its change is said; shares change by 
 OPENINGS = {
     "moved": "The trait moved.",
     "broad": "The trait moved, and so did others.",
-    "broken": "The model is damaged.",
+    "broken": "The model is damaged",
     "undone": "Steering moved the trait, and training lost it.",
     "unmoved": "The trait did not move.",
     "unreadable": "No verdict: this model cannot express this trait.",
@@ -85,7 +85,7 @@ def headline(summary: Summary, number: int = -1) -> tuple[str, str]:
     last = summary.rounds[number]
     word, why = last.verdict.word, last.verdict.why
     if word == "broken":
-        return f"{OPENINGS[word]} {why[:1].upper()}{why[1:]}.", word
+        return f"{OPENINGS[word]}: {why}.", word
     lost = losses(last.healed, summary.base)
     fluent = "Fluency slipped." if any(loss.one in COHERENCE for loss in lost) else "Fluency held."
     named = f"Worse: {', '.join(loss.named for loss in lost)}." if lost else "Nothing that was measured got worse."
