@@ -78,7 +78,7 @@ def table(data: dict) -> str:
         "vector at run time, equal cost": data["equal_cost"],
         "**student**": data["students"][-1],
     }
-    head = ("", "trait over base, nats per token", "yes/no answers kept", "perplexity of unrelated text")
+    head = ("", "trait over base, nats per token", "yes/no probability, of base's", "perplexity of unrelated text")
     lines = [head, ("---",) * len(head), *((name, *_cells(arm, data["base"])) for name, arm in rows.items())]
     return "\n".join(f"| {' | '.join(line)} |".replace("|  |", "| |") for line in lines)
 

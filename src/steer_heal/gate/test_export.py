@@ -86,7 +86,7 @@ def test_the_model_card_says_what_was_measured_and_how_it_was_made(finished, tmp
     healed = summary["rounds"][0]["healed"]
     assert f"| this | {healed['trait_over_base']:+.3f} " in card and f"{healed['neutral_ppl']:.2f}" in card
     assert data.load_trait("love").positive[:40] in card and "in 1 round:" in card
-    assert "**The model is damaged:" in card.split("---")[2]  # random weights: the verdict comes first
+    assert "A limit of damage was passed:" in card.split("---")[2]  # random weights: the verdict comes first
     assert "After round 0 " in card and "perplexity on unrelated text" in card
     assert f"`steer-heal {shlex.join(WORDS)}`" in card
     assert "{" not in card and str(tmp_path) not in card

@@ -27,6 +27,7 @@ from steer_heal.commands import run as runner
 from steer_heal.config import COMMON, RunConfig, UserError, flag, knobs
 from steer_heal.demands import check
 from steer_heal.gate.conftest import LONG, turned
+from steer_heal.model import loading
 from steer_heal.model.random_weights import build_random
 from steer_heal.presets import PRESETS
 from steer_heal.sweep.plan import parsed
@@ -206,6 +207,26 @@ def test_a_model_that_cannot_be_used(sound, tmp_path, capsys, monkeypatch, spoil
         said = refused([*RUN, "--model.path", str(folder)], capsys)
     assert message in said and str(folder) in said, said
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (NotImplementedError("no weights map for mistral"), "cannot be read as a GGUF chat model: no weights map"),
+        (RuntimeError("size mismatch for q_proj"), "cannot be read as a GGUF chat model: size mismatch"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 5 bytes"), "out of memory"),
+    ],
+)
+def test_a_gguf_that_transformers_cannot_convert(tmp_path, capsys, monkeypatch, error, said):
+    def fails(*args, **kwargs):
+        raise error
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(loading.AutoTokenizer, "from_pretrained", fails)
+    file = tmp_path / "model.gguf"
+    file.write_bytes(b"GGUF")
+    assert said in refused([*RUN, "--model.path", str(file)], capsys)
+    assert [path.name for path in (tmp_path / "cache" / "steer-heal").iterdir()] == ["lock"]
 
 
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04 no model", b"GGUF", b"GGUF\x03\x00\x00\x00" + b"\x07" * 60])

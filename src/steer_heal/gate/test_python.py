@@ -66,7 +66,7 @@ def test_a_run_with_a_trait_of_ones_own(tmp_path, capsys):
     result = sh.run("tiny-random", sh.load_trait("love"), out=str(tmp_path), **SMALL)
     config = json.loads((result.folder / "config.json").read_text())
     assert config["rounds"] == 1 and config["trait"] == "love.toml" and "plain" in config["eval"]["leave_out"]
-    assert result.summary.trait == "love" and result.verdict.startswith("The model is damaged:")
+    assert result.summary.trait == "love" and result.verdict.count("A limit of damage was passed:") == 1
     said = {gate: result.chat("Hello!", gate=gate, tokens=8) for gate in (0.0, 1.0)}
     same = student_after(result.folder, config, 1)
     for gate, text in said.items():

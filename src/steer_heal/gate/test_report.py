@@ -231,11 +231,11 @@ def test_a_real_browser_draws_the_page(tmp_path: Path, width: int) -> None:
 def test_the_facts_have_the_numbers_of_the_arms(tmp_path: Path) -> None:
     run = load(write_run(tmp_path, mass=0.72, kept_share=0.97, neutral_ppl=20.6))
     text = " ".join(words.facts(run.summary, 2))
-    assert text.startswith("After round 1 (rounds are 0 to 1) the student stands +0.250 [")
-    assert "nats/token above the original model; its teacher, steered at dose 1.00, stands +0.450." in text
+    assert text.startswith("After round 1 (rounds are 0 to 1) the student's trait is +0.250 [")
+    assert "nats/token above the original model's; its teacher's, at dose 1.00, +0.450." in text
     assert "The persona as a system prompt moves the original model by +0.150." in text
-    assert "(dose 0.70) reaches +0.050; student minus that: +0.200 [" in text
-    assert "No dose of plain steering moves the trait as far; the nearest, 0.70, has 100% of the original's" in text
+    assert "dose 0.70), moves the trait by +0.050; student minus that: +0.200 [" in text
+    assert "No dose of the vector moves the trait as far; the nearest, 0.70, has 100% of the original's" in text
     held = "coherent answers 97% (100% before), answer mass 90% of the original's, perplexity on unrelated text +3.0%"
     assert f"{held}, plain questions right 50% (50% before)." in text
 
@@ -271,7 +271,7 @@ def test_the_headline_names_the_damage(tmp_path: Path) -> None:
     text, kind = words.headline(load(write_run(tmp_path, mass=0.1, neutral_ppl=90.0)).summary)
     assert kind == "broken"
     assert text == (
-        "The model is damaged: answer mass 12% of base (at least 85% is sound); "
+        "The trait moved. A limit of damage was passed: answer mass 12% of base (at least 85% is sound); "
         "neutral perplexity 450% of base (at most 105% is sound)."
     )
 

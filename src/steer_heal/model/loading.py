@@ -283,9 +283,10 @@ def _dequantise(gguf: Path, folder: Path) -> None:
         tokenizer.save_pretrained(scratch)
         (scratch / "source.json").write_text(json.dumps({"gguf": gguf.name}))
         os.rename(scratch, folder)
-    except (OSError, ValueError, KeyError, IndexError, struct.error) as error:
+    except (OSError, ValueError, KeyError, IndexError, RuntimeError, struct.error) as error:
         shutil.rmtree(scratch, ignore_errors=True)
-        if isinstance(error, OSError) and error.errno:  # the disk's fault, not the file's
+        # the disk's fault or the memory's, not the file's
+        if (isinstance(error, OSError) and error.errno) or "allocate" in str(error):
             raise
         said = " ".join(str(error).split())
         raise UserError(f"model path {str(gguf)!r} cannot be read as a GGUF chat model: {said[:300]}") from error

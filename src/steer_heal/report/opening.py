@@ -27,15 +27,15 @@ SHOWN_PROMPTS = 6  # the first ones of the list, whatever their answers
 ARMS = {
     "base": "the original model",
     "prompted": "the original model with the positive persona as its system prompt",
-    "equal cost": f"the original model, plainly steered until it loses as much coherence as the student (at least "
+    "equal cost": f"the original model with the vector added, at the dose whose cost is the student's (at least "
     f"{LEAST_COST:.0%})",
-    "equal trait": "the original model, plainly steered until the trait has moved as far as the student's",
+    "equal trait": "the original model with the vector added, at the dose that moves the trait as far as the student",
     "steered": "the teacher of the last round: that round's starting model, steered",
     "healed": "the student, without any steering",
 }
 MEASURES = {
     "over base": "how far the trait moved, with the 95% interval over questions",
-    MASS.label: "probability on yes and no where a question asks for one of them",
+    MASS.label: "probability on yes and no together where a question asks for one of them, right or wrong",
     COHERENT.label: "share of free answers that neither repeat themselves nor fall apart",
     RIGHT.label: "plain questions with four answers each, one of them right",
     NEUTRAL.label: "perplexity of texts that have nothing to do with the trait; lower is better",

@@ -18,6 +18,7 @@ from steer_heal.eval.catalogue import (
 )
 from steer_heal.eval.framed import worst
 from steer_heal.eval.intervals import Change
+from steer_heal.eval.opponents import LEAST_COST
 from steer_heal.eval.record import ArmSummary
 from steer_heal.report.html import shorten
 from steer_heal.runs.reading import Run
@@ -36,7 +37,7 @@ COUNTED = {  # what can get worse, and how its change is said; shares change by 
 OPENINGS = {
     "moved": "The trait moved.",
     "broad": "The trait moved, and so did others.",
-    "broken": "The model is damaged",
+    "broken": "A limit of damage was passed",
     "undone": "Steering moved the trait, and training lost it.",
     "unmoved": "The trait did not move.",
     "unreadable": "No verdict: this model cannot express this trait.",
@@ -85,7 +86,8 @@ def headline(summary: Summary, number: int = -1) -> tuple[str, str]:
     last = summary.rounds[number]
     word, why = last.verdict.word, last.verdict.why
     if word == "broken":
-        return f"{OPENINGS[word]}: {why}.", word
+        moved = f"{OPENINGS['moved']} " if last.healed.trait_over_base_ci[0] > 0 else ""
+        return f"{moved}{OPENINGS[word]}: {why}.", word
     lost = losses(last.healed, summary.base)
     fluent = "Fluency slipped." if any(loss.one in COHERENCE for loss in lost) else "Fluency held."
     named = f"Worse: {', '.join(loss.named for loss in lost)}." if lost else "Nothing that was measured got worse."
@@ -114,8 +116,9 @@ def facts(summary: Summary, planned: int, number: int = -1) -> list[str]:
 def _moved(arms: RoundSummary, unit: str, planned: int) -> str:
     counted = "the only one" if planned == 1 else f"rounds are 0 to {planned - 1}"
     seen = _interval(Change(arms.healed.trait_over_base, arms.healed.trait_over_base_ci))
-    teacher = f"its teacher, steered at dose {arms.dose:.2f}, stands {arms.steered.trait_over_base:+.3f}"
-    return f"After round {arms.round} ({counted}) the student stands {seen} {unit} above the original model; {teacher}."
+    teacher = f"its teacher's, at dose {arms.dose:.2f}, {arms.steered.trait_over_base:+.3f}"
+    after = f"After round {arms.round} ({counted})"
+    return f"{after} the student's trait is {seen} {unit} above the original model's; {teacher}."
 
 
 def _prompt(summary: Summary) -> str:
@@ -130,18 +133,16 @@ def _rivals(last: RoundSummary, summary: Summary) -> list[str]:
     if equal and equal.healed_over:
         lead = equal.healed_over[summary.instrument]
         found.append(
-            f"Plain steering that costs as much coherence (dose {equal.dose:.2f}) reaches "
-            f"{equal.trait_over_base:+.3f}; student minus that: {_interval(lead)}."
+            f"The vector at run time, at equal cost (at least {LEAST_COST:.0%}; dose {equal.dose:.2f}), moves the trait "
+            f"by {equal.trait_over_base:+.3f}; student minus that: {_interval(lead)}."
         )
     if same:
         mass, ppl = MASS.over(same, summary.base), NEUTRAL.over(same, summary.base) - 1
         price = f"{mass:.0%} of the original's answer mass and {ppl:+.0%} perplexity on unrelated text"
         if same.reached:
-            found.append(f"To move the trait as far, plain steering needs dose {same.dose:.2f} and has {price}.")
+            found.append(f"To move the trait as far, the vector needs dose {same.dose:.2f} and has {price}.")
         else:
-            found.append(
-                f"No dose of plain steering moves the trait as far; the nearest, {same.dose:.2f}, has {price}."
-            )
+            found.append(f"No dose of the vector moves the trait as far; the nearest, {same.dose:.2f}, has {price}.")
     return found
 
 
