@@ -132,9 +132,10 @@ def _rivals(last: RoundSummary, summary: Summary) -> list[str]:
     found, equal, same = [], last.equal_cost, last.equal_trait
     if equal and equal.healed_over:
         lead = equal.healed_over[summary.instrument]
+        cost = f"equal cost (at least {LEAST_COST:.0%}; dose {equal.dose:.2f})"
         found.append(
-            f"The vector at run time, at equal cost (at least {LEAST_COST:.0%}; dose {equal.dose:.2f}), moves the trait "
-            f"by {equal.trait_over_base:+.3f}; student minus that: {_interval(lead)}."
+            f"The vector at run time, at {cost}, moves the trait by {equal.trait_over_base:+.3f}; student minus that: "
+            f"{_interval(lead)}."
         )
     if same:
         mass, ppl = MASS.over(same, summary.base), NEUTRAL.over(same, summary.base) - 1
