@@ -159,9 +159,10 @@ def _kept(healed: ArmSummary, base: ArmSummary) -> list[str]:
     found = [f"Coherence: {', '.join(usual)}."]
     mass, ppl = worst(healed.framed, MASS), worst(healed.framed, NEUTRAL)
     if mass and ppl:
+        frames = ", ".join(dict.fromkeys(one.frame for one in healed.framed))
         found.append(
-            f"In the worst frame that training has not seen: answer mass {mass.over_base:.0%} of the original's "
-            f"({mass.frame}), perplexity {_percent(ppl.over_base)} ({ppl.frame})."
+            f"In frames that training has not seen ({frames}), at worst: answer mass {mass.over_base:.0%} of the original's ({mass.frame}), perplexity "
+            f"{_percent(ppl.over_base)} ({ppl.frame})."
         )
     return found
 
