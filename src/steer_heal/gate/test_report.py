@@ -232,7 +232,10 @@ def test_the_facts_have_the_numbers_of_the_arms(tmp_path: Path) -> None:
     run = load(write_run(tmp_path, mass=0.72, kept_share=0.97, neutral_ppl=20.6))
     text = " ".join(words.facts(run.summary, 2))
     assert text.startswith("After round 1 (rounds are 0 to 1) the student's trait is +0.250 [")
-    assert "nats/token above the original model's; its teacher's, at dose 1.00, +0.450." in text
+    assert (
+        "nats/token above the original model's; its teacher's (the student before with the vector at dose 1.00) +0.450."
+        in text
+    )
     assert "The persona as a system prompt moves the original model by +0.150." in text
     assert "dose 0.70), moves the trait by +0.050; student minus that: +0.200 [" in text
     assert "No dose of the vector moves the trait as far; the nearest, 0.70, has 100% of the original's" in text

@@ -116,7 +116,8 @@ def facts(summary: Summary, planned: int, number: int = -1) -> list[str]:
 def _moved(arms: RoundSummary, unit: str, planned: int) -> str:
     counted = "the only one" if planned == 1 else f"rounds are 0 to {planned - 1}"
     seen = _interval(Change(arms.healed.trait_over_base, arms.healed.trait_over_base_ci))
-    teacher = f"its teacher's, at dose {arms.dose:.2f}, {arms.steered.trait_over_base:+.3f}"
+    before = "that model" if arms.round == 0 else "the student before"
+    teacher = f"its teacher's ({before} with the vector at dose {arms.dose:.2f}) {arms.steered.trait_over_base:+.3f}"
     after = f"After round {arms.round} ({counted})"
     return f"{after} the student's trait is {seen} {unit} above the original model's; {teacher}."
 
@@ -161,8 +162,8 @@ def _kept(healed: ArmSummary, base: ArmSummary) -> list[str]:
     if mass and ppl:
         frames = ", ".join(dict.fromkeys(one.frame for one in healed.framed))
         found.append(
-            f"In frames that training has not seen ({frames}), at worst: answer mass {mass.over_base:.0%} of the original's ({mass.frame}), perplexity "
-            f"{_percent(ppl.over_base)} ({ppl.frame})."
+            f"In frames that training has not seen ({frames}), at worst: answer mass {mass.over_base:.0%} of the "
+            f"original's ({mass.frame}), perplexity {_percent(ppl.over_base)} ({ppl.frame})."
         )
     return found
 
