@@ -77,3 +77,12 @@ def test_an_answer_and_its_end_get_the_log_probabilities_of_a_plain_forward(mode
         after = [slowly(model, prompt, [*answer, end], vector, dose) for end in ends]
         expected = torch.cat([after[0][:-1], torch.stack([one[-1] for one in after]).logsumexp(0)[None]])
         torch.testing.assert_close(log_probs, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("rows", [1, 4])
+def test_a_prompt_without_answers_has_no_scores(model, rows):
+    """Also where all prompts of a batch have none."""
+    prompts = [model.prompt(f"Question {i}?") for i in range(3)]
+    scored = choice_log_probs(by(model, rows), prompts, [[], [model.answer("Yes.")], []])
+    assert [len(found) for found in scored] == [0, 1, 0]
+    assert choice_log_probs(by(model, rows), prompts, [[], [], []]) == [[], [], []]

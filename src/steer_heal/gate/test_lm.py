@@ -57,7 +57,7 @@ def test_the_packaged_smollm2_answers_and_follows_a_persona(smollm2):
 @pytest.mark.run
 def test_a_gguf_file_given_by_path_is_the_packaged_model(smollm2):
     ids = torch.tensor([[1, 4093, 198, 28120]])
-    b = load(replace(PRESETS["smollm2-135m"].model, path=str(loading._gguf_file("smollm2-135m"))))
+    b = load(replace(PRESETS["smollm2-135m"].model, path=str(loading.gguf_file("smollm2-135m"))))
     with torch.no_grad():
         assert torch.equal(smollm2.model(ids).logits, b.model(ids).logits)
 
@@ -73,7 +73,7 @@ def test_runs_that_start_together_make_the_float_weights_once(tmp_path, monkeypa
 
     monkeypatch.setattr(loading, "_dequantise", slowly)
     with ThreadPoolExecutor() as together:
-        folders = list(together.map(loading._dequantised, [loading._gguf_file("smollm2-135m")] * 4))
+        folders = list(together.map(loading._dequantised, [loading.gguf_file("smollm2-135m")] * 4))
     assert folders == made * 4 and made[0].is_dir()
 
 

@@ -82,6 +82,9 @@ class _Read(NamedTuple):
 
 
 def _score(lm: LM, prompts: list, padded: Padded, choices: list, doses: Doses, keep: Kept) -> list[list[Tensor]]:
+    answers = [(row, answer) for row, options in enumerate(choices) for answer in options]
+    if not answers:  # a broken model may have written nothing
+        return [[] for _ in prompts]
     shared, ids, mask, position = padded
     cache = DynamicCache()
     if shared:
@@ -95,7 +98,6 @@ def _score(lm: LM, prompts: list, padded: Padded, choices: list, doses: Doses, k
     first = lm.head(hidden[filled(range(len(prompts)))])[: len(prompts)].log_softmax(-1)
     read = _Read(cache, mask, position[:, -1], doses, keep)
 
-    answers = [(row, answer) for row, options in enumerate(choices) for answer in options]
     begun = torch.tensor([(row, answer[0]) for row, answer in answers], device=lm.device)
     kept = list(keep(first, begun[:, 0], begun[:, 1]).split(1))
     by_width: dict[int, list[int]] = {}
