@@ -12,6 +12,7 @@ import warnings
 from dataclasses import fields, replace
 from json import dumps
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from loguru import logger
 
@@ -23,6 +24,10 @@ from steer_heal.presets import PRESETS
 from steer_heal.processor import processor
 from steer_heal.terminal import harmless, program, take_any_text
 from steer_heal.verbs import Bench, Chat, Compare, Eval, Export, Report, Results, Run, Sweep, Trait, verbs
+
+if TYPE_CHECKING:
+    from steer_heal.eval.harness.record import Benchmarks
+    from steer_heal.eval.judge.record import Judged
 
 INTERRUPTED = 130  # the shell's code for Ctrl-C
 CANNOT_WRITE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM}
@@ -168,14 +173,15 @@ def evaluate(asked: Eval) -> None:
     _check_files(json=asked.json)
     _check_gate(asked.gate)
     _check_readers(asked)
-    if asked.judge:
-        return _have_judged(asked)
     check(RunConfig(eval=asked.eval))
     check_profile(asked.eval)
     model = ModelConfig(asked.base, asked.quant, asked.dtype, asked.device)
-    if asked.harness is not None:
-        return benchmark(asked, model)
-    record = evaluate_alone(asked.target, asked.round, asked.gate, asked.trait, model, asked.eval)
+    if asked.judge:
+        record = _judged(asked)
+    elif asked.harness is not None:
+        record = _benchmarks(asked, model)
+    else:
+        record = evaluate_alone(asked.target, asked.round, asked.gate, asked.trait, model, asked.eval)
     if asked.json is not None:
         Path(asked.json).write_text(dumps(unstructured(record), indent=1), "utf-8")
 
@@ -184,16 +190,17 @@ def _check_readers(asked: Eval) -> None:
     """Raise UserError for flags of a judge or of benchmarks that are not asked for, and for both at once."""
     if asked.judge and asked.harness is not None:
         raise UserError("--judge and --harness: give one of them")
+    if asked.eval != EvalConfig() and (reader := "--judge" if asked.judge else asked.harness and "--harness"):
+        raise UserError(f"--eval.* choose the instruments, which {reader} replaces: leave one of them out")
     for reader, given in (("judge", bool(asked.judge)), ("harness", asked.harness is not None)):
         for name, usual in ((f.name, f.default) for f in fields(Eval) if f.name.startswith(f"{reader}_")):
             if not given and (value := getattr(asked, name)) != usual:
                 raise UserError(f"--{name.replace('_', '-')} {value!r} needs --{reader}: leave it out")
 
 
-def _have_judged(asked: Eval) -> None:
+def _judged(asked: Eval) -> Judged:
     from steer_heal.commands.judge.judges import endpoint_judge, local_judge
     from steer_heal.commands.judge.run import Wanted, judge_run
-    from steer_heal.records import unstructured
 
     if asked.trait is not None:
         raise UserError(f"--trait {asked.trait!r} with --judge: a run is judged on its own trait, leave it out")
@@ -205,22 +212,14 @@ def _have_judged(asked: Eval) -> None:
         judge = endpoint_judge(asked.judge, asked.judge_model)
     else:
         judge = local_judge(_named_model(asked.judge, asked.quant))
-    record = judge_run(asked.target, judge, wanted)
-    if asked.json is not None:
-        Path(asked.json).write_text(dumps(unstructured(record), indent=1), "utf-8")
+    return judge_run(asked.target, judge, wanted)
 
 
-def benchmark(asked: Eval, model: ModelConfig) -> None:
-    from steer_heal.commands.benchmark import Asked, Wanted
-    from steer_heal.commands.benchmark import benchmark as do
-    from steer_heal.records import unstructured
+def _benchmarks(asked: Eval, model: ModelConfig) -> Benchmarks:
+    from steer_heal.commands.benchmark import Asked, Wanted, benchmark
 
-    if asked.eval != EvalConfig():
-        raise UserError("--eval.* choose the instruments, which --harness replaces: leave one of them out")
     target = Asked(asked.target, asked.round, asked.gate, asked.trait, model)
-    record = do(target, Wanted(asked.harness, asked.harness_tasks, asked.harness_items))
-    if asked.json is not None:
-        Path(asked.json).write_text(dumps(unstructured(record), indent=1), "utf-8")
+    return benchmark(target, Wanted(asked.harness, asked.harness_tasks, asked.harness_items))
 
 
 def _is_url(text: str) -> bool:

@@ -35,6 +35,13 @@ def read(form: Any, words: list[str], prog: str, default: Any = None) -> Any:
         raise UserError(condensed(said.getvalue())) from None
 
 
+def words_of(flag: str, *values: str) -> list[str]:
+    """A flag and its values as command-line words. A switch takes no value: true is --flag, false is its no- form."""
+    section, dot, knob = flag.rpartition(".")
+    switches = {"true": [f"--{flag}"], "false": [f"--{section}{dot}no-{knob}"]}
+    return switches.get(" ".join(values).lower()) or [f"--{flag}", *values]
+
+
 def short_help(usual: RunConfig) -> None:
     """Print the common flags of `run`; `usual` gives their defaults."""
     import tyro

@@ -33,10 +33,9 @@ from steer_heal.report.figures import frontier_figure
 from steer_heal.report.page import build
 from steer_heal.report.words import headline
 from steer_heal.runs.resume import opened
-from steer_heal.runs.rounds import InRound
-from steer_heal.runs.student import finished_rounds, student_after
+from steer_heal.runs.student import finished_rounds, student_after, vector_of
 from steer_heal.runs.summary import SUMMARY, Summary
-from steer_heal.steer.extract import Extraction, Personas, read_vector
+from steer_heal.steer.extract import Extraction, Personas
 from steer_heal.steer.extract import extract as extract_vector
 from steer_heal.verbs import verbs
 
@@ -109,7 +108,7 @@ class Result:
     @cached_property
     def vector(self) -> AnyVector:
         """The first round's steering vector."""
-        return read_vector(opened(self.folder).find(InRound.VECTOR.of(0))).vector
+        return vector_of(opened(self.folder))
 
     def chat(self, message: str, gate: float = 1.0, system: str | None = None, tokens: int = 64) -> str:
         """The greedy answer to a message. `gate` dials between the base (0) and the student (1)."""
@@ -136,20 +135,19 @@ def run(model: str, trait: Trait | str, **settings: Value) -> Result:
     Raises UserError for what the command line would refuse.
     """
     named, given = (trait, None) if isinstance(trait, str) else (f"{trait.name}.toml", trait)
-    flagged = (word for name, value in settings.items() for word in _words(name, value))
+    flagged = [
+        word for name, value in settings.items() for word in flags.words_of(name.replace("_", "-"), *_values(value))
+    ]
     _, words = with_preset(["run", model, "--trait", named, *flagged])
     asked = flags.read(verbs(chosen(words)), words, "steer_heal.run")
     folder, _ = carry_out(asked.config, asked.preset, words, given)
     return Result(folder.path)
 
 
-def _words(name: str, value: Value) -> list[str]:
-    """A setting as words of the command line."""
-    section, dot, knob = name.replace("_", "-").rpartition(".")
-    if isinstance(value, bool):
-        return [f"--{section}{dot}{'' if value else 'no-'}{knob}"]
+def _values(value: Value) -> list[str]:
+    """A setting's value, or its values, as words of the command line."""
     several = not isinstance(value, str) and isinstance(value, Iterable)
-    return [f"--{section}{dot}{knob}", *map(str, value if several else [value])]
+    return [str(one) for one in (value if several else [value])]
 
 
 def resume(folder: str | Path) -> Result:

@@ -9,9 +9,9 @@ from pathlib import Path
 
 from loguru import logger
 
-from steer_heal.commands.evaluate import opened
+from steer_heal.commands.evaluate import equal_cost, opened
 from steer_heal.config import ModelConfig, UserError, model_name
-from steer_heal.eval.arms import Arm
+from steer_heal.eval.arms import Arm, unsteered
 from steer_heal.eval.harness.reading import benchmark_arm, benchmark_tasks, read_benchmarks
 from steer_heal.eval.harness.record import Benchmarks
 from steer_heal.eval.harness.tasks import Tasks, load_tasks, require_harness
@@ -23,7 +23,6 @@ from steer_heal.runs.resume import opened as opened_run
 from steer_heal.runs.rounds import InRound
 from steer_heal.runs.student import finished_rounds
 from steer_heal.runs.summary import SUMMARY
-from steer_heal.steer.extract import read_vector
 
 
 @dataclass(frozen=True)
@@ -82,8 +81,8 @@ def _keeping(asked: Asked) -> Iterator[RunDir | None]:
 def _read(asked: Asked, tasks: Tasks, items: int | None) -> Benchmarks:
     found = opened(asked.target, asked.round, asked.trait, asked.model, asked.gate)
     number, opponent = _round(asked)
-    wanted = [Arm("base", history=0.0, now=0.0), Arm("prompted", history=0.0, now=0.0, system=found.trait.positive)]
-    wanted += [arm for arm in (found.arm, opponent) if arm is not None]
+    base, prompted, _ = unsteered(found.trait)
+    wanted = [arm for arm in (base, prompted, found.arm, opponent) if arm is not None]
     arms, first = [], []
     for arm in wanted:
         results = read_benchmarks(found.student, arm, tasks, items)
@@ -127,5 +126,4 @@ def _round(asked: Asked) -> tuple[int | None, Arm | None]:
     if opponent is None:
         logger.info(f"plain steering at equal cost was not measured in round {number}: it is left out")
         return number, None
-    vector = read_vector(run.find(InRound.VECTOR.of(0))).vector
-    return number, Arm("equal_cost", history=0.0, now=0.0, vector=vector, dose=opponent.dose)
+    return number, equal_cost(run, opponent)

@@ -16,9 +16,7 @@ from steer_heal.config import UserError
 from steer_heal.model.lm import LM
 from steer_heal.model.steering import AnyVector, Steering, steering
 from steer_heal.runs.resume import opened as of_run
-from steer_heal.runs.rounds import InRound
-from steer_heal.runs.student import finished_rounds, student_after
-from steer_heal.steer.extract import read_vector
+from steer_heal.runs.student import finished_rounds, student_after, vector_of
 from steer_heal.terminal import harmless
 
 HELP = """type a message; every message is a fresh chat
@@ -66,8 +64,7 @@ def opened(folder: Path, gate: float, max_new_tokens: int, round_: int | None) -
     config = run.read("config.json")
     rounds = finished_rounds(folder, config["rounds"], round_)
     student = student_after(folder, config, rounds)
-    first = read_vector(run.find(InRound.VECTOR.of(0))).vector
-    return Session(folder, student, first, max_new_tokens, gate, round=rounds - 1)
+    return Session(folder, student, vector_of(run), max_new_tokens, gate, round=rounds - 1)
 
 
 def obey(session: Session, line: str) -> Session:

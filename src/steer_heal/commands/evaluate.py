@@ -9,17 +9,18 @@ from steer_heal.bake.foreign import config_of, load_adapter, scalable
 from steer_heal.bake.student import Student
 from steer_heal.config import EvalConfig, ModelConfig, UserError
 from steer_heal.data import Trait, load_trait, pool
-from steer_heal.eval.arms import Arm
+from steer_heal.eval.arms import Arm, plainly, unsteered
 from steer_heal.eval.instruments import instruments, read_arm
 from steer_heal.eval.own_probes import probed
+from steer_heal.eval.reading import ArmReading
 from steer_heal.eval.record import ArmSummary, arm_record
 from steer_heal.eval.verdict import Validity, Verdict, expressible, validity, verdict
 from steer_heal.model.loading import load
 from steer_heal.report.tables import arm_table, validity_table
-from steer_heal.runs.folder import EVENTS
+from steer_heal.runs.folder import EVENTS, RunDir
 from steer_heal.runs.resume import measured_trait
 from steer_heal.runs.resume import opened as opened_run
-from steer_heal.runs.student import finished_rounds, student_after
+from steer_heal.runs.student import finished_rounds, student_after, vector_of
 
 
 @dataclass(frozen=True)
@@ -56,9 +57,7 @@ def evaluate_alone(
     found = opened(target, round_, trait, model, gate)
     found = replace(found, trait=probed(found.student, found.trait, config.judge, pool("probe")))
     which = instruments(config, at_end=True)
-    systems = {"base": None, "prompted": found.trait.positive, "negative": found.trait.negative}
-    wanted = [Arm(name, history=0.0, now=0.0, system=system) for name, system in systems.items()]
-    wanted += [found.arm] if found.arm else []
+    wanted = [*unsteered(found.trait), *([found.arm] if found.arm else [])]
     arms = [read_arm(f"eval {arm.name}", found.student, arm, found.trait, config, which) for arm in wanted]
     base, *_, last = arms
     record = Alone(**{arm.arm: arm_record(arm, base) for arm in arms}, validity=validity(arms))
@@ -94,3 +93,8 @@ def opened(target: str, round_: int | None, trait: str | None, model: ModelConfi
     if gate not in (0.0, 1.0) and not scalable(student):
         raise UserError(f"--gate is {gate}: a DoRA adapter is on (1) or off (0)")
     return Target(student, load_trait(trait or "love"), Arm("student", history=0.0, now=gate))
+
+
+def equal_cost(run: RunDir, reading: ArmReading) -> Arm:
+    """Plain steering at equal cost, as a run read it."""
+    return plainly("equal_cost", vector_of(run), reading.dose)

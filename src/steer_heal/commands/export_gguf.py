@@ -32,8 +32,7 @@ from steer_heal.runs.reading import Run
 from steer_heal.runs.reading import load as read_run
 from steer_heal.runs.resume import opened as opened_run
 from steer_heal.runs.rounds import InRound
-from steer_heal.runs.student import base_of, finished_rounds, student_after
-from steer_heal.steer.extract import read_vector
+from steer_heal.runs.student import base_of, finished_rounds, student_after, vector_of
 
 Kind = Literal["adapter", "model", "vector"]
 Weights = Literal["f16", "q8_0"]
@@ -207,7 +206,7 @@ def _data(tensor: gguf.ReaderTensor, update: Factors | None, type_: gguf.GGMLQua
 def dosed_vector(folder: Path, number: int) -> Directions:
     """A round's vector times its dose, by block. Raises UserError for one that is not simply added."""
     run = opened_run(folder)
-    vector = read_vector(run.find(InRound.VECTOR.of(number))).vector
+    vector = vector_of(run, number)
     if not isinstance(vector, Vector) or vector.operation != "add":
         raise UserError(
             "--vector: the run's steer.method does more than add a direction, which is all that a control vector does: "

@@ -54,6 +54,11 @@ class Instrument:
         with np.errstate(over="ignore"):  # infinite for a model that has collapsed
             return float(np.exp(np.mean(items)) if self.log else np.mean(items))
 
+    def shown(self, arm: Measures) -> str:
+        """The arm's measure as printed; "" where it was not read."""
+        value = getattr(arm, self.measure)
+        return "" if value is None else self.form.format(value)
+
     def over(self, arm: Measures, base: Measures) -> float:
         """Return the arm's measure divided by the base's; NaN when the base's is 0."""
         return relative(getattr(arm, self.measure), getattr(base, self.measure))

@@ -171,7 +171,7 @@ def validity(arms: list[ArmReading]) -> list[Validity]:
                 positive_over_negative=float(change.mean()),
                 ci=ci,
                 valid=ci[0] > 0,
-                halves=_halves(change),
+                halves=halves(change),
                 reliability=reliability(scores[key]),
                 agreement=float(np.mean(agreed)) if agreed else None,
                 arms=len(arms),
@@ -191,7 +191,7 @@ def _profile_validity(arms: list[ArmReading]) -> Validity:
         positive_over_negative=float(change.mean()),
         ci=interval(change),
         valid=seen.top1_ci[0] > CHANCE,
-        halves=_halves(change),
+        halves=halves(change),
         reliability=reliability(scores),
         arms=len(arms),
         top1=seen.top1,
@@ -199,7 +199,8 @@ def _profile_validity(arms: list[ArmReading]) -> Validity:
     )
 
 
-def _halves(change: np.ndarray) -> tuple[float, float]:
+def halves(change: np.ndarray) -> tuple[float, float]:
+    """The mean of the changes of even number and of those of odd number."""
     return float(change[0::2].mean()), float(change[1::2].mean())
 
 

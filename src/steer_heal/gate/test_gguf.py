@@ -240,9 +240,8 @@ def test_what_is_written_is_whole_or_not_there(on_gguf, tmp_path, monkeypatch, k
 def test_a_vector_that_llama_cpp_cannot_add_is_not_exported(whole, tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"the run steers block 0, for which llama.cpp's control vectors have no place"):
         write_control_vector(tmp_path / "v.gguf", {0: torch.ones(4), 1: torch.ones(4)}, "llama", ABOUT)
-    read = exporting.read_vector
-    projected = lambda path: read(path)._replace(vector=replace(read(path).vector, operation="project_out"))  # noqa: E731
-    monkeypatch.setattr(exporting, "read_vector", projected)
+    read = exporting.vector_of
+    monkeypatch.setattr(exporting, "vector_of", lambda *of: replace(read(*of), operation="project_out"))
     with pytest.raises(UserError, match="does more than add a direction"):
         export_gguf(whole, tmp_path / "v.gguf", None, "vector")
     assert not list(tmp_path.iterdir())

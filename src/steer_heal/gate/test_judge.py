@@ -405,7 +405,7 @@ def test_the_arms_answers_are_those_of_their_models(whole, tmp_path, monkeypatch
     """Greedy answers by plain transformers for base, persona and student; steered ones by a hook of the check's own."""
     import torch
 
-    from steer_heal.commands.judge.hearing import Kept
+    from steer_heal.commands.judge.kept import Kept
 
     monkeypatch.setattr(judging, "TOKENS", 6)
     of = judging.arms_of(str(whole), judging.Wanted(prompts=8))

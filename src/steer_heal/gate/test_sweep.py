@@ -23,6 +23,7 @@ import steer_heal
 from steer_heal import data
 from steer_heal.cli import main
 from steer_heal.config import UserError
+from steer_heal.flags import words_of
 from steer_heal.gate.conftest import BRIEF, FEW
 from steer_heal.gate.folders import cut
 from steer_heal.gate.processes import command, done
@@ -39,6 +40,13 @@ GRID = ("heal.barrier.agg=mean,rmse",)
 
 def planned(out, grid=GRID, seeds=(1, 2), argv=QUICK):
     return plan.plan("agg", grid, seeds, argv, out, "rmse holds what the mean dilutes")
+
+
+def test_a_switch_has_no_value_with_or_without_a_section():
+    words = [words_of(*said) for said in (("anyway", "false"), ("heal.training.checkpointing", "false"), ("x", "true"))]
+    assert words == [["--no-anyway"], ["--heal.training.no-checkpointing"], ["--x"]]
+    first, _ = planned(Path("out"), grid=("anyway=true,false",), seeds=(1,)).runs
+    assert first.argv[-5:] == ("--anyway", "--seed", "1", "--out", "out/agg")
 
 
 def test_the_plan_is_the_grid_times_the_seeds(tmp_path):

@@ -116,8 +116,7 @@ def _cell(one: Scores) -> str:
 
 def _row(name: str, arm: ArmSummary, read: list[Instrument]) -> str:
     low, high = arm.trait_over_base_ci
-    values = [getattr(arm, one.measure) for one in read]
-    costs = ["" if value is None else one.form.format(value) for one, value in zip(read, values, strict=True)]
+    costs = [one.shown(arm) for one in read]
     return f"| {name} | {' | '.join([f'{arm.trait_over_base:+.3f} [{low:+.3f}, {high:+.3f}]', *costs])} |"
 
 

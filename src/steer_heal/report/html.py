@@ -68,6 +68,11 @@ def arm_name(name: str) -> str:
     return f'<span class="arm {name.split()[0]}">{name}</span>'
 
 
+def dropped(reason: str) -> str:
+    """A label with the reason why the filter drops a text; nothing for one that it keeps."""
+    return f'<span class="dropped">{safe(reason)}</span>' if reason else ""
+
+
 def prose(text: str) -> str:
     return f'<p class="prose">{safe(text)}</p>' if text.strip() else '<p class="prose nothing">(nothing)</p>'
 

@@ -7,10 +7,9 @@ from collections import Counter
 from steer_heal.config import FIRED_FLOOR
 from steer_heal.distil.record import Completion
 from steer_heal.report.figures import dose_figure, heal_figure
-from steer_heal.report.html import folded, panel, prose, safe, section, stacked, table_of
+from steer_heal.report.html import dropped, folded, panel, prose, safe, section, stacked, table_of
 from steer_heal.runs.reading import Run
 from steer_heal.runs.recipe import choices
-from steer_heal.scores import Judged
 
 SHOWN_COMPLETIONS = 160  # rows of a round's table
 
@@ -95,7 +94,9 @@ def filter_section(run: Run) -> str:
     for r in run.rounds:
         shown = r.completions[:SHOWN_COMPLETIONS]
         kinds = ["dropped" if c.dropped else "kept" for c in shown]
-        marks = [_dropped(c) or f'<span class="kept">{"kept" if c.epoch is None else "passes"}</span>' for c in shown]
+        marks = [
+            dropped(c.dropped) or f'<span class="kept">{"kept" if c.epoch is None else "passes"}</span>' for c in shown
+        ]
         rows = [
             (prose(c.prompt), prose(c.text), _writer(c), f"{c.incoherence:+.1f}", mark)
             for c, mark in zip(shown, marks, strict=True)
@@ -111,7 +112,3 @@ def filter_section(run: Run) -> str:
 
 def _writer(text: Completion) -> str:
     return f"teacher at dose {text.dose:.2f}" if text.epoch is None else f"student, epoch {text.epoch}"
-
-
-def _dropped(judged: Judged) -> str:
-    return f'<span class="dropped">{safe(judged.dropped)}</span>' if judged.dropped else ""

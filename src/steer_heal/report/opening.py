@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from steer_heal.eval.catalogue import COHERENT, MASS, NEUTRAL, RIGHT
+from steer_heal.eval.catalogue import COHERENT, MASS, NEUTRAL, RIGHT, Instrument
 from steer_heal.eval.opponents import LEAST_COST
 from steer_heal.eval.reading import ArmReading, Demo, printed
 from steer_heal.eval.record import ArmSummary
@@ -10,6 +10,7 @@ from steer_heal.report.figures import frontier_figure
 from steer_heal.report.html import (
     arm_name,
     defined,
+    dropped,
     folded,
     marked,
     panel,
@@ -98,8 +99,7 @@ def _text(answer: Demo) -> str:
 
 
 def _voice(name: str, answer: Demo, text: str) -> str:
-    dropped = f'<span class="dropped">{safe(answer.dropped)}</span>' if answer.dropped else ""
-    return f'<div class="voice">{arm_name(name)} {dropped}{text}</div>'
+    return f'<div class="voice">{arm_name(name)} {dropped(answer.dropped)}{text}</div>'
 
 
 def cost_section(run: Run) -> str:
@@ -126,9 +126,7 @@ def arms_section(run: Run) -> str:
     return section("In numbers", "Every arm on the same questions.", table_of(head, rows) + defined(terms))
 
 
-def _cells(name: str, arm: ArmSummary, measured: list, run: Run) -> list[str]:
+def _cells(name: str, arm: ArmSummary, measured: list[Instrument], run: Run) -> list[str]:
     over = "" if name == "base" else with_interval(arm.trait_over_base, arm.trait_over_base_ci)
-    read = [getattr(arm, one.measure) for one in measured]
     dose = run.summary.rounds[-1].dose if name == "steered" else arm.dose
-    shown = ["" if value is None else one.form.format(value) for one, value in zip(measured, read, strict=True)]
-    return [over, *shown, "" if dose is None else f"{dose:.2f}"]
+    return [over, *(one.shown(arm) for one in measured), "" if dose is None else f"{dose:.2f}"]

@@ -20,7 +20,6 @@ from steer_heal.eval.catalogue import (
     RIGHT,
     STYLED,
     WORDS,
-    Instrument,
 )
 from steer_heal.eval.intervals import Change
 from steer_heal.eval.opponents import LEAST_COST
@@ -47,7 +46,7 @@ def measures_section(run: Run) -> str:
     rows = []
     for name, arm, dose in arms:
         over = with_interval(arm.trait_over_base, arm.trait_over_base_ci) if name != "base" else ""
-        cells = [_shown(one, getattr(arm, one.measure)) for one in SHOWN]
+        cells = [one.shown(arm) for one in SHOWN]
         rows.append((arm_name(name), with_interval(arm.trait_nats, arm.trait_ci), over, *cells, _length(arm), dose))
     why = """Every arm on the same items, with 95% bootstrap intervals. Trait: log-probability per token of the answer
         with the trait minus that of its opposite (for a trait measured on whole answers: summed over all tokens and
@@ -62,15 +61,11 @@ def measures_section(run: Run) -> str:
     return section("Every arm, every measure", why, found, fold=True)
 
 
-def _shown(one: Instrument, value: float | None) -> str:
-    return "" if value is None else one.form.format(value)
-
-
 def _length(arm: ArmSummary) -> str:
     """Words per free answer, and the share that ends."""
     if arm.demo_words is None or arm.ended_share is None:
         return ""
-    return f"{_shown(WORDS, arm.demo_words)} ({_shown(ENDED, arm.ended_share)})"
+    return f"{WORDS.shown(arm)} ({ENDED.shown(arm)})"
 
 
 def _moves(changes: dict[str, Change], keys: Iterable[str]) -> list[str]:

@@ -34,10 +34,9 @@ COUNTED = {  # what can get worse, and how its change is said; shares change by 
     RELEVANT: ("answers that fit their own prompt best", "fewer"),
     INFORMATION: ("fit of answers to their prompts", "less"),
 }
-OPENINGS = {
+OPENINGS = {  # by verdict; "broken" is said with its reason
     "moved": "The trait moved.",
     "broad": "The trait moved, and so did others.",
-    "broken": "A limit of damage was passed",
     "undone": "Steering moved the trait, and training lost it.",
     "unmoved": "The trait did not move.",
     "unreadable": "No verdict: this model cannot express this trait.",
@@ -87,7 +86,7 @@ def headline(summary: Summary, number: int = -1) -> tuple[str, str]:
     word, why = last.verdict.word, last.verdict.why
     if word == "broken":
         moved = f"{OPENINGS['moved']} " if last.healed.trait_over_base_ci[0] > 0 else ""
-        return f"{moved}{OPENINGS[word]}: {why}.", word
+        return f"{moved}A limit of damage was passed: {why}.", word
     lost = losses(last.healed, summary.base)
     fluent = "Fluency slipped." if any(loss.one in COHERENCE for loss in lost) else "Fluency held."
     named = f"Worse: {', '.join(loss.named for loss in lost)}." if lost else "Nothing that was measured got worse."

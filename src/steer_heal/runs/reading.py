@@ -9,7 +9,7 @@ from steer_heal.config import SIZES, RunConfig, model_name
 from steer_heal.eval.harness.record import Benchmarks
 from steer_heal.eval.reading import ArmReading, Survey
 from steer_heal.runs.folder import HARNESS
-from steer_heal.runs.resume import opened, settings
+from steer_heal.runs.resume import opened, preset_and_config
 from steer_heal.runs.rounds import Round, read_round
 from steer_heal.runs.summary import SUMMARY, SURVEY, Baselines, RunName, Summary, plain_file, summarise
 
@@ -20,8 +20,6 @@ class Run:
 
     config: dict
     """the contents of config.json"""
-    settings: RunConfig
-    """the same"""
     title: str
     env: dict
     commands: list[list[str]]
@@ -38,6 +36,10 @@ class Run:
     status: str
     benchmarks: Benchmarks | None
     """read by `eval --harness`"""
+
+    @property
+    def settings(self) -> RunConfig:
+        return preset_and_config(self.config)[1]
 
     @property
     def name(self) -> str:
@@ -69,7 +71,6 @@ def load(folder: Path) -> Run:
         summary = summarise(of, baselines, rounds, folder.stage_seconds())
     return Run(
         config=config,
-        settings=settings(folder)[1],
         title=trait.get("title", config["trait"]),
         env=folder.read("env.json", {}),
         commands=[event["argv"] for event in folder.events() if "argv" in event],

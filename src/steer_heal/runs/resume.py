@@ -150,14 +150,18 @@ def started(folder: Path, named: str | None = None) -> tuple[str, RunConfig]:
 
 def settings(run: RunDir) -> tuple[str, RunConfig]:
     """Preset and config of an opened run. Raises OtherVersion when the config has other fields than this version's."""
-    table = run.read("config.json")
     try:
-        return table["preset"], of_record({key: value for key, value in table.items() if key != "preset"})
+        return preset_and_config(run.read("config.json"))
     except KeyError as error:
         raise OtherVersion(
             f"{str(run.path)!r} was made by another version of steer-heal (its config differs in {error.args[0]}): "
             "start a new run, or use the version in its env.json"
         ) from error
+
+
+def preset_and_config(table: dict) -> tuple[str, RunConfig]:
+    """Preset and config of the contents of config.json. Raises KeyError where their fields are not this version's."""
+    return table["preset"], of_record({key: value for key, value in table.items() if key != "preset"})
 
 
 def record_of(config: RunConfig, preset: str) -> dict:

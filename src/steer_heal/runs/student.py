@@ -1,4 +1,4 @@
-"""Load the student of a run as it was after one of its rounds."""
+"""Load the student of a run as it was after one of its rounds, and the vector of a round."""
 
 from __future__ import annotations
 
@@ -9,9 +9,17 @@ from steer_heal.bake.student import Student
 from steer_heal.config import ModelConfig, UserError
 from steer_heal.model.lm import LM
 from steer_heal.model.loading import load
+from steer_heal.model.steering import AnyVector
 from steer_heal.runs.environment import as_recorded, require_recorded
+from steer_heal.runs.folder import RunDir
 from steer_heal.runs.resume import opened
 from steer_heal.runs.rounds import InRound, rounds_done
+from steer_heal.steer.extract import read_vector
+
+
+def vector_of(run: RunDir, number: int = 0) -> AnyVector:
+    """The steering vector of a round."""
+    return read_vector(run.find(InRound.VECTOR.of(number))).vector
 
 
 def finished_rounds(folder: Path, planned: int, round_: int | None) -> int:

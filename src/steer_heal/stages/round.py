@@ -18,7 +18,7 @@ from steer_heal.coherence import persona_narration
 from steer_heal.distil.dose import dose_curve, expected_survival, require_dose
 from steer_heal.distil.record import Completion, DoseCurve
 from steer_heal.distil.sample import Teacher, distil, judged, require_training_set, rows_of
-from steer_heal.eval.arms import Arm
+from steer_heal.eval.arms import Arm, plainly
 from steer_heal.eval.geometry import geometry
 from steer_heal.eval.instruments import instruments
 from steer_heal.eval.opponents import (
@@ -39,7 +39,7 @@ from steer_heal.heal.train import Turn, heal
 from steer_heal.model.steering import AnyVector, Steering
 from steer_heal.runs.rounds import InRound, Round, folder_of
 from steer_heal.runs.summary import Baselines
-from steer_heal.stages.run import PLAIN, Work, freeing, plainly
+from steer_heal.stages.run import PLAIN, Work, freeing
 from steer_heal.steer.extract import Extraction, extract, prompts_read, read_vector, write_vector
 from steer_heal.steer.layers import LayerReport
 from steer_heal.terminal import progress

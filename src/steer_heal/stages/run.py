@@ -21,7 +21,7 @@ from steer_heal.config import FILE, RunConfig, SteerConfig
 from steer_heal.data import Contrast
 from steer_heal.distil.record import Anchor
 from steer_heal.distil.sample import anchor_rows, anchor_texts
-from steer_heal.eval.arms import Arm
+from steer_heal.eval.arms import Arm, plainly, unsteered
 from steer_heal.eval.catalogue import OF_TRAIT
 from steer_heal.eval.geometry import Base, Fixed, read_base
 from steer_heal.eval.instruments import instruments, neutral_rows, read_arm, with_relevance
@@ -38,9 +38,10 @@ from steer_heal.model.packing import packed
 from steer_heal.model.steering import AnyVector
 from steer_heal.runs.folder import PROBES, RunDir
 from steer_heal.runs.rounds import InRound, Round
+from steer_heal.runs.student import vector_of
 from steer_heal.runs.summary import SUMMARY, SURVEY, Baselines, RunName, Summary, plain_file, summarise
 from steer_heal.steer import from_file
-from steer_heal.steer.extract import VECTOR_FILE, extract, prompts_read, read_vector
+from steer_heal.steer.extract import VECTOR_FILE, extract, prompts_read
 from steer_heal.steer.personas import Personas
 from steer_heal.terminal import progress
 
@@ -69,11 +70,6 @@ def roomy(config: RunConfig, trait: data.Trait) -> RunConfig:
         asked = f"the trait asks for answers of {trait.answer_tokens} tokens (answer_tokens)"
         logger.info(f"{asked}: training's may have {longest}, the demo's {demo}")
     return replace(config, distil=replace(config.distil, max_new_tokens=longest))
-
-
-def plainly(name: str, first: AnyVector, dose: float) -> Arm:
-    """The arm of the base steered by the first round's vector."""
-    return Arm(name, history=0.0, now=0.0, vector=first, dose=dose)
 
 
 @dataclass(frozen=True)
@@ -139,12 +135,6 @@ class Work:
             reading = with_relevance(self.student, reading, self.config.eval)
         return reading.joined(self.read_arm(label, arm, missing)) if missing else reading
 
-    @property
-    def prompted_arms(self) -> tuple[Arm, Arm, Arm]:
-        """The base as it is, under the positive persona, and under the negative one."""
-        systems = {"base": None, "prompted": self.trait.positive, "negative": self.trait.negative}
-        return tuple(Arm(name, history=0.0, now=0.0, system=system) for name, system in systems.items())
-
     def with_probes(self) -> Work:
         """The work with contrast probes that the base writes, where the trait has none; the same for all seeds."""
         if self.trait.contrast:
@@ -165,7 +155,7 @@ class Work:
         def compute() -> list[ArmReading]:
             probes = OF_TRAIT[self.trait.instrument].read_with
             which = {"base": (probes, "demos"), "prompted": (probes, "demos"), "negative": (probes,)}
-            return [self.read_arm(f"first look, {arm.name}", arm, which[arm.name]) for arm in self.prompted_arms]
+            return [self.read_arm(f"first look, {arm.name}", arm, which[arm.name]) for arm in unsteered(self.trait)]
 
         return self.folder.artefact(list[ArmReading], "first_look.json", freeing(compute))
 
@@ -173,7 +163,7 @@ class Work:
         """The arms that need no training, with the instruments that every round reads."""
         early = instruments(self.config.eval, at_end=False)
         read = {}
-        for arm, begun in zip(self.prompted_arms, first, strict=True):
+        for arm, begun in zip(unsteered(self.trait), first, strict=True):
             which = PLAIN if arm.name == "negative" else early
             compute = freeing(partial(self.widened, f"eval {arm.name}", begun, arm, which))
             read[arm.name] = self.folder.artefact(ArmReading, f"{arm.name}.json", compute)
@@ -187,7 +177,7 @@ class Work:
         which = {"base": everything, "prompted": everything, "negative": (*PLAIN, *profile)}
         read = {
             arm.name: self.completed(f"{arm.name}.json", getattr(arms, arm.name), arm, which[arm.name])
-            for arm in self.prompted_arms
+            for arm in unsteered(self.trait)
         }
         return replace(arms, **read)
 
@@ -273,7 +263,7 @@ class Work:
 
     def first_vector(self) -> AnyVector:
         """The vector of round 0. Later vectors are compared with it, and plain steering uses it."""
-        return read_vector(self.folder.find(InRound.VECTOR.of(0))).vector
+        return vector_of(self.folder)
 
     @property
     def fixed(self) -> Fixed:

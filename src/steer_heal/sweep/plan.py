@@ -17,7 +17,7 @@ from pathlib import Path
 from steer_heal.config import RunConfig, UserError, settled
 from steer_heal.data import load_trait
 from steer_heal.demands import check
-from steer_heal.flags import read
+from steer_heal.flags import read, words_of
 from steer_heal.presets import PRESETS
 from steer_heal.records import unstructured
 from steer_heal.runs.folder import EVENTS, RunDir
@@ -75,7 +75,7 @@ def plan(
     for values in itertools.product(*(values for _, values in dimensions)):
         arm = tuple(zip((flag for flag, _ in dimensions), values, strict=True))
         for seed in seeds:
-            flags = [word for flag, value in arm for word in _words(flag, value)]
+            flags = [word for flag, value in arm for word in words_of(flag, *value.split("+"))]
             words = (*argv, *flags, "--seed", str(seed), "--out", str(out / name))
             config = parsed(words)
             check(config)
@@ -88,13 +88,6 @@ def _dimension(text: str) -> tuple[str, list[str]]:
     if not equals or not flag or not all(values.split(",")):
         raise UserError(f"--grid {text!r}: write FLAG=VALUE,VALUE, e.g. heal.barrier.agg=mean,rmse (a pair as 0.4+0.6)")
     return flag.removeprefix("--").replace("_", "-"), values.split(",")
-
-
-def _words(flag: str, value: str) -> list[str]:
-    """A flag and its value as command-line words. A switch takes no value: true is --flag, false is its no- form."""
-    section, _, knob = flag.rpartition(".")
-    switches = {"true": [f"--{flag}"], "false": [f"--{section}.no-{knob}"]}
-    return switches.get(value.lower()) or [f"--{flag}", *value.split("+")]
 
 
 def parsed(words: tuple[str, ...], default: RunConfig | None = None) -> RunConfig:

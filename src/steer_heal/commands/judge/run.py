@@ -10,11 +10,12 @@ from functools import cached_property
 from pathlib import Path
 
 from steer_heal.bake.student import Student
-from steer_heal.commands.judge.hearing import Hearing, Kept
+from steer_heal.commands.evaluate import equal_cost
 from steer_heal.commands.judge.judges import Judge
+from steer_heal.commands.judge.kept import Kept, KeptJudge
 from steer_heal.config import RunConfig, UserError
 from steer_heal.data import LEAST_PROBES, Trait
-from steer_heal.eval.arms import Arm
+from steer_heal.eval.arms import Arm, unsteered
 from steer_heal.eval.judge.held_out import HeldOut, held_out
 from steer_heal.eval.judge.questions import Question, choice_question, rating_question
 from steer_heal.eval.judge.record import (
@@ -37,7 +38,6 @@ from steer_heal.runs.folder import GIVEN, RunDir
 from steer_heal.runs.resume import measured_trait, opened, settings
 from steer_heal.runs.rounds import InRound
 from steer_heal.runs.student import finished_rounds, student_after
-from steer_heal.steer.extract import read_vector
 from steer_heal.terminal import progress
 
 KEPT = "judge.jsonl"  # in the run folder: answers of the arms and of judges
@@ -96,14 +96,10 @@ class RunArms:
 
     @property
     def arms(self) -> dict[str, Arm]:
-        systems = {"base": None, "prompted": self.trait.positive, "negative": self.trait.negative}
-        found = {name: Arm(name, history=0.0, now=0.0, system=system) for name, system in systems.items()}
-        found[STUDENT] = Arm(STUDENT, history=self.gate, now=0.0)
+        found = [*unsteered(self.trait), Arm(STUDENT, history=self.gate, now=0.0)]
         if self.equal_cost:
-            vector = read_vector(self.run.find(InRound.VECTOR.of(0))).vector
-            dose = self.equal_cost.dose
-            found[EQUAL_COST] = Arm(EQUAL_COST, history=0.0, now=0.0, vector=vector, dose=dose)
-        return found
+            found.append(equal_cost(self.run, self.equal_cost))
+        return {arm.name: arm for arm in found}
 
     @property
     def readings(self) -> dict[str, ArmReading]:
@@ -146,22 +142,22 @@ def judge_run(target: str, judge: Judge, wanted: Wanted) -> Judged:
     """
     of = arms_of(target, wanted)
     prompts = held_out(of.trait, of.config, wanted.prompts, wanted.everyday)
-    hearing = Hearing(judge, Kept(of.folder / KEPT), wanted.seed)
+    asked = KeptJudge(judge, Kept(of.folder / KEPT), wanted.seed)
     if judge.trial:
-        rate(hearing, of.trait, [TRIAL], "judge, trial")
+        rate(asked, of.trait, [TRIAL], "judge, trial")
     print(f"{len(prompts)} held-out prompts, {sum(one.everyday for one in prompts)} of them everyday: {wanted.width}")
     arms = of.arms
-    rated = rate(hearing, of.trait, _answers(of, ("prompted", "negative"), prompts, hearing.kept), "judge, personas")
+    rated = rate(asked, of.trait, _answers(of, ("prompted", "negative"), prompts, asked.kept), "judge, personas")
     validity = judge_validity(rated, of.readings)
     found: list[Compared] = []
     if validity.valid:
         others = tuple(name for name in arms if name not in ("prompted", "negative"))
-        rest = rate(hearing, of.trait, _answers(of, others, prompts, hearing.kept), "judge, other arms")
-        rated = rate_again(hearing, of.trait, [*rest, *rated], wanted.seed)
+        rest = rate(asked, of.trait, _answers(of, others, prompts, asked.kept), "judge, other arms")
+        rated = rate_again(asked, of.trait, [*rest, *rated], wanted.seed)
         validity = judge_validity(rated, of.readings)
-        found = compare(hearing, of.trait, rated)
+        found = compare(asked, of.trait, rated)
     record = Judged(
-        judge=hearing.name,
+        judge=asked.name,
         trait=of.trait.name,
         round=of.rounds - 1,
         gate=of.gate,
@@ -172,7 +168,7 @@ def judge_run(target: str, judge: Judge, wanted: Wanted) -> Judged:
         agreement=agreements(rated, of.readings),
         arms=judged_arms(rated) if validity.valid else [],
         preferences=judged_preferences(found),
-        cost=hearing.cost,
+        cost=asked.cost,
         rated=rated,
         compared=found,
     )
@@ -199,27 +195,27 @@ def _answers(of: RunArms, names: tuple[str, ...], prompts: list[HeldOut], kept: 
     return found
 
 
-def rate(hearing: Hearing, trait: Trait, answers: list[Rated], label: str) -> list[Rated]:
+def rate(judge: KeptJudge, trait: Trait, answers: list[Rated], label: str) -> list[Rated]:
     """The answers with the judge's ratings."""
-    ratings = _ratings(hearing, trait, answers, label, 1)
+    ratings = _ratings(judge, trait, answers, label, 1)
     return [
         replace(one, rating=rating, failure=None if rating else "the judge gave no rating")
         for one, rating in zip(answers, ratings, strict=True)
     ]
 
 
-def rate_again(hearing: Hearing, trait: Trait, rated: list[Rated], seed: int) -> list[Rated]:
+def rate_again(judge: KeptJudge, trait: Trait, rated: list[Rated], seed: int) -> list[Rated]:
     """The answers, a random tenth of those that are rated with a second rating."""
     done = [i for i, one in enumerate(rated) if one.rating]
     twice = random.Random(f"{seed} again").sample(done, math.ceil(len(done) / AGAIN))
-    second = _ratings(hearing, trait, [rated[i] for i in twice], "judge, again", 2)
+    second = _ratings(judge, trait, [rated[i] for i in twice], "judge, again", 2)
     found = dict(zip(twice, second, strict=True))
     return [replace(one, again=found.get(i)) for i, one in enumerate(rated)]
 
 
-def _ratings(hearing: Hearing, trait: Trait, answers: list[Rated], label: str, reading: int) -> list[Rating | None]:
+def _ratings(judge: KeptJudge, trait: Trait, answers: list[Rated], label: str, reading: int) -> list[Rating | None]:
     questions = [rating_question(trait, one.prompt, one.text) for one in answers]
-    found = _asked(hearing, questions, label, reading)
+    found = _asked(judge, questions, label, reading)
     return [values and _rating(values) for values in found]
 
 
@@ -227,12 +223,12 @@ def _rating(values: dict[str, int | str]) -> Rating:
     return Rating(float(values["trait"]), float(values["coherence"]), float(values["answered"] == "yes"))
 
 
-def _asked(hearing: Hearing, questions: list[Question], label: str, reading: int = 1) -> list[dict | None]:
+def _asked(judge: KeptJudge, questions: list[Question], label: str, reading: int = 1) -> list[dict | None]:
     with progress(label, len({question.text for question in questions}), "question") as done:
-        return hearing.answers(questions, done, reading)
+        return judge.answers(questions, done, reading)
 
 
-def compare(hearing: Hearing, trait: Trait, rated: list[Rated]) -> list[Compared]:
+def compare(judge: KeptJudge, trait: Trait, rated: list[Rated]) -> list[Compared]:
     """The student's answers beside those of base and of plain steering, each pair in both orders.
 
     Two answers with the same text are a tie, which nobody is asked about.
@@ -244,7 +240,7 @@ def compare(hearing: Hearing, trait: Trait, rated: list[Rated]) -> list[Compared
     questions = [
         choice_question(trait, one.prompt, *order(own, other)) for one, own, other in apart for order in orders
     ]
-    choices = iter(_asked(hearing, questions, "judge, pairs") if questions else [])
+    choices = iter(_asked(judge, questions, "judge, pairs") if questions else [])
     tie = {"trait": "same", "answered": "same"}
     return [
         compared(one.arm, one.prompt, one.everyday, (next(choices), next(choices)) if own != other else (tie, tie))

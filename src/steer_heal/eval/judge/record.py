@@ -12,7 +12,7 @@ from steer_heal.data import LEAST_PROBES
 from steer_heal.eval.intervals import Change, correlation, interval, reliability
 from steer_heal.eval.judge.preferences import ASPECTS, Preferred, agreed, outcome, preferred
 from steer_heal.eval.reading import ArmReading, change_of
-from steer_heal.eval.verdict import Validity
+from steer_heal.eval.verdict import Validity, halves
 
 STUDENT, EQUAL_COST = "student", "equal_cost"
 SCORES = ("trait", "coherence", "answered")
@@ -181,7 +181,7 @@ def judge_validity(rated: list[Rated], readings: dict[str, ArmReading]) -> Valid
         positive_over_negative=float(change.mean()),
         ci=ci,
         valid=ci[0] > 0,
-        halves=(float(change[0::2].mean()), float(change[1::2].mean())),
+        halves=halves(change),
         reliability=reliability(np.array([*scores.values()])) if len(scores) > 1 else 0.0,
         arms=len(scores),
         agreement=agreement if len(both) > 2 else None,

@@ -42,7 +42,7 @@ def _key(of: tuple) -> str:
     return hashlib.sha256(json.dumps(of).encode()).hexdigest()[:32]
 
 
-class Hearing:
+class KeptJudge:
     """A judge with its kept answers. Only an answer of the form asked is kept; what failed is asked again next time."""
 
     def __init__(self, judge: Judge, kept: Kept, seed: int) -> None:
