@@ -29,7 +29,7 @@ from steer_heal.gate.folders import cut
 from steer_heal.gate.processes import command, done
 from steer_heal.sweep import plan
 from steer_heal.sweep import run as sweep
-from steer_heal.sweep.cluster import run_here
+from steer_heal.sweep.cluster import estimate, run_here, standing
 from steer_heal.terminal import MODULE
 
 pytestmark = pytest.mark.run
@@ -176,6 +176,16 @@ def test_what_ended_a_task_is_told_in_a_line(tmp_path):
     assert said.startswith("steer-heal: trait 'nowhere.toml' is not built in")
 
 
+def test_the_time_that_a_sweep_still_takes_follows_from_the_rounds_that_are_over():
+    assert estimate(left=6, over=2, seconds=100.0) == ", about 5 min"
+    assert estimate(left=1, over=8, seconds=8.0) == ", about 1 min"
+    assert estimate(left=6, over=0, seconds=100.0) == "" == estimate(left=0, over=6, seconds=100.0)
+    a, b, c = planned(Path("out"), seeds=(1, 2)).runs[:3]
+    assert standing({a: "finished", b: "started", c: "started"}, 3) == (
+        "finished 1  started 2  waiting 0  failed 0  rounds left 3"
+    )
+
+
 def test_ray_gives_the_same_bits_also_when_a_worker_is_killed(swept, tmp_path, capfd):
     pytest.importorskip("ray")
     killed, over = [], threading.Event()
@@ -201,7 +211,7 @@ def test_ray_gives_the_same_bits_also_when_a_worker_is_killed(swept, tmp_path, c
         killer.join()
     assert killed and equal(adapters(tmp_path / "agg"), adapters(swept))
     said = capfd.readouterr().out
-    assert re.search(r"started \d .* rounds left [1-3], about \d+ min\n", said), said
+    assert re.search(r"started [12]  waiting \d  failed \d  rounds left [1-3]\b", said), said
     assert "finished 2  started 0  waiting 0  failed 1  rounds left 0\n" in said
 
 

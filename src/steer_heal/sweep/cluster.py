@@ -57,13 +57,12 @@ def on_ray(
             on_disk = progress(todo, folder)
             going = [tasks[task] for task in waiting]
             now |= {run: "waiting" if on_disk[run][0] == "waiting" else "started" for run in going}
-            counts = {how: list(now.values()).count(how) for how in ("finished", "started", "waiting", "failed")}
             left = sum(on_disk[run][1] for run in going)
             over = at_first - sum(rounds for _, rounds in on_disk.values())
-            said = "  ".join(f"{how} {count}" for how, count in {**counts, "rounds left": left}.items())
+            said = standing(now, left)
             if said != shown:
-                shown, minutes = said, (time.perf_counter() - began) / 60
-                print(said + (f", about {math.ceil(left * minutes / over)} min" if left and over else ""), flush=True)
+                shown = said
+                print(said + estimate(left, over, time.perf_counter() - began), flush=True)
     except KeyboardInterrupt:
         for task in waiting:
             ray.cancel(task, force=True)
@@ -71,6 +70,18 @@ def on_ray(
     finally:
         ray.shutdown()
     return now
+
+
+def standing(now: dict[Planned, str], left: int) -> str:
+    """How many runs are in each state, and the rounds that the unfinished ones have left."""
+    states = list(now.values())
+    counts = {how: states.count(how) for how in ("finished", "started", "waiting", "failed")}
+    return "  ".join(f"{how} {count}" for how, count in {**counts, "rounds left": left}.items())
+
+
+def estimate(left: int, over: int, seconds: float) -> str:
+    """The minutes for the rounds `left` at the speed of those that are `over`, or nothing before the first."""
+    return f", about {math.ceil(left * seconds / 60 / over)} min" if left and over else ""
 
 
 def run_here(planned: Planned, folder: str, cpus: int) -> str | None:
