@@ -33,7 +33,8 @@ PAGES = sorted(
     for page in (README, ROOT / "spec.md", ROOT / "AGENTS.md", *(ROOT / "docs").rglob("*.md"))
     if ROOT / "docs" / "vendor" not in page.parents
 )
-RECORDS = {"results.md", "RESEARCH_JOURNAL.md"}  # their commands stand as they were typed, at the commit named there
+# Their commands stand as they were typed, at the commit named there.
+RECORDS = {"results.md", "teacher-text.md", "RESEARCH_JOURNAL.md"}
 INSTRUCTIONS = [page for page in PAGES if page.name not in RECORDS]
 PLACEHOLDERS = {"PRESET": "smollm2-135m", "HEAD:6379": "127.0.0.1:6379"}
 

@@ -29,7 +29,7 @@ from steer_heal.model.lm import LM
 
 BETAS = (0.9, 0.95)  # a round is a few hundred steps at most; 0.999 would never warm up
 CLIP = 1.0
-ANCHORS_A_STEP = 3  # anchor completions per step; 6 changed nothing (docs/results.md)
+ANCHORS_A_STEP = 3  # anchor completions per step; 6 changed nothing (docs/archive/teacher-text.md)
 DUAL_START = 1.0  # a multiplier before the first step; the constraint soon moves it
 BUCKET = 8  # batches whose examples are sorted by length together
 
