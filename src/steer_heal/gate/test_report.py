@@ -494,7 +494,7 @@ def test_results_shows_sweeps_under_their_hypothesis_and_writes_tables(tmp_path:
     by_hand = [float(np.mean([run.changes("healed", i) for run in groups[0]])) for i in range(2)]
     assert lines[0].y == pytest.approx((0, *by_hand)) and lines[0].x == pytest.approx((1, 1, 1))
     said = capsys.readouterr().out
-    assert "heal.barrier.agg mean, seeds 1, 2" in said and "times the prompt" in said and "over equal cost" in said
+    assert "heal.barrier.agg mean, seeds 1, 2" in said and "over prompted" in said and "over equal cost" in said
     for run in disk.grouped(disk.scan(tmp_path / "agg"))[0]:  # the arm with `mean` ended a round early
         cut = replace(run.summary, rounds=run.summary.rounds[:1])
         (run.folder / "summary.json").write_text(json.dumps(unstructured(cut)))

@@ -11,7 +11,7 @@ import numpy as np
 import polars as pl
 
 from steer_heal.eval.catalogue import COHERENCE, OF_TRAIT, RIGHT, RIGHT_LOG_ODDS
-from steer_heal.eval.intervals import across_seeds, ratio
+from steer_heal.eval.intervals import across_seeds
 from steer_heal.eval.reading import paired, printed
 from steer_heal.sweep.disk import RECORD, Found, grouped, scan
 
@@ -75,9 +75,8 @@ def round_table(group: list[Found]) -> pl.DataFrame:
         row = {"round": index, "dose": f"{np.mean([run.summary.rounds[index].dose for run in group]):.2f}"}
         for arm in ("steered", "equal_cost", "healed"):
             row |= _column(printed(arm), [run.changes(arm, index) for run in group])
-        row |= _column("over equal cost", [run.changes("healed", index, over="equal_cost") for run in group])
-        healed, prompted = (np.array([run.changes(arm, index) for run in group]) for arm in ("healed", "prompted"))
-        row["times the prompt"] = "{:.1f} [{:.1f}, {:.1f}]".format(*ratio(healed, prompted))
+        for arm in ("equal_cost", "prompted"):
+            row |= _column(f"over {printed(arm)}", [run.changes("healed", index, over=arm) for run in group])
         row |= _ratios(group, index)
         for one in (RIGHT, RIGHT_LOG_ODDS):
             row |= _column(one.label, [run.changes("healed", index, one.name) for run in group])
