@@ -98,11 +98,11 @@ class DoseConfig:
     prompts: Annotated[int, COUNT] = 12
     """generation prompts answered at every dose and without steering"""
     survival: Annotated[float, Within("(0, 1]"), COMMON] = 0.75
-    """share of completions that must pass the filter at the chosen dose, and of what they tell of their prompts, both
-    relative to unsteered completions"""
+    """share that the chosen dose must leave, of the unsteered student: of completions that pass the filter, of what
+    they tell of their prompts, and of coherence on unrelated text"""
     kl_target: Annotated[float | Literal["none"], POSITIVE] = "none"
     """choose the dose at which the 95th percentile over tokens of KL(steered || unsteered) is this, nats; none: the
-    largest dose at which enough completions pass the filter and keep to their prompts"""
+    largest dose that leaves the share `survival`"""
 
 
 @dataclass(frozen=True)

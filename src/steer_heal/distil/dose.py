@@ -1,9 +1,11 @@
-"""The dose curve (survival and relevance of completions, dose by dose) and the choice of the dose.
+"""The dose curve (what steering leaves of a student's soundness, dose by dose) and the choice of the dose.
 
-Survival is the share of completions that pass the filter; relevance is how much a completion tells of its own prompt.
-Isotonic regression makes both monotone in the dose, and the dose chosen is the largest at which both meet their
-targets. The targets are relative to unsteered completions: the filter also drops some of the model's own text, which
-the vector does not cause. The other rule, iso-KL, finds the dose with a given KL divergence instead.
+Three things are read at each dose. Survival is the share of completions that pass the filter. Relevance is how much a
+completion tells of its own prompt. Cost is the share of coherence that steering costs on given text: a filter that was
+fitted on one model's answers may pass all that another one writes. Isotonic regression makes each
+monotone in the dose, and the dose chosen is the largest at which all meet their targets. The targets are relative to
+the unsteered student: the filter also drops some of its own text, which the vector does not cause. The other rule,
+iso-KL, finds the dose with a given KL divergence instead.
 
 The doses of a given range are tried in one mixed batch. With `dose.range` auto the dose doubles until a target is
 missed, and doses between the last two follow.
@@ -12,6 +14,7 @@ missed, and doses between the last two follow.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
@@ -31,18 +34,20 @@ def dose_curve(
     teacher: Teacher,
     prompts: list[str],
     config: DoseConfig,
+    cost: Callable[[float], float],
     smallest: float | None = None,
     on_rows: Progress = lambda rows: None,
 ) -> DoseCurve:
-    """Measure survival and relevance at each dose, and choose the dose.
+    """Measure survival, relevance and cost at each dose, and choose the dose.
 
     If even the smallest dose misses a target, that dose is chosen when it misses by no more than a standard error.
     Otherwise the dose is None, and `require_dose` tells the user.
 
     Args:
+        cost: the share of coherence that steering at a dose costs. Not asked where the filter passes random text.
         smallest: for `dose.range` auto: the dose that is doubled until a target is missed.
     """
-    trials = Trials(teacher, prompts[: config.prompts], config, on_rows)
+    trials = Trials(teacher, prompts[: config.prompts], config, cost, on_rows)
     if config.range == "auto":
         trials.double(smallest)
     else:
@@ -55,9 +60,19 @@ def dose_curve(
 class Trials:
     """The doses tried so far, with the completions at each."""
 
-    def __init__(self, teacher: Teacher, asked: list[str], config: DoseConfig, on_rows: Progress) -> None:
-        self.teacher, self.asked, self.config, self.on_rows = teacher, asked, config, on_rows
+    def __init__(
+        self,
+        teacher: Teacher,
+        asked: list[str],
+        config: DoseConfig,
+        cost: Callable[[float], float],
+        on_rows: Progress,
+    ) -> None:
+        self.teacher, self.asked, self.config, self.cost, self.on_rows = teacher, asked, config, cost, on_rows
         self.tried: dict[float, list[Completion]] = {}
+        self.costs: dict[float, float] = {}
+        self.sound = teacher.limits.incoherence < JUDGES["random"].incoherence
+        """whether the text of the unsteered student is expected to make sense"""
 
     def read(self, doses: list[float]) -> None:
         """Sample a completion of every prompt at each dose, in one mixed batch."""
@@ -65,6 +80,8 @@ class Trials:
         written = sample(self.teacher, plan, (len(self.tried),) if self.tried else (), on_rows=self.on_rows)
         for i, dose in enumerate(doses):
             self.tried[dose] = written[i * len(self.asked) : (i + 1) * len(self.asked)]
+            if self.sound and self.config.kl_target == "none":
+                self.costs[dose] = self.cost(dose) if dose else 0.0
 
     def double(self, smallest: float) -> None:
         """Double the dose until a target is missed, then try doses between the last two."""
@@ -76,24 +93,27 @@ class Trials:
             self.read([low * (high / low) ** (i / (BETWEEN + 1)) for i in range(1, BETWEEN + 1)])
 
     def chosen(self) -> DoseCurve:
-        """The curve so far, and the largest dose that meets both targets."""
+        """The curve so far, and the largest dose that meets all targets."""
         doses, rows = sorted(self.tried), len(self.asked)
         survival = [sum(not c.dropped for c in self.tried[dose]) / rows for dose in doses]
         fitted, kept = _monotone(survival), _monotone([self._relevance(dose).mean() for dose in doses])
         target = self.config.survival * fitted[0]
-        found = largest_dose(doses[1:], fitted[1:], target, _sampling_error(survival, rows)) if target > 0 else None
+        limits = [largest_dose(doses[1:], fitted[1:], target, _sampling_error(survival, rows)) if target > 0 else None]
         least = self._least_relevance()
-        if least is not None and found is not None:
+        if least is not None:
             errors = [self._relevance(dose).std() / math.sqrt(rows) for dose in doses[:2]]
-            relevant = largest_dose(doses[1:], kept[1:], least, math.hypot(*errors))
-            found = relevant and min(found, relevant)
+            limits.append(largest_dose(doses[1:], kept[1:], least, math.hypot(*errors)))
+        if self.costs:
+            coherent = _monotone([max(0.0, 1 - self.costs[dose]) for dose in doses])
+            limits.append(largest_dose(doses[1:], coherent[1:], self.config.survival))
         curve = [self._point(*at) for at in zip(doses, survival, fitted, strict=True)]
         completions = [c for dose in doses for c in self.tried[dose]]
         return DoseCurve(
             rule="survival",
             target=target,
             least_relevance=least,
-            dose=found,
+            most_cost=1 - self.config.survival if self.costs else None,
+            dose=None if None in limits else min(limits),
             curve=curve,
             completions=completions,
         )
@@ -104,7 +124,7 @@ class Trials:
 
     def _least_relevance(self) -> float | None:
         """The target of relevance, or None where the filter passes random text or unsteered completions have none."""
-        if self.teacher.limits.incoherence >= JUDGES["random"].incoherence:
+        if not self.sound:
             return None
         own = self._relevance(0.0)
         certain = own.mean() > 2 * own.std() / math.sqrt(len(own))
@@ -117,6 +137,7 @@ class Trials:
             survival=survival,
             fitted=fitted,
             relevance=float(self._relevance(dose).mean()),
+            cost=self.costs.get(dose),
             tail_ppl=sorted(c.scores.tail_ppl for c in some)[len(some) // 2],
             example=some[0].text,
         )
@@ -180,7 +201,14 @@ def require_dose(found: DoseCurve) -> float:
             f"the filter drops every completion even without steering (dose: survival {found.survivals}): "
             "loosen --filter.*"
         )
-    if found.curve[1].fitted >= found.target:
+    smallest = found.curve[1]
+    if found.most_cost is not None and smallest.cost > found.most_cost:
+        raise Exhausted(
+            f"even the smallest dose, {smallest.dose:.2f}, costs {smallest.cost:.0%} of the answer mass or of the "
+            f"perplexity of unrelated text, where {found.most_cost:.0%} is allowed: lower --dose.range or "
+            "--dose.survival, or narrow --steer.band"
+        )
+    if smallest.fitted >= found.target:
         relevances = ", ".join(f"{p.dose:.2f}: {p.relevance:.2f}" for p in found.curve)
         raise Exhausted(
             f"at every dose the completions lose their prompts (relevance below {found.least_relevance:.2f} nats per "

@@ -49,6 +49,8 @@ class DosePoint:
     example: str
     relevance: float | None = None
     """mean of `Scores.information`, nats per token"""
+    cost: float | None = None
+    """share of answer mass that steering costs, or of perplexity that it adds to unrelated text, if that is larger"""
     kl_p95: float | None = None
     """rule iso_kl: 95th percentile over tokens of KL(steered || unsteered), nats"""
 
@@ -62,8 +64,10 @@ class DoseCurve:
     """survival to reach; rule iso_kl: KL to reach, nats"""
     least_relevance: float | None = None
     """relevance to reach, nats per token; None where the model's own completions have none"""
+    most_cost: float | None = None
+    """cost that is allowed; None where it was not read"""
     dose: float | None = None
-    """None: no dose meets the target, see `require_dose`"""
+    """None: no dose meets the targets, see `require_dose`"""
     kl: float | None = None
     """rule iso_kl: KL that the chosen dose reaches, nats"""
     curve: list[DosePoint]
@@ -73,6 +77,20 @@ class DoseCurve:
     def open_ended(self) -> bool:
         """Whether the dose chosen is the largest tried, so that a larger one might have done as well."""
         return self.dose == self.curve[-1].dose
+
+    @property
+    def reason(self) -> str:
+        """Why the dose was chosen."""
+        if self.rule == "iso_kl":
+            return f"the 95th percentile of the KL divergence is {self.kl:.3g} nats"
+        met = [f"{self.target:.0%} of the texts pass the filter"]
+        if self.least_relevance is not None:
+            met.append(f"they fit their prompts by {self.least_relevance:.2f} nats per token")
+        if self.most_cost is not None:
+            met.append(f"steering costs at most {self.most_cost:.0%} of coherence")
+        return (
+            f"the largest at which {', '.join(met[:-1])} and {met[-1]}" if met[1:] else f"the largest at which {met[0]}"
+        )
 
     @property
     def survivals(self) -> str:

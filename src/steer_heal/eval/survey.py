@@ -30,12 +30,23 @@ PROBES, QUESTIONS, TEXTS = 24, 12, 6  # contrast probes, yes/no questions, neutr
 
 
 @dataclass(frozen=True)
-class Seen:
-    """What a survey reads of one arm."""
+class Coherence:
+    """Answer mass and perplexity of neutral text, on QUESTIONS and TEXTS."""
 
-    trait: float
     mass: float
     ppl: float
+
+    def lost_from(self, before: Coherence) -> float:
+        """The cost in coherence, see `opponents.coherence_cost`."""
+        return share_lost(self.mass, before.mass, self.ppl, before.ppl)
+
+
+def coherence(lm: LM, trait: Trait, arm: Arm) -> Coherence:
+    """Read the coherence of an arm. `lm` is the model under the view that is steered."""
+    _, mass = yes_no_scores(lm, arm, trait.questions[:QUESTIONS])
+    nll = neutral_scores(lm, arm, TEXTS)
+    with np.errstate(over="ignore"):  # infinite for a model that has collapsed
+        return Coherence(float(mass.mean()), float(np.exp(nll.mean())))
 
 
 def dose_of(share: float, layers: list[LayerReport]) -> float:
@@ -54,7 +65,7 @@ def survey(
 
     `lm` is the model under the base view; the extraction has a vector for the blocks of all bands.
     """
-    base = _read(lm, trait, Arm("base"))
+    base = coherence(lm, trait, Arm("base")), _trait(lm, trait, Arm("base"))
     return Survey(cost=COST, bands=[_band(lm, trait, base, part_of(extraction, band), on_dose) for band in bands])
 
 
@@ -65,13 +76,15 @@ def part_of(extraction: Extraction, blocks: tuple[int, ...]) -> Extraction:
     return Extraction(replace(vector, layers=blocks, direction=vector.direction[places]), [report[i] for i in places])
 
 
-def _band(lm: LM, trait: Trait, base: Seen, extraction: Extraction, on_dose: Callable[[int], None]) -> SurveyedBand:
+def _band(
+    lm: LM, trait: Trait, base: tuple[Coherence, float], extraction: Extraction, on_dose: Callable[[int], None]
+) -> SurveyedBand:
     found: list[SurveyedDose] = []
     dose, costly = dose_of(FIRST, extraction.report), set()
     while len(found) < READINGS and len(costly) < 2:  # until one dose costs more and one does not
-        seen = _read(lm, trait, Arm("plain", vector=extraction.vector, dose=dose))
-        cost = share_lost(seen.mass, base.mass, seen.ppl, base.ppl)
-        found.append(SurveyedDose(dose=dose, cost=cost, trait=seen.trait - base.trait))
+        arm = Arm("plain", vector=extraction.vector, dose=dose)
+        cost, moved = coherence(lm, trait, arm).lost_from(base[0]), _trait(lm, trait, arm) - base[1]
+        found.append(SurveyedDose(dose=dose, cost=cost, trait=moved))
         on_dose(1)
         costly.add(cost > COST)
         dose *= 0.5 if cost > COST else 2.0
@@ -83,16 +96,13 @@ def _band(lm: LM, trait: Trait, base: Seen, extraction: Extraction, on_dose: Cal
     )
 
 
-def _read(lm: LM, trait: Trait, arm: Arm) -> Seen:
-    """The trait by its own instrument, answer mass and perplexity of neutral text."""
-    log_odds, mass = yes_no_scores(lm, arm, trait.questions[:QUESTIONS])
+def _trait(lm: LM, trait: Trait, arm: Arm) -> float:
+    """The trait by its own instrument, on a few probes."""
     match trait.instrument:
         case "contrast":
             moved = contrast_scores(lm, arm, trait.contrast[:PROBES])
         case "whole":
             _, moved = whole_scores(lm, arm, trait.contrast[:PROBES])
         case "yes_no":
-            moved = log_odds
-    nll = neutral_scores(lm, arm, TEXTS)
-    with np.errstate(over="ignore"):  # infinite for a model that has collapsed
-        return Seen(trait.direction * float(moved.mean()), float(mass.mean()), float(np.exp(nll.mean())))
+            moved, _ = yes_no_scores(lm, arm, trait.questions[:QUESTIONS])
+    return trait.direction * float(moved.mean())

@@ -11,7 +11,7 @@ import torch
 from steer_heal import data
 from steer_heal.bake.student import Student
 from steer_heal.coherence import ASKS_NOTHING, Surprise, persona_narration, score, surprises, verdict
-from steer_heal.config import DistilConfig, DoseConfig, FilterConfig, UserError
+from steer_heal.config import JUDGES, DistilConfig, DoseConfig, FilterConfig, UserError
 from steer_heal.data.frames import ANCHORED, PLAIN
 from steer_heal.distil import dose as dose_module
 from steer_heal.distil import sample as sample_module
@@ -201,18 +201,18 @@ def test_survival_is_relative_to_unsteered_text(lm, vector, monkeypatch):
     teacher = Teacher(Student(lm), vector, DistilConfig(), LIMITS, ())
     monkeypatch.setattr(dose_module, "sample", Survivors({0.0: 2, 0.5: 2, 1.0: 2, 2.0: 1, 4.0: 0}))
     config = DoseConfig(range=(0.5, 4.0), steps=4, prompts=4, survival=0.75)
-    found = dose_curve(teacher, list("abcd"), config)
+    found = dose_curve(teacher, list("abcd"), config, free)
     assert [p.survival for p in found.curve] == [0.5, 0.5, 0.5, 0.25, 0.0]
     assert found.target == pytest.approx(0.375)
     assert require_dose(found) == pytest.approx(2**0.5)
     monkeypatch.setattr(dose_module, "sample", Survivors({0.0: 4, 0.5: 1, 1.0: 1, 2.0: 1, 4.0: 0}))
-    failed = dose_curve(teacher, list("abcd"), config)
+    failed = dose_curve(teacher, list("abcd"), config, free)
     with pytest.raises(UserError, match=r"no dose leaves 75% .*0\.50: 25%"):
         require_dose(failed)
     # 3 of 4 against 4 of 4 may be chance: standard error sqrt((4/6 * 2/6 + 5/6 * 1/6) / 4) = 0.30
     monkeypatch.setattr(dose_module, "sample", Survivors({0.0: 4, 0.5: 3, 1.0: 2, 2.0: 1, 4.0: 0}))
     strict = replace(config, survival=1.0)
-    assert require_dose(dose_curve(teacher, list("abcd"), strict)) == 0.5
+    assert require_dose(dose_curve(teacher, list("abcd"), strict, free)) == 0.5
 
 
 def test_the_anchors_texts_come_in_the_frames_in_which_a_model_is_used(lm):
@@ -242,11 +242,11 @@ def test_a_search_doubles_the_dose_until_completions_fall_apart(lm, vector, monk
     config = DoseConfig(range="auto", prompts=4, survival=0.75)
     passing = {0.0: 4, 0.1: 4, 0.2: 4, 0.4: 4, 0.8: 1} | {0.4 * 2 ** (i / 4): 4 - i for i in (1, 2, 3)}
     monkeypatch.setattr(dose_module, "sample", Survivors(passing))
-    found = dose_curve(teacher, list("abcd"), config, smallest=0.1)
+    found = dose_curve(teacher, list("abcd"), config, free, smallest=0.1)
     assert [p.dose for p in found.curve] == pytest.approx(sorted(passing))
     assert found.dose == pytest.approx(0.4 * 2**0.25) and not found.open_ended
     monkeypatch.setattr(dose_module, "sample", Survivors({0.1 * 2**i: 4 for i in range(12)} | {0.0: 4}))
-    whole = dose_curve(teacher, list("abcd"), config, smallest=0.1)
+    whole = dose_curve(teacher, list("abcd"), config, free, smallest=0.1)
     assert whole.open_ended and len(whole.curve) == 11 and whole.dose == pytest.approx(0.1 * 2**9)
 
 
@@ -264,7 +264,7 @@ def test_a_dose_at_which_completions_lose_their_prompts_is_not_taken(lm, vector,
         return [replace(c, scores=score("t", s)) for c, s in zip(survivors(teacher, plan), known, strict=True)]
 
     monkeypatch.setattr(dose_module, "sample", sample)
-    found = dose_curve(teacher, list("abcd"), DoseConfig(range=(0.5, 2.0), steps=3, prompts=4))
+    found = dose_curve(teacher, list("abcd"), DoseConfig(range=(0.5, 2.0), steps=3, prompts=4), free)
     assert found.dose == pytest.approx(dose) and found.survivals.endswith("2.00: 100%")
     assert found.least_relevance == (pytest.approx(0.75) if known else None)
     assert [p.relevance for p in found.curve] == pytest.approx(nats.reshape(4, 4).mean(1), abs=1e-6)
@@ -272,6 +272,31 @@ def test_a_dose_at_which_completions_lose_their_prompts_is_not_taken(lm, vector,
         lost = replace(found, dose=None)
         with pytest.raises(UserError, match=r"lose their prompts .*below 0\.75 nats.*0\.50: 0\.75"):
             require_dose(lost)
+
+
+def test_a_dose_that_costs_too_much_coherence_is_not_taken(lm, vector, monkeypatch):
+    """Every completion passes the filter, at any dose."""
+    teacher = Teacher(Student(lm), vector, DistilConfig(), LIMITS, ())
+    config = DoseConfig(range=(0.5, 2.0), steps=3, prompts=4)
+    passing = {0.0: 4, 0.5: 4, 1.0: 4, 2.0: 4}
+    monkeypatch.setattr(dose_module, "sample", Survivors(passing))
+    found = dose_curve(teacher, list("abcd"), config, {0.5: 0.05, 1.0: 0.1, 2.0: 0.4}.__getitem__)
+    assert found.dose == pytest.approx(2**0.5)  # in log dose halfway between 90% left and 60% left
+    assert [p.cost for p in found.curve] == [0.0, 0.05, 0.1, 0.4] and found.most_cost == 0.25
+    assert found.reason.endswith("pass the filter and steering costs at most 25% of coherence")
+    dear = dose_curve(teacher, list("abcd"), config, lambda dose: np.inf if dose > 1 else 0.3)
+    with pytest.raises(UserError, match=r"the smallest dose, 0\.50, costs 30% .*25% is allowed"):
+        require_dose(dear)
+    passing |= {0.1 * 2**i: 4 for i in range(4)} | {0.4 * 2 ** (i / 4): 4 for i in (1, 2, 3)}
+    searched = dose_curve(teacher, list("abcd"), replace(config, range="auto"), lambda dose: 0.4 * dose, smallest=0.1)
+    assert max(p.dose for p in searched.curve) == pytest.approx(0.8) and searched.dose == pytest.approx(0.625, rel=0.01)
+    random = replace(teacher, limits=replace(LIMITS, incoherence=JUDGES["random"].incoherence))
+    assert dose_curve(random, list("abcd"), config, lambda dose: 1 / 0).dose == 2.0
+
+
+def free(dose: float) -> float:
+    """Steering that costs nothing."""
+    return 0.0
 
 
 class Survivors:

@@ -46,6 +46,7 @@ def dose_section(run: Run) -> str:
             "dose": "{:.2f}",
             "survival": "{:.0%}",
             "relevance": "{:.2f}",
+            "cost": "{:.0%}",
             "tail_ppl": "{:.1f}",
             "kl_p95": "{:.3g}",
         }
@@ -56,8 +57,9 @@ def dose_section(run: Run) -> str:
         names = {"tail_ppl": "tail ppl", "kl_p95": "p95 KL, nats"}
         table = table_of((*(names.get(key, key) for key in columns), "example"), rows)
         panels.append(panel(f"Round {r.number}", dose_figure(r.dose), folded("Example text at each dose", table)))
-    why = """The chosen dose is the largest at which completions pass the filter nearly as often as unsteered ones and
-        tell nearly as much of their own prompts (relevance, nats per token); or the dose that reaches a given
+    why = """The chosen dose is the largest at which completions pass the filter nearly as often as unsteered ones,
+        tell nearly as much of their own prompts (relevance, nats per token), and steering costs little coherence (cost:
+        the larger of answer mass lost and perplexity gained on unrelated text); or the dose that reaches a given
         divergence. Hover over a point to read its text."""
     return section("Dose", why, f'<div class="panels">{"".join(panels)}</div>', fold=True)
 

@@ -27,7 +27,7 @@ def choices(config: RunConfig, survey: Survey | None, first: Round) -> list[Choi
     if survey:
         found += _surveyed(config, survey)
     if config.dose.range == "auto":
-        found.append(_dose(first.dose, config.dose.survival))
+        found.append(_dose(first.dose))
     if heal.barrier.tau == "auto" and heal.barrier.reg != "nll":
         share, tau = heal.barrier.tau_share, first.steps[0].tau
         measured = f"on its own completions the teacher diverges by {tau / share:.2f} nats from base"
@@ -54,15 +54,14 @@ def _surveyed(config: RunConfig, survey: Survey) -> list[Choice]:
     return found
 
 
-def _dose(curve: DoseCurve, survival: float) -> Choice:
+def _dose(curve: DoseCurve) -> Choice:
     own, most = curve.curve[0], curve.curve[-1]
     seen = [f"{point.survival:.0%} pass the filter" for point in (own, most)]
-    why = f"the largest at which {survival:.0%} as many pass as without steering"
     if curve.least_relevance is not None:
         seen = [f"{text}, relevance {point.relevance:.2f}" for text, point in zip(seen, (own, most), strict=True)]
-        why += f", and relevance is {curve.least_relevance:.2f}"
-    if curve.open_ended:
-        why = "the largest tried: the text held at every dose"
+    if most.cost is not None:
+        seen[1] += f", {most.cost:.0%} of coherence lost"
+    why = "the largest tried: the text held at every dose" if curve.open_ended else curve.reason
     return Choice(
         "dose.range", f"unsteered: {seen[0]}; at dose {most.dose:.2f}: {seen[1]}", f"dose {curve.dose:.2f}", why
     )

@@ -6,7 +6,7 @@ import hashlib
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cache, lru_cache
 from itertools import cycle, islice
 from pathlib import Path
 from typing import NamedTuple
@@ -30,7 +30,7 @@ from steer_heal.eval.opponents import (
     fitting,
 )
 from steer_heal.eval.reading import ArmReading, Geometry, side_by_side
-from steer_heal.eval.survey import SMALLEST, dose_of
+from steer_heal.eval.survey import SMALLEST, Coherence, coherence, dose_of
 from steer_heal.heal.examples import Example, prepare, with_anchor_tau, with_tau
 from steer_heal.heal.own_text import OwnText
 from steer_heal.heal.schedule import most_epochs
@@ -133,21 +133,25 @@ class RoundStages:
             rows = None if config.range == "auto" else (config.steps + 1) * config.prompts
             with progress(f"{self.name} dose curve", rows, "row") as done:
                 teacher, asked = self.teacher(vector, "dose"), self.shuffled(self.teacher_prompts, "dose")
-                return dose_curve(teacher, asked, config, dose_of(SMALLEST, layers), done)
+                return dose_curve(teacher, asked, config, self.cost_of(vector), dose_of(SMALLEST, layers), done)
 
         found = self.work.folder.artefact(DoseCurve, self.file(InRound.DOSE), compute)
-        dose = f"{self.name} dose {require_dose(found):.2f}"
-        if found.rule == "iso_kl":
-            why = f"the 95th percentile of the KL divergence is {found.kl:.3g} nats"
-        else:
-            fit = (
-                f" and fit their prompts by {found.least_relevance:.2f} nats per token" if found.least_relevance else ""
-            )
-            why = f"the largest at which {found.target:.0%} of the texts pass the filter{fit}"
-        logger.info(f"{dose}: {why}. Texts that pass, by dose: {found.survivals}")
+        logger.info(
+            f"{self.name} dose {require_dose(found):.2f}: {found.reason}. Texts that pass, by dose: {found.survivals}"
+        )
         if found.open_ended:
             logger.info(f"{self.name} no larger dose was tried, though one may do as well (dose.range)")
         return found
+
+    def cost_of(self, vector: AnyVector) -> Callable[[float], float]:
+        """The share of coherence that steering the student so far costs, as a function of the dose."""
+
+        @cache
+        def read(dose: float) -> Coherence:
+            with self.work.student.view(now=0.0):
+                return coherence(self.work.student.lm, self.work.trait, Arm("steered", vector=vector, dose=dose))
+
+        return lambda dose: read(dose).lost_from(read(0.0))
 
     # ---- distil, heal, bake
 
