@@ -25,6 +25,7 @@ from steer_heal.report.outcome import (
     others_section,
     plain_section,
     profile_section,
+    refusals_section,
     trajectory_section,
     validity_section,
 )
@@ -68,6 +69,7 @@ def page(run: Run) -> str:
         sections += [
             benchmarks_section(run),
             frames_section(summary),
+            refusals_section(summary),
             others_section(summary),
             profile_section(summary),
         ]
