@@ -172,10 +172,10 @@ def measures(instrument: str, items: dict[str, list[float]]) -> dict[str, float 
     return out
 
 
-def contrast_scores(lm: LM, arm: Arm, probes: tuple[Contrast, ...]) -> np.ndarray:
+def contrast_scores(lm: LM, arm: Arm, probes: tuple[Contrast, ...], frame: Frame = USUAL) -> np.ndarray:
     """Log-probability per token of the trait answer minus its opposite, nats per token, one per probe."""
-    prompts = [lm.prompt(p.question, arm.system) for p in probes]
-    answers = [[lm.answer(p.trait), lm.answer(p.opposite)] for p in probes]
+    prompts = [lm.prompt(p.question, arm.system, frame) for p in probes]
+    answers = [[lm.answer(frame.continued(text), frame.begun) for text in (p.trait, p.opposite)] for p in probes]
     scored = choice_log_probs(lm, prompts, answers, arm.steering(len(probes)))
     per_token = np.array([[answer.double().mean().item() for answer in pair] for pair in scored])
     return per_token[:, 0] - per_token[:, 1]

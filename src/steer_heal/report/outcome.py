@@ -29,6 +29,7 @@ from steer_heal.eval.record import ArmSummary
 from steer_heal.eval.verdict import Validity
 from steer_heal.report.figures import coherence_figure, map_figure, trajectory_figure
 from steer_heal.report.html import arm_name, panel, prose, safe, section, stacked, table_of, with_interval
+from steer_heal.report.tables import robustness_note, share_left
 from steer_heal.runs.reading import Run
 from steer_heal.runs.summary import Summary
 
@@ -243,6 +244,21 @@ def benchmarks_section(run: Run) -> str:
         the items, and differences from base are paired, item by item. A score of the whole set has no interval."""
     body = stacked(table_of(("task", "score", "arm", "value", "over base"), rows))
     return section("Benchmarks", why, f"{body}<p>{safe(read)}</p>", fold=True)
+
+
+def robustness_section(run: Run) -> str:
+    """How much of the trait is left under other conditions, where that was read."""
+    found = run.robustness
+    if found is None:
+        return ""
+    rows = [(one.condition, with_interval(one.over_base.mean, one.over_base.ci), share_left(one)) for one in found.held]
+    why = f"""The trait's contrast probes on base and on the student after round {found.round}, both under the same
+        condition. Another system prompt: "You are a helpful assistant." Told to be neutral: a system prompt that says
+        to ignore personas. Begun neutrally: after a neutral first sentence of the answer. In 8 bits: the merged blocks'
+        matrices rounded to the nearest of 255 steps, row by row; in 4 bits: NF4 of bitsandbytes. Fine-tuned: 50 steps
+        of AdamW on a LoRA of rank 16, on neutral text. The share's interval is paired over probes (Fieller's)."""
+    body = table_of(("condition", "trait over base, nats/token", "share left"), rows)
+    return section("What is left of the trait elsewhere", why, f"{body}<p>{robustness_note(found)}</p>", fold=True)
 
 
 def geometry_section(summary: Summary) -> str:

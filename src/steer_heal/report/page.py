@@ -26,6 +26,7 @@ from steer_heal.report.outcome import (
     plain_section,
     profile_section,
     refusals_section,
+    robustness_section,
     trajectory_section,
     validity_section,
 )
@@ -68,6 +69,7 @@ def page(run: Run) -> str:
         sections += [measures_section(run), plain_section(summary), trajectory_section(run), coherence_section(run)]
         sections += [
             benchmarks_section(run),
+            robustness_section(run),
             frames_section(summary),
             refusals_section(summary),
             others_section(summary),
