@@ -109,12 +109,12 @@ def test_rounding_and_fine_tuning_leave_the_student_as_it_was(student, monkeypat
 def test_fine_tuning_is_that_of_the_merged_model_on_padded_batches(student, monkeypatch, gate):
     """The slow reading trains the same LoRA on the merged model, on one masked batch a step, with AdamW written out."""
     monkeypatch.setattr(disturbed, "STEPS", 2)
-    monkeypatch.setattr(disturbed, "RATE", 0.02)
+    monkeypatch.setattr(disturbed, "RATE", 0.002)
     with unchanged(student, gate):
         before = contrast_scores(student.lm, Arm("x"), SOME)
     with fine_tuned(student, gate):
         got = contrast_scores(student.lm, Arm("x"), SOME)
-    assert not np.allclose(got, before, atol=0.05)
+    assert not np.allclose(got, before, atol=5e-3)
     if gate:
         student.merged()  # in place: the plain model then holds the update
     plain = Student(student.lm if gate else tiny())
@@ -134,9 +134,9 @@ def test_fine_tuning_is_that_of_the_merged_model_on_padded_batches(student, monk
             moments = [(0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g**2) for (m, v), g in zip(moments, grads, strict=True)]
             with torch.no_grad():
                 for weight, (m, v) in zip(weights, moments, strict=True):
-                    weight -= 0.02 * (m / (1 - 0.9**number)) / ((v / (1 - 0.999**number)).sqrt() + 1e-8)
+                    weight -= 0.002 * (m / (1 - 0.9**number)) / ((v / (1 - 0.999**number)).sqrt() + 1e-8)
     with plain.view():
-        assert got == pytest.approx(contrast_scores(lm, Arm("x"), SOME), abs=2e-3)
+        assert got == pytest.approx(contrast_scores(lm, Arm("x"), SOME), abs=2e-4)
 
 
 def test_a_share_and_its_interval_by_hand():
