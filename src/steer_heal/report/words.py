@@ -106,7 +106,8 @@ def headline(summary: Summary, number: int = -1) -> tuple[str, str]:
     lost = losses(last.healed, summary.base)
     fluent = "Fluency slipped." if any(loss.one in COHERENCE for loss in lost) else "Fluency held."
     named = f"Worse: {', '.join(loss.named for loss in lost)}." if lost else "Nothing that was measured got worse."
-    return f"{moved}{OPENINGS[word]} {fluent} {named}", "lost" if word == "moved" and lost else word
+    drift = f" {OPENINGS[UNSAFE]}" if word == "unreadable" and UNSAFE in why else ""
+    return f"{moved}{OPENINGS[word]}{drift} {fluent} {named}", "lost" if word == "moved" and lost else word
 
 
 def facts(summary: Summary, planned: int, number: int = -1) -> list[str]:
