@@ -19,6 +19,7 @@ from steer_heal.eval.arms import Arm
 from steer_heal.eval.disturbed import fine_tuned, rounded_weights, to_4_bits, to_8_bits, unchanged
 from steer_heal.eval.instruments import contrast_scores
 from steer_heal.eval.robustness import Held, Robustness, held
+from steer_heal.model.memory import give_back_freed_memory
 from steer_heal.model.packing import packed
 from steer_heal.report.page import build
 from steer_heal.report.tables import robustness_text
@@ -76,6 +77,7 @@ def _read(run: RunDir) -> Robustness:
             both = []
             for gate in (0.0, 1.0):
                 both.append(_scores(student, gate, trait, config.eval.counts.contrast, condition).tolist())
+                give_back_freed_memory()
                 done(1)
             found.append(held(condition.name, *both, found[0] if found else None))
     named = {"model": model_name(student.lm.name), "trait": trait.name, "round": rounds - 1}
