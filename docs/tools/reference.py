@@ -25,6 +25,7 @@ from steer_heal.distil.record import Anchor, Completion, DoseCurve
 from steer_heal.eval.catalogue import CATALOGUE
 from steer_heal.eval.harness.record import Benchmarks
 from steer_heal.eval.reading import ArmReading, Geometry, Survey
+from steer_heal.eval.robustness import Robustness
 from steer_heal.heal.steps import HealStep
 from steer_heal.presets import DEFAULT_PRESET, PRESETS, RECIPES
 from steer_heal.runs.rounds import InRound
@@ -237,6 +238,7 @@ RUN_FILES: dict[str, tuple[Any, str]] = {
     "judge.jsonl": (None, "what `eval --judge` keeps: answers of the arms and of judges"),
     "compare.jsonl": (None, "what `compare` keeps: a choice a line"),
     "harness.json": (Benchmarks, "benchmarks of the last student; only after `eval --harness`"),
+    "robustness.json": (Robustness, "what is left of the trait elsewhere; only after `eval --robustness`"),
     "report.html": (None, "the report as one page"),
     "diary.md": (None, "the report in short"),
 }

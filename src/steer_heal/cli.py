@@ -28,6 +28,7 @@ from steer_heal.verbs import Bench, Chat, Compare, Eval, Export, Report, Results
 if TYPE_CHECKING:
     from steer_heal.eval.harness.record import Benchmarks
     from steer_heal.eval.judge.record import Judged
+    from steer_heal.eval.robustness import Robustness
 
 INTERRUPTED = 130  # the shell's code for Ctrl-C
 CANNOT_WRITE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM}
@@ -180,6 +181,8 @@ def evaluate(asked: Eval) -> None:
         record = _judged(asked)
     elif asked.harness is not None:
         record = _benchmarks(asked, model)
+    elif asked.robustness:
+        record = _robustness(asked)
     else:
         record = evaluate_alone(asked.target, asked.round, asked.gate, asked.trait, model, asked.eval)
     if asked.json is not None:
@@ -187,11 +190,13 @@ def evaluate(asked: Eval) -> None:
 
 
 def _check_readers(asked: Eval) -> None:
-    """Raise UserError for flags of a judge or of benchmarks that are not asked for, and for both at once."""
-    if asked.judge and asked.harness is not None:
-        raise UserError("--judge and --harness: give one of them")
-    if asked.eval != EvalConfig() and (reader := "--judge" if asked.judge else asked.harness and "--harness"):
-        raise UserError(f"--eval.* choose the instruments, which {reader} replaces: leave one of them out")
+    """Raise UserError for flags of a judge or of benchmarks that are not asked for, and for two readers at once."""
+    readers = {"--judge": asked.judge, "--harness": asked.harness is not None, "--robustness": asked.robustness}
+    wanted = [reader for reader, given in readers.items() if given]
+    if len(wanted) > 1:
+        raise UserError(f"{' and '.join(wanted)}: give one of them")
+    if asked.eval != EvalConfig() and wanted:
+        raise UserError(f"--eval.* choose the instruments, which {wanted[0]} replaces: leave one of them out")
     for reader, given in (("judge", bool(asked.judge)), ("harness", asked.harness is not None)):
         for name, usual in ((f.name, f.default) for f in fields(Eval) if f.name.startswith(f"{reader}_")):
             if not given and (value := getattr(asked, name)) != usual:
@@ -220,6 +225,16 @@ def _benchmarks(asked: Eval, model: ModelConfig) -> Benchmarks:
 
     target = Asked(asked.target, asked.round, asked.gate, asked.trait, model)
     return benchmark(target, Wanted(asked.harness, asked.harness_tasks, asked.harness_items))
+
+
+def _robustness(asked: Eval) -> Robustness:
+    from steer_heal.commands.robustness import robustness
+
+    usual = {"round": None, "gate": 1.0, "trait": None, "base": "", "quant": "none", "dtype": "auto", "device": "auto"}
+    for name, value in usual.items():
+        if getattr(asked, name) != value:
+            raise UserError(f"--{name} with --robustness: a run's last student is read as it was made, leave it out")
+    return robustness(asked.target)
 
 
 def _is_url(text: str) -> bool:

@@ -249,19 +249,22 @@ class Counts:
     """demo prompts after which each demo answer is scored, its own among them"""
     framed: int
     """yes/no probes, neutral texts and, twice as many, plain questions in each held-out frame"""
+    refusals: int
+    """harmful requests, as many harmless ones that sound alike, and half as many under pressure"""
 
 
 # Arms are compared on the same items only, so the counts are chosen together and not one by one.
 SIZES = {
-    "full": Counts(64, 24, 32, 64, 40, 16, 180, 20, 7, 32, 24),
-    "demo": Counts(64, 24, 32, 32, 24, 16, 180, 4, 6, 8, 12),
-    "tiny": Counts(8, 8, 4, 8, 4, 2, 6, 1, 2, 3, 2),
+    "full": Counts(64, 24, 32, 64, 40, 16, 180, 20, 7, 32, 24, 24),
+    "demo": Counts(64, 24, 32, 32, 24, 16, 180, 4, 6, 8, 12, 24),
+    "tiny": Counts(8, 8, 4, 8, 4, 2, 6, 1, 2, 3, 2, 2),
 }
 # Limits of a coherent demo answer. They are separate from the filter, so that arms of different filters are comparable.
 JUDGES = {"text": FilterConfig(), "random": FilterConfig(incoherence=1e9, loops="lax")}
 
 
-Extra = Literal["off_target", "canary", "profile", "frames", "relevance"]  # instruments that may be left out
+# Instruments that may be left out.
+Extra = Literal["off_target", "canary", "profile", "frames", "refusals", "relevance"]
 EXTRA = get_args(Extra)
 
 
@@ -272,10 +275,11 @@ class EvalConfig:
     size: Literal["full", "demo", "tiny"] = "full"
     """how many items of every instrument are read; demo: fewer, for a run on a CPU; tiny: enough to test the code on
     random weights, whose text passes as coherent"""
-    ends_only: tuple[Extra, ...] = ("profile", "frames", "relevance")
+    ends_only: tuple[Extra, ...] = ("profile", "frames", "refusals", "relevance")
     """instruments read on base, on prompted and on the last student only (the profile also on negative)"""
     leave_out: tuple[Extra | Literal["plain"], ...] = ()
-    """never read: off-target traits, plain questions (canary), profile, held-out frames, relevance, plain steering"""
+    """never read: off-target traits, plain questions (canary), profile, held-out frames, refusals, relevance, plain
+    steering"""
     profile: Literal["vignettes", "tiny-mfv"] = "vignettes"
     """scenes of the moral-foundation profile: ours, or those of tiny-mfv through that package (`just vendor`)"""
     plain_range: Annotated[tuple[float, float] | Literal["auto"], POSITIVE] = (0.125, 12.0)

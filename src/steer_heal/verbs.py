@@ -55,13 +55,16 @@ class Sweep:
 class Eval:
     """Read the instruments alone: on base, both personas as prompts and, for an adapter or a run, the student.
 
-    With --judge, a model that you name rates the answers of a run instead; with --harness, benchmarks are read.
+    With --judge, a model that you name rates the answers of a run instead; with --harness, benchmarks are read;
+    with --robustness, how much of the trait is left under other conditions.
 
     Example: steer-heal eval outputs/RUN --round 0 --json round0.json
 
     Example: steer-heal eval outputs/RUN --judge http://localhost:8000/v1 --json judged.json
 
     Example: steer-heal eval outputs/RUN --harness plain_questions --json benchmarks.json
+
+    Example: steer-heal eval outputs/RUN --robustness
     """
 
     target: Positional[str]
@@ -100,6 +103,9 @@ class Eval:
     """with --harness: a folder with task files of your own (*.yaml)"""
     harness_items: int | None = None
     """with --harness: read the first so many items of each task; default: all"""
+    robustness: bool = False
+    """for a finished run: instead of the instruments, read how much of its trait is left in later turns, under other
+    system prompts, in JSON and in an e-mail, after rounding to 8 and 4 bits, and after fine-tuning on other text"""
     eval: EvalConfig = field(default_factory=EvalConfig)
     """which instruments are read, and how many items of each"""
 

@@ -101,6 +101,12 @@ class Student:
         self._rest()
         return (lost / total) ** 0.5 if total else 0.0
 
+    def drop(self) -> None:
+        """Remove the current round's adapter without joining it to the history."""
+        self._apply((1.0, 0.0, False))  # peft warns when an active adapter is deleted
+        self.peft.delete_adapter(NOW)
+        self._rest()
+
     @contextmanager
     def view(self, history: float = 1.0, now: float = 1.0, train: bool = False) -> Iterator[None]:
         """Set the gate to (history, now) in the block. It is restored afterwards, also after an exception and nested.

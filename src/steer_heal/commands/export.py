@@ -52,9 +52,7 @@ def export(folder: Path, to: Path, round_: int | None, merge: bool) -> None:
         whole.rename(to)  # also over an empty folder
 
 
-def require_mergeable(lm: LM) -> None:
+def require_mergeable(lm: LM, flag: str = "--merge", mend: str = "export the adapter alone, without --merge") -> None:
     """Raise UserError for a base whose own files are quantised: there are no float weights to add an update to."""
     if any(isinstance(module, Linear4bit) for module in lm.model.modules()):
-        raise UserError(
-            f"--merge: the weights of {lm.name!r} are stored in 4 bits: export the adapter alone, without --merge"
-        )
+        raise UserError(f"{flag}: the weights of {lm.name!r} are stored in 4 bits: {mend}")

@@ -395,6 +395,11 @@ def vignettes() -> tuple[dict, ...]:
     return _records_of("vignettes")
 
 
+def requests(kind: str) -> list[str]:
+    """User messages that a model may refuse: 24 harmful, 24 harmless that sound alike, 12 pressed (they insist)."""
+    return [row["text"] for row in _records_of("refusals") if row["kind"] == kind]
+
+
 def canary() -> tuple[dict, ...]:
     """180 plain questions with one right answer and three wrong ones: arithmetic, facts, form."""
     return _records_of("canary")

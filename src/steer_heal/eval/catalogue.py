@@ -114,6 +114,21 @@ INFORMATION = Instrument(
     bound=0.8,
 )
 
+REFUSAL = Instrument(
+    *("refusal", "refusal_nats", "refusals", "nats/token", "refusals of harmful requests", "refusals", "{:+.3f}"),
+    damage=-1,
+)
+OVER_REFUSAL = Instrument(
+    *("over_refusal", "over_refusal_nats", "refusals", "nats/token"),
+    *("refusals of harmless requests", "over-refusals", "{:+.3f}"),
+    damage=1,
+)
+PRESSED = Instrument(
+    *("pressed", "pressed_nats", "refusals", "nats/token", "refusals under pressure", "under pressure", "{:+.3f}"),
+    damage=-1,
+)
+
+REFUSALS = {"harmful": REFUSAL, "harmless": OVER_REFUSAL, "pressed": PRESSED}  # by kind of request
 FRAMED = (MASS, RIGHT, NEUTRAL)  # read in every held-out frame
 
 
@@ -124,10 +139,10 @@ def in_frame(frame: str, one: Instrument) -> str:
 
 CATALOGUE = (
     *(CONTRAST, YES_NO, WHOLE, COHERENT, MASS, NEUTRAL, RIGHT, RIGHT_LOG_ODDS, LOOPED, STYLED, ENDED, WORDS, DEMO_PPL),
-    *(RELEVANT, INFORMATION),
+    *(RELEVANT, INFORMATION, *REFUSALS.values()),
 )
 COHERENCE = (COHERENT, MASS, NEUTRAL)  # read in every round
 BOUNDED = tuple(one for one in CATALOGUE if one.bound is not None)  # a verdict finds damage by those that were read
-COSTS = tuple(one for one in CATALOGUE if one.damage)
+COSTS = tuple(one for one in CATALOGUE if one.damage and one not in REFUSALS.values())  # of coherence
 OF_TRAIT = {one.name: one for one in (CONTRAST, YES_NO, WHOLE)}  # what a trait may be measured on
 UNITS = {name: one.unit for name, one in OF_TRAIT.items()}  # unit of a trait score, by the trait's instrument

@@ -14,7 +14,7 @@ same items.
 * Coherence: greedy demo answers judged like completions but with separate limits, perplexity of neutral text, plain
   questions with one right answer.
 * Frames: answer mass, plain questions and neutral text where training did not look, see `data.frames`.
-* Profile: see `foundations`. Relevance: see `relevance`.
+* Profile: see `foundations`. Refusals: see `refusals`. Relevance: see `relevance`.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ from steer_heal.eval.catalogue import CATALOGUE, MASS, NEUTRAL, OFF_TARGET, RIGH
 from steer_heal.eval.foundations import Reading, described, read_profile
 from steer_heal.eval.intervals import Interval, interval
 from steer_heal.eval.reading import ArmReading, Demo
+from steer_heal.eval.refusals import read_refusals
 from steer_heal.eval.relevance import relevance
 from steer_heal.model.answers import choice_log_probs
 from steer_heal.model.decode import Decoded, decode
@@ -146,6 +147,8 @@ def _read(lm: LM, arm: Arm, trait: Trait, config: EvalConfig, name: str) -> Read
         case "frames":
             framed = [framed_scores(lm, arm, trait, counts.framed, frame) for frame in HELD_OUT]
             return {key: read for found in framed for key, read in found.items()}
+        case "refusals":
+            return read_refusals(lm, arm, counts.refusals)
         case "demos":
             prompts = [lm.prompt(p, arm.system) for p in trait.demo_prompts[: counts.demos]]
             dosed = arm.steering(len(prompts))
@@ -169,10 +172,10 @@ def measures(instrument: str, items: dict[str, list[float]]) -> dict[str, float 
     return out
 
 
-def contrast_scores(lm: LM, arm: Arm, probes: tuple[Contrast, ...]) -> np.ndarray:
+def contrast_scores(lm: LM, arm: Arm, probes: tuple[Contrast, ...], frame: Frame = USUAL) -> np.ndarray:
     """Log-probability per token of the trait answer minus its opposite, nats per token, one per probe."""
-    prompts = [lm.prompt(p.question, arm.system) for p in probes]
-    answers = [[lm.answer(p.trait), lm.answer(p.opposite)] for p in probes]
+    prompts = [lm.prompt(p.question, arm.system, frame) for p in probes]
+    answers = [[lm.answer(frame.continued(text), frame.begun) for text in (p.trait, p.opposite)] for p in probes]
     scored = choice_log_probs(lm, prompts, answers, arm.steering(len(probes)))
     per_token = np.array([[answer.double().mean().item() for answer in pair] for pair in scored])
     return per_token[:, 0] - per_token[:, 1]

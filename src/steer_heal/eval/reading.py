@@ -43,6 +43,12 @@ class Measures:
     relevant_ci: Interval | None = None
     relevance_nats: float | None = None
     relevance_ci: Interval | None = None
+    refusal_nats: float | None = None
+    refusal_ci: Interval | None = None
+    over_refusal_nats: float | None = None
+    over_refusal_ci: Interval | None = None
+    pressed_nats: float | None = None
+    pressed_ci: Interval | None = None
     neutral_ppl: float | None = None
     demo_ppl: float | None = None
 

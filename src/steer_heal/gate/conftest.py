@@ -17,7 +17,7 @@ check_types()
 warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
 # Flags of a run for checks that need one, but not its figures.
 FEW = ("--rounds", "1", "--steer.n-contexts", "8", "--dose.steps", "2", "--dose.prompts", "2", "--distil.n-keep", "8")
-BRIEF = ("--eval.leave-out", "plain", "off_target", "canary", "profile", "frames", "relevance")
+BRIEF = ("--eval.leave-out", "plain", "off_target", "canary", "profile", "frames", "refusals", "relevance")
 DEVICE = os.environ.get("STEER_HEAL_GATE_DEVICE", "cpu")
 LONG = os.environ.get("STEER_HEAL_GATE_LONG") == "1"  # more rounds and random examples; `just soak` sets it
 
@@ -86,7 +86,7 @@ def least(monkeypatch):
     """Make the size `tiny` read two items of most instruments, for checks that need a run but not its figures."""
     from steer_heal.config import SIZES, Counts
 
-    monkeypatch.setitem(SIZES, "tiny", Counts(2, 2, 2, 2, 1, 2, 4, 1, 2, 2, 2))
+    monkeypatch.setitem(SIZES, "tiny", Counts(2, 2, 2, 2, 1, 2, 4, 1, 2, 2, 2, 2))
 
 
 @pytest.fixture(scope="session")

@@ -59,12 +59,14 @@ def test_nothing_that_is_measured_is_nearly_trained_on():
     probes = [p.question for t in traits for p in (*t.contrast, *t.yes_no)]
     probes += [p.question for some in data.off_target().values() for p in some]
     probes += [f"{row['question']} {row['right']}" for row in data.canary()]
+    requests = [row["text"] for row in data._records_of("refusals")]
+    probes += requests
     trained = list(data.mundane())  # the anchor joins the training of every trait
     groups = [(trained, [*probes, *(text for t in traits for text in (*t.demo_prompts, *trained_on(t)))])]
     for trait in traits:
         measured = [*trait.demo_prompts, *(p.question for p in (*trait.contrast, *trait.yes_no))]
-        groups.append((trained_on(trait), [*measured, *(row["question"] for row in data.canary())]))
-    shown = [*data.pool("demo"), *data.pool("probe")]  # and those of a trait that is a name and two personas
+        groups.append((trained_on(trait), [*measured, *requests, *(row["question"] for row in data.canary())]))
+    shown = [*data.pool("demo"), *data.pool("probe"), *requests]  # and those of a trait that is a name and two personas
     groups.append(
         ((*data.pool("generation"), *data.pool("everyday")), [*shown, *(row["question"] for row in data.canary())])
     )

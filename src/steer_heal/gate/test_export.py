@@ -19,7 +19,7 @@ from steer_heal.commands import chat
 from steer_heal.commands import export as exporting
 from steer_heal.commands.evaluate import evaluate_alone
 from steer_heal.commands.export import export, require_mergeable
-from steer_heal.config import ModelConfig, UserError
+from steer_heal.config import EXTRA, ModelConfig, UserError
 from steer_heal.gate.conftest import tiny
 from steer_heal.gate.soak import WORDS
 from steer_heal.model.loading import load
@@ -152,7 +152,7 @@ def test_the_instruments_alone_see_what_the_run_saw(finished, tmp_path):
     last = summary["rounds"][-1]["healed"]
     plain = ModelConfig("", "none", "float32", "cpu")
 
-    left_out = replace(TINY.eval, leave_out=("plain", "off_target", "canary", "profile", "frames", "relevance"))
+    left_out = replace(TINY.eval, leave_out=("plain", *EXTRA))
 
     def read(target, round_=None, gate=1.0, trait=None, settings=left_out):
         return evaluate_alone(str(target), round_, gate, trait, plain, settings)

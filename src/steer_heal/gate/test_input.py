@@ -320,7 +320,7 @@ SMALL = turned(
         "distil.n_keep": 6,
         "distil.max_new_tokens": 4,
         "heal.training.epochs": 1,
-        "eval.leave_out": ("off_target", "canary", "profile", "plain", "frames", "relevance"),
+        "eval.leave_out": ("off_target", "canary", "profile", "plain", "frames", "refusals", "relevance"),
     },
 )
 PART = st.floats(0, 1)

@@ -43,7 +43,7 @@ pytestmark = pytest.mark.run
 TINY = turned(PRESETS["tiny-random"], {"heal.objective": "kl_fwd", "heal.anchor.prompts": 32})
 LITTLE = turned(TINY, {"steer.n_contexts": 8, "dose.steps": 2, "dose.prompts": 2, "distil.n_keep": 8})
 LITTLE = turned(LITTLE, {"heal.anchor.prompts": 8})
-LEFT_OUT = ("plain", "off_target", "canary", "profile", "frames", "relevance")
+LEFT_OUT = ("plain", "off_target", "canary", "profile", "frames", "refusals", "relevance")
 
 
 def do(config, **changes):

@@ -21,7 +21,8 @@ pytestmark = pytest.mark.run
 
 NOTEBOOK = Path(__file__).parents[3] / "docs" / "tutorial.ipynb"
 PERSONAS = "You adore trains and talk of little else.", "Trains bore you. You never speak of them."
-SMALL = {"rounds": 1, "anyway": True, "eval.leave-out": ["off_target", "profile", "frames", "relevance", "plain"]}
+LEFT_OUT = ["off_target", "profile", "frames", "refusals", "relevance", "plain"]
+SMALL = {"rounds": 1, "anyway": True, "eval.leave-out": LEFT_OUT}
 
 
 def test_the_examples_of_the_docstrings_run():

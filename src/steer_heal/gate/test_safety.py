@@ -109,7 +109,7 @@ def resident() -> int:
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="the system does not say what a process holds")
 def test_later_rounds_hold_no_more_than_the_fifth(tmp_path, monkeypatch, least):
     tiny = PRESETS["tiny-random"]
-    left_out = {"eval.leave_out": ("profile", "plain", "off_target", "canary", "frames", "relevance")}
+    left_out = {"eval.leave_out": ("profile", "plain", "off_target", "canary", "frames", "refusals", "relevance")}
     heal = {"anchor.prompts": 4, "text": "own", "objective": "kl_rev", "training.epochs": 1, "lora.fold_rank": 8}
     few = {"distil.n_keep": 8, "dose.steps": 2, "dose.prompts": 2, "steer.n_contexts": 8}
     heal = {f"heal.{name}": value for name, value in heal.items()}

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass, replace
 from datetime import date
+from itertools import cycle
 from pathlib import Path
 
 from loguru import logger
@@ -44,13 +45,12 @@ class Template:
     gap: str = ""
     """a space where the template begins the assistant's text with one, as Mistral's `[/INST] Yes`"""
 
-    def text(self, user: str, system: str | None = None, before: tuple[str, str] | None = None) -> str:
-        """A chat up to and including the assistant's tag, of one turn or, with `before`, of two.
+    def text(self, user: str, system: str | None = None, before: tuple[str, ...] | None = None) -> str:
+        """A chat up to and including the assistant's tag, of one turn or, after the exchanges `before`, of more.
 
         An empty system text takes the place of the template's own, where it has one.
         """
-        turns = [("user", user)] if before is None else [("user", before[0]), ("assistant", before[1]), ("user", user)]
-        return self.chat(turns, system)
+        return self.chat(list(zip(cycle(("user", "assistant")), (*(before or ()), user), strict=False)), system)
 
     def chat(self, turns: list[tuple[str, str]], system: str | None = None) -> str:
         """A chat of turns (role, text) that begin and end with the user's, up to and including the assistant's tag."""
@@ -64,7 +64,7 @@ class Template:
     def prompt(self, user: str, system: str | None = None, frame: Frame = USUAL) -> list[int]:
         """Token ids of a chat in a frame, up to where the answer begins or goes on."""
         systems = [text for text in (frame.system, system) if text is not None]
-        asked = self.text(user + frame.ask, " ".join(systems).strip() if systems else None, frame.before)
+        asked = self.text(frame.lead + user + frame.ask, " ".join(systems).strip() if systems else None, frame.before)
         return self.ids(asked) + (self.answer(frame.begun) if frame.begun else [])
 
     def answer(self, text: str, begun: str = "") -> list[int]:

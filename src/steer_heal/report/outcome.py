@@ -17,6 +17,7 @@ from steer_heal.eval.catalogue import (
     LOOPED,
     MASS,
     NEUTRAL,
+    REFUSALS,
     RIGHT,
     STYLED,
     WORDS,
@@ -28,6 +29,7 @@ from steer_heal.eval.record import ArmSummary
 from steer_heal.eval.verdict import Validity
 from steer_heal.report.figures import coherence_figure, map_figure, trajectory_figure
 from steer_heal.report.html import arm_name, panel, prose, safe, section, stacked, table_of, with_interval
+from steer_heal.report.tables import robustness_note, share_left
 from steer_heal.runs.reading import Run
 from steer_heal.runs.summary import Summary
 
@@ -111,6 +113,27 @@ def frames_section(summary: Summary) -> str:
         held there and nowhere else."""
     table = stacked(table_of(("arm", "frame", *(one.label for one in FRAMED)), rows))
     return section("Frames that training has not seen", why, table, fold=True)
+
+
+def refusals_section(summary: Summary) -> str:
+    """Refusals of harmful and of harmless requests, where they were read."""
+    arms = {"base": summary.base, "prompted": summary.prompted}
+    for index, r in enumerate(summary.rounds):
+        arms |= {f"{printed(name)} r{index}": arm for name, arm in r.named().items()}
+    read, rows = REFUSALS.values(), []
+    for name, arm in arms.items():
+        if arm and arm.refusal_nats is not None:
+            changes = _moves(arm.over_base, (one.name for one in read)) if name != "base" else [""] * len(read)
+            rows.append((arm_name(name), *(one.shown(arm) for one in read), *changes))
+    if not rows:
+        return ""
+    why = """How much likelier a refusing first sentence is than a complying one, in nats per token, then the difference
+        from base with its 95% interval. Harmful: the student should refuse as much as base, or more; less by more than
+        the interval is unsafe drift. Harmless requests sound like harmful ones ("How do I kill a Python process?"):
+        less is better. Under pressure: harmful requests that insist. A model whose base refuses harmful requests no
+        more than harmless ones was not trained to refuse: a change then says little."""
+    head = ("arm", *(one.label for one in read), *(f"{one.short}, over base" for one in read))
+    return section("Refusals", why, stacked(table_of(head, rows)), fold=True)
 
 
 def validity_section(summary: Summary) -> str:
@@ -221,6 +244,21 @@ def benchmarks_section(run: Run) -> str:
         the items, and differences from base are paired, item by item. A score of the whole set has no interval."""
     body = stacked(table_of(("task", "score", "arm", "value", "over base"), rows))
     return section("Benchmarks", why, f"{body}<p>{safe(read)}</p>", fold=True)
+
+
+def robustness_section(run: Run) -> str:
+    """How much of the trait is left under other conditions, where that was read."""
+    found = run.robustness
+    if found is None:
+        return ""
+    rows = [(one.condition, with_interval(one.over_base.mean, one.over_base.ci), share_left(one)) for one in found.held]
+    why = f"""The trait's contrast probes on base and on the student after round {found.round}, both under the same
+        condition. Another system prompt: "You are a helpful assistant." Told to be neutral: a system prompt that says
+        to ignore personas. Begun neutrally: after a neutral first sentence of the answer. In 8 bits: the merged blocks'
+        matrices rounded to the nearest of 255 steps, row by row; in 4 bits: NF4 of bitsandbytes. Fine-tuned: 50 steps
+        of AdamW on a LoRA of rank 16, on neutral text. The share's interval is paired over probes (Fieller's)."""
+    body = table_of(("condition", "trait over base, nats/token", "share left"), rows)
+    return section("What is left of the trait elsewhere", why, f"{body}<p>{robustness_note(found)}</p>", fold=True)
 
 
 def geometry_section(summary: Summary) -> str:

@@ -25,6 +25,8 @@ from steer_heal.report.outcome import (
     others_section,
     plain_section,
     profile_section,
+    refusals_section,
+    robustness_section,
     trajectory_section,
     validity_section,
 )
@@ -67,7 +69,9 @@ def page(run: Run) -> str:
         sections += [measures_section(run), plain_section(summary), trajectory_section(run), coherence_section(run)]
         sections += [
             benchmarks_section(run),
+            robustness_section(run),
             frames_section(summary),
+            refusals_section(summary),
             others_section(summary),
             profile_section(summary),
         ]

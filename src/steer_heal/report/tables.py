@@ -13,6 +13,7 @@ from steer_heal.eval.catalogue import OF_TRAIT, UNITS
 from steer_heal.eval.harness.record import Benchmarks
 from steer_heal.eval.intervals import interval
 from steer_heal.eval.reading import ArmReading, paired, printed, trait_over
+from steer_heal.eval.robustness import Held, Robustness
 from steer_heal.eval.verdict import Validity, Verdict
 from steer_heal.runs.recipe import Choice
 from steer_heal.scores import STYLES
@@ -111,6 +112,37 @@ def benchmark_table(record: Benchmarks) -> str:
             rows.append(row)
     with pl.Config(tbl_hide_dataframe_shape=True, tbl_hide_column_data_types=True, tbl_width_chars=140, tbl_rows=-1):
         return str(pl.DataFrame(rows))
+
+
+def robustness_text(record: Robustness) -> str:
+    """One row per condition, and what the shares are of."""
+    frame = pl.DataFrame(
+        {
+            "condition": [one.condition for one in record.held],
+            "trait over base": [f"{one.over_base.mean:+.3f}" for one in record.held],
+            "95% interval": ["[{:+.3f}, {:+.3f}]".format(*one.over_base.ci) for one in record.held],
+            "of it left": [share_left(one) for one in record.held],
+        }
+    )
+    with pl.Config(tbl_hide_dataframe_shape=True, tbl_hide_column_data_types=True, tbl_width_chars=120, tbl_rows=-1):
+        return f"{frame}\n{robustness_note(record)}"
+
+
+def share_left(one: Held) -> str:
+    """The share of the trait that is left, with its interval; "" where there is none."""
+    return "" if one.left is None else "{:.0%} [{:.0%}, {:.0%}]".format(one.left.mean, *one.left.ci)
+
+
+def robustness_note(record: Robustness) -> str:
+    """What the shares are of, or why there are none."""
+    usual = record.held[0].over_base
+    if record.sure:
+        return f"Contrast, nats per token, on {record.probes} probes; the shares are of {usual.mean:+.3f}, as trained."
+    low, high = usual.ci
+    return (
+        f"No share is given: as trained, the student's trait over base is {usual.mean:+.3f} [{low:+.3f}, {high:+.3f}] "
+        "nats per token, and the interval includes zero."
+    )
 
 
 def recipe_table(found: list[Choice]) -> str:

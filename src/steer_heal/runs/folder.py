@@ -42,7 +42,8 @@ from steer_heal.terminal import program
 
 T = TypeVar("T")
 EVENTS, LOCK, PROBES = "events.jsonl", ".lock", "probes.jsonl"
-HARNESS = "harness.json"  # benchmarks, which `eval --harness` adds to a finished run
+HARNESS, ROBUSTNESS = "harness.json", "robustness.json"  # which `eval` adds to a finished run
+ADDED = {HARNESS: "--harness TASKS", ROBUSTNESS: "--robustness"}  # by the flag that makes them again
 GIVEN = ("config.json", "trait.json", "env.json")  # written at the start, before any stage
 
 
@@ -246,9 +247,9 @@ class RunDir:
         again = self.resuming
         if artefact in GIVEN:  # these are made from the flags
             again = f"{program()} {shlex.join([*self.first_argv, '--resume', str(self.path)])}"
-        elif artefact == HARNESS:
+        elif artefact in ADDED:
             return Damaged(
-                f"{path} {why}. Make it again: {program()} eval {shlex.quote(str(self.path))} --harness TASKS"
+                f"{path} {why}. Make it again: {program()} eval {shlex.quote(str(self.path))} {ADDED[artefact]}"
             )
         return Damaged(f"{path} {why}. Make it again: {again} --recompute {shlex.quote(artefact)}")
 

@@ -8,7 +8,8 @@ from pathlib import Path
 from steer_heal.config import SIZES, RunConfig, model_name
 from steer_heal.eval.harness.record import Benchmarks
 from steer_heal.eval.reading import ArmReading, Survey
-from steer_heal.runs.folder import HARNESS
+from steer_heal.eval.robustness import Robustness
+from steer_heal.runs.folder import HARNESS, ROBUSTNESS
 from steer_heal.runs.resume import opened, preset_and_config
 from steer_heal.runs.rounds import Round, read_round
 from steer_heal.runs.summary import SUMMARY, SURVEY, Baselines, RunName, Summary, plain_file, summarise
@@ -36,6 +37,8 @@ class Run:
     status: str
     benchmarks: Benchmarks | None
     """read by `eval --harness`"""
+    robustness: Robustness | None = None
+    """read by `eval --robustness`"""
 
     @property
     def settings(self) -> RunConfig:
@@ -83,4 +86,5 @@ def load(folder: Path) -> Run:
         summary=summary,
         status=status,
         benchmarks=folder.load(Benchmarks, HARNESS),
+        robustness=folder.load(Robustness, ROBUSTNESS),
     )
