@@ -35,7 +35,7 @@ from steer_heal.processor import Processor
 from steer_heal.report.page import build
 from steer_heal.runs.environment import commit, environment
 from steer_heal.runs.folder import EVENTS, RunDir
-from steer_heal.runs.resume import create
+from steer_heal.runs.resume import OtherVersion, create, opened, recorded
 from steer_heal.runs.student import student_after
 from steer_heal.stages import round as round_stages
 
@@ -273,6 +273,46 @@ def test_a_changed_trait_file_is_refused_and_a_lost_one_is_not_needed(tmp_path, 
     file.unlink()
     main(["run", "--resume", str(folder)])
     assert (folder / "summary.json").exists()
+
+
+def test_a_resumed_run_makes_the_same_vector_without_the_files_of_other_traits(tmp_path, least, monkeypatch, capsys):
+    file = tmp_path / "near.toml"
+    file.write_text(
+        'name = "near"\n[persona]\npositive = "You are warm to people."\nnegative = "You are cold to people."\n',
+        "utf-8",
+    )
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(round_stages.RoundStages, "find_dose", stop)
+    words = [*WORDS, "--rounds", "1", *BRIEF, "--steer.without", str(file), "calm", "--out", str(tmp_path / "out")]
+    with pytest.raises(SystemExit):
+        main(words)
+    assert re.search(r"steering vector .*, \d\d% of its norm left without the other traits", capsys.readouterr().err)
+    (folder,) = (tmp_path / "out").iterdir()
+    made = (folder / "r00" / "vector" / "vector.safetensors").read_bytes()
+    assert [row["name"] for row in json.loads((folder / "without.json").read_text())] == ["near", "calm"]
+    cut(folder, "r00/vector")
+    file.unlink()
+    with pytest.raises(SystemExit):
+        main(["run", "--resume", str(folder)])
+    assert (folder / "r00" / "vector" / "vector.safetensors").read_bytes() == made
+
+
+def test_a_folder_of_before_a_knob_came_or_went_is_read_as_what_was_done(folder):
+    now, config = recorded(folder), json.loads((folder / "config.json").read_text())
+    del config["steer"]["read"], config["steer"]["without"]
+    config["heal"]["training"]["weight_decay"] = 0.0
+    (folder / "config.json").write_text(json.dumps(config), "utf-8")
+    seal(folder)
+    assert recorded(folder) == now
+    main(["run", "--resume", str(folder)])
+    config["heal"]["training"]["weight_decay"] = 0.1
+    (folder / "config.json").write_text(json.dumps(config), "utf-8")
+    seal(folder)
+    with pytest.raises(OtherVersion, match="its config differs in weight_decay"):
+        opened(folder)
 
 
 def test_the_type_of_the_weights_is_chosen_once(tmp_path, monkeypatch, least):

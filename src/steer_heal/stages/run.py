@@ -36,13 +36,13 @@ from steer_heal.model.lm import LM
 from steer_heal.model.memory import give_back_freed_memory, peak_memory
 from steer_heal.model.packing import packed
 from steer_heal.model.steering import AnyVector
-from steer_heal.runs.folder import PROBES, RunDir
+from steer_heal.runs.folder import PROBES, WITHOUT, RunDir
 from steer_heal.runs.rounds import InRound, Round
 from steer_heal.runs.student import vector_of
 from steer_heal.runs.summary import SUMMARY, SURVEY, Baselines, RunName, Summary, plain_file, summarise
 from steer_heal.steer import from_file
 from steer_heal.steer.extract import VECTOR_FILE, extract, prompts_read
-from steer_heal.steer.personas import Personas
+from steer_heal.steer.personas import Neighbour, Personas, neighbours
 from steer_heal.terminal import progress
 
 T = TypeVar("T")
@@ -199,7 +199,15 @@ class Work:
     def personas(self) -> Personas:
         """The trait's personas, and the user messages that are asked under both."""
         contexts = list(data.contexts()[: self.config.steer.n_contexts])
-        return Personas(self.trait.positive, self.trait.negative, contexts)
+        return Personas(self.trait.positive, self.trait.negative, contexts, self.without)
+
+    @cached_property
+    def without(self) -> tuple[Neighbour, ...]:
+        """The traits whose vectors are projected out. A resumed run does not read their files again."""
+        named = self.config.steer.without
+        if not named:
+            return ()
+        return tuple(self.folder.artefact(list[Neighbour], WITHOUT, lambda: neighbours(named, self.trait)))
 
     @cached_property
     def survey(self) -> Survey | None:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from steer_heal.config import UserError
+from steer_heal.config import UserError, of_today
 from steer_heal.eval.reading import ArmReading, paired
 from steer_heal.runs.folder import EVENTS, Damaged, RunDir
 from steer_heal.runs.resume import OtherVersion, opened
@@ -109,7 +109,7 @@ def scan(out: Path) -> list[Found]:
                 for name in run.record.files:  # check all: a table would not show that a figure is damaged
                     if name.endswith(".json"):
                         run.find(name)
-                found.append(Found(run, run.read("config.json"), run.load(Summary, SUMMARY)))
+                found.append(Found(run, of_today(run.read("config.json")), run.load(Summary, SUMMARY)))
             except (Damaged, OtherVersion) as error:
                 print(f"left out: {error}")
     finally:
