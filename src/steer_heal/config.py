@@ -278,8 +278,9 @@ class EvalConfig:
     random weights, whose text passes as coherent"""
     ends_only: tuple[Extra, ...] = ("profile", "frames", "relevance")
     """instruments read on base, on prompted and on the last student only (the profile also on negative)"""
-    leave_out: tuple[Extra | Literal["plain"], ...] = ()
-    """never read: off-target traits, plain questions (canary), profile, held-out frames, relevance, plain steering"""
+    leave_out: tuple[Extra | Literal["plain", "prompts"], ...] = ()
+    """never read: off-target traits, plain questions (canary), profile, held-out frames, relevance, plain steering, the
+    best of five prompts"""
     profile: Literal["vignettes", "tiny-mfv"] = "vignettes"
     """scenes of the moral-foundation profile: ours, or those of tiny-mfv through that package (`just vendor`)"""
     plain_range: Annotated[tuple[float, float] | Literal["auto"], POSITIVE] = (0.125, 12.0)

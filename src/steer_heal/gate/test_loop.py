@@ -81,6 +81,9 @@ def test_the_record_of_a_run_is_complete(tmp_path, least):
     assert [arm["dose"] for arm in summary["plain"]] == pytest.approx([0.125, 12.0])
     assert "equal_trait" not in summary["rounds"][0]
     assert {"canary", "demo_coherent", "mass"} <= summary["rounds"][-1]["equal_trait"]["healed_over"].keys()
+    prompts, prompted = folder.read("prompts.json"), folder.read("prompted.json")
+    assert len({row["system"] for row in prompts}) == summary["best_prompt"]["tried"] == 5
+    assert prompts[0]["scores"] == prompted["items"]["contrast"] != prompts[1]["scores"]
     ends = [summary[arm] for arm in ("base", "prompted", "negative")]
     ends.append(summary["rounds"][-1]["healed"])
     assert all("profile" in arm for arm in ends) and "profile" not in summary["rounds"][0]["healed"]

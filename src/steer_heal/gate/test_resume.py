@@ -35,9 +35,10 @@ from steer_heal.processor import Processor
 from steer_heal.report.page import build
 from steer_heal.runs.environment import commit, environment
 from steer_heal.runs.folder import EVENTS, RunDir
-from steer_heal.runs.resume import OtherVersion, create, opened, recorded
+from steer_heal.runs.resume import OtherVersion, create, opened, recorded, settings
 from steer_heal.runs.student import student_after
 from steer_heal.stages import round as round_stages
+from steer_heal.sweep.disk import scan
 
 pytestmark = pytest.mark.run
 
@@ -300,19 +301,27 @@ def test_a_resumed_run_makes_the_same_vector_without_the_files_of_other_traits(t
     assert (folder / "r00" / "vector" / "vector.safetensors").read_bytes() == made
 
 
-def test_a_folder_of_before_a_knob_came_or_went_is_read_as_what_was_done(folder):
-    now, config = recorded(folder), json.loads((folder / "config.json").read_text())
-    del config["steer"]["read"], config["steer"]["without"]
-    config["heal"]["training"]["weight_decay"] = 0.0
-    (folder / "config.json").write_text(json.dumps(config), "utf-8")
-    seal(folder)
-    assert recorded(folder) == now
-    main(["run", "--resume", str(folder)])
-    config["heal"]["training"]["weight_decay"] = 0.1
-    (folder / "config.json").write_text(json.dumps(config), "utf-8")
-    seal(folder)
+def test_a_folder_of_before_a_knob_came_or_went_is_read_as_what_was_done(tmp_path):
+    config = replace(PRESETS["tiny-random"], out=str(tmp_path))
+    env = {"packages": {"steer_heal": steer_heal.VERSION}}
+    folder = create(config, "tiny-random", data.load_trait("love"), env, []).path
+
+    def rewritten(decay):
+        then = json.loads((folder / "config.json").read_text())
+        then["steer"] = {key: value for key, value in then["steer"].items() if key not in ("read", "without")}
+        then["heal"]["training"]["weight_decay"] = decay
+        (folder / "config.json").write_text(json.dumps(then), "utf-8")
+        return seal(folder)
+
+    now = recorded(folder)
+    assert recorded(rewritten(0.0)) == now and settings(opened(folder)) == (
+        "tiny-random",
+        replace(config, out="outputs"),
+    )
+    (found,) = scan(tmp_path)
+    assert found.config == {"preset": "tiny-random"} | now
     with pytest.raises(OtherVersion, match="its config differs in weight_decay"):
-        opened(folder)
+        opened(rewritten(0.1))
 
 
 def test_the_type_of_the_weights_is_chosen_once(tmp_path, monkeypatch, least):

@@ -26,6 +26,7 @@ from steer_heal.eval.opponents import (
     fitting,
     plain_doses,
 )
+from steer_heal.eval.prompts import PromptReading, best_prompt, other_prompts
 from steer_heal.eval.reading import ArmReading
 from steer_heal.eval.record import arm_record
 from steer_heal.eval.verdict import Verdict, care_over_authority, validity, verdict
@@ -376,3 +377,35 @@ def test_a_broken_round_says_that_others_follow_and_only_then():
     broken, moved = (Verdict(word, "answer mass 83% of base") for word in ("broken", "moved"))
     assert verdict_line(broken, 2) == verdict_line(broken, 0) + "; the next round starts from it, and may heal it"
     assert verdict_line(moved, 2) == verdict_line(moved, 0) == "moved (answer mass 83% of base)"
+
+
+def test_the_best_prompt_is_chosen_on_the_other_half_of_the_items_by_hand():
+    """Three prompts, six items. On even items the third is best, on odd ones the second; each is read where it was not
+    chosen. The best on all items, read on the same, would be the second with 0.4."""
+    scores = {
+        "persona": [0.1, 0.1, 0.1, 0.1, 0.1, 0.1],
+        "second": [0.0, 0.9, 0.1, 0.7, 0.2, 0.5],
+        "third": [0.6, 0.1, 0.5, 0.0, 0.7, 0.2],
+    }
+    read = [PromptReading(name, "same", own) for name, own in scores.items()]
+    base, healed = (
+        ArmReading(
+            arm="a", instrument="contrast", dose=0.0, read=[], items={"contrast": items}, asked={"contrast": "same"}
+        )
+        for items in ([0.0, 0.1, 0.0, 0.1, 0.0, 0.1], [0.5, 0.6, 0.5, 0.6, 0.5, 0.6])
+    )
+    found = best_prompt(read, base, healed)
+    assert found.tried == 3 and found.chosen == ("third", "second")
+    held_out = [0.0, 0.1, 0.1, 0.0, 0.2, 0.2]  # even items under the second, odd ones under the third
+    assert found.trait_over_base == pytest.approx(sum(held_out) / 6 - 0.05)
+    assert found.healed_over.mean == pytest.approx(0.55 - sum(held_out) / 6)
+    with pytest.raises(ValueError, match="different items"):
+        best_prompt([replace(read[0], asked="other"), *read[1:]], base, healed)
+
+
+def test_prompts_beside_the_persona_are_the_files_or_made_of_it():
+    trait = load_trait("love")
+    made = other_prompts(trait, [(f"Ask {i}", f"Say {i}") for i in range(4)])
+    assert len({trait.positive, *made}) == 5 and all(text.startswith(trait.positive) for text in made)
+    assert made[2].endswith('You reply: "Say 0"') and "Say 2" in made[3] and "Say 3" not in made[3]
+    assert other_prompts(replace(trait, prompts=("You adore people.",)), []) == ["You adore people."]

@@ -124,7 +124,15 @@ def _moved(arms: RoundSummary, unit: str, planned: int) -> str:
 def _prompt(summary: Summary) -> str:
     effect, (low, high) = summary.prompted.trait_over_base, summary.prompted.trait_over_base_ci
     noise = ", which is within noise" if low <= 0 <= high else ""
-    return f"The persona as a system prompt moves the original model by {effect:+.3f}{noise}."
+    found, best = (
+        f"The persona as a system prompt moves the original model by {effect:+.3f}{noise}.",
+        summary.best_prompt,
+    )
+    if best is None:
+        return found
+    moved = _interval(Change(best.trait_over_base, best.trait_over_base_ci))
+    lead = f"; student minus that: {_interval(best.healed_over)}" if best.healed_over else ""
+    return f"{found} The best of {best.tried} such prompts moves it by {moved}{lead}."
 
 
 def _rivals(last: RoundSummary, summary: Summary) -> list[str]:

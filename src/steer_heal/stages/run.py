@@ -27,6 +27,7 @@ from steer_heal.eval.geometry import Base, Fixed, read_base
 from steer_heal.eval.instruments import instruments, neutral_rows, read_arm, with_relevance
 from steer_heal.eval.opponents import plain_doses
 from steer_heal.eval.own_probes import own_probes
+from steer_heal.eval.prompts import PromptReading, other_prompts
 from steer_heal.eval.reading import ArmReading, Survey, side_by_side
 from steer_heal.eval.survey import BANDS, survey
 from steer_heal.heal.examples import Example, prepare_anchors
@@ -39,7 +40,7 @@ from steer_heal.model.steering import AnyVector
 from steer_heal.runs.folder import PROBES, WITHOUT, RunDir
 from steer_heal.runs.rounds import InRound, Round
 from steer_heal.runs.student import vector_of
-from steer_heal.runs.summary import SUMMARY, SURVEY, Baselines, RunName, Summary, plain_file, summarise
+from steer_heal.runs.summary import PROMPTS, SUMMARY, SURVEY, Baselines, RunName, Summary, plain_file, summarise
 from steer_heal.steer import from_file
 from steer_heal.steer.extract import VECTOR_FILE, extract, prompts_read
 from steer_heal.steer.personas import Neighbour, Personas, neighbours
@@ -179,7 +180,25 @@ class Work:
             arm.name: self.completed(f"{arm.name}.json", getattr(arms, arm.name), arm, which[arm.name])
             for arm in unsteered(self.trait)
         }
-        return replace(arms, **read)
+        return replace(arms, **read, prompts=self.prompts(read["prompted"]))
+
+    def prompts(self, prompted: ArmReading) -> list[PromptReading] | None:
+        """The base under the positive persona and under four other system prompts, on the trait's instrument."""
+        if "prompts" in self.config.eval.leave_out:
+            return None
+        name = self.trait.instrument
+
+        def read(number: int, system: str) -> PromptReading:
+            arm = replace(unsteered(self.trait)[1], system=system)
+            found = prompted if number == 0 else self.read_arm(f"prompt {number + 1}", arm, (OF_TRAIT[name].read_with,))
+            return PromptReading(system, found.asked[name], found.items[name])
+
+        def compute() -> list[PromptReading]:
+            answers = [(demo.prompt, demo.text) for demo in prompted.demos]
+            systems = [self.trait.positive, *other_prompts(self.trait, answers)]
+            return [read(number, system) for number, system in enumerate(systems)]
+
+        return self.folder.artefact(list[PromptReading], PROMPTS, freeing(compute))
 
     def anchors(self) -> Callable[[], list[Example]]:
         """Make the anchor's texts with the base. The returned function computes their states at its first call."""
