@@ -244,7 +244,7 @@ def test_the_facts_have_the_numbers_of_the_arms(tmp_path: Path) -> None:
         chosen=("a", "b"),
         trait_over_base=0.2,
         trait_over_base_ci=(0.1, 0.3),
-        healed_over=Change(0.05, (0, 0.1)),
+        healed_over=Change(0.05, (0.0, 0.1)),
     )
     with_best = " ".join(words.facts(replace(run.summary, best_prompt=best), 2))
     assert "The best of 5 such prompts moves it by +0.200 [+0.100, +0.300]; student minus that: +0.050 [" in with_best

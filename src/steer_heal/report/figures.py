@@ -94,26 +94,29 @@ def paths_figure(paths: list[tuple[str, Summary]]) -> go.Figure:
     """
     fig = go.Figure()
     rivals, dashes = paths[0][1], ("solid", "dash", "dot")
+    arms = [rivals.prompted, *rivals.plain, *(r.healed for _, summary in paths for r in summary.rounds)]
+    costs = [cost for arm in arms for cost in (arm.coherence_cost, arm.worst_cost) if math.isfinite(cost)]
+    ends = [min(-0.1, *costs) - 0.02, min(1.0, max(costs) + 0.05)]
     if rivals.plain:
         doses = [f"dose {arm.dose:.2g}" for arm in rivals.plain]
         _path(fig, "base, plainly steered", rivals.plain, doses, COLOURS["steered"], "solid")
     _path(fig, "prompted", [rivals.prompted], ["persona"], COLOURS["prompted"], "dot")
     if best := rivals.best_prompt:  # its cost is not read
-        ends, label = [0.0, rivals.prompted.coherence_cost], f"best of {best.tried} prompts"
-        hover = f"{label}: {best.trait_over_base:+.3f} [{{:+.3f}}, {{:+.3f}}]<extra></extra>".format(
-            *best.trait_over_base_ci
-        )
-        _line(fig, ends, [best.trait_over_base] * 2, COLOURS["prompted"], label, "dash", hovertemplate=hover)
+        y, (low, high) = best.trait_over_base, best.trait_over_base_ci
+        label = f"best of {best.tried} prompts, at any cost"
+        hover = f"{label} {y:+.3f} [{low:+.3f}, {high:+.3f}]<extra></extra>"
+        _line(fig, ends, [y, y], COLOURS["prompted"], label, "dash", width=1.5, hovertemplate=hover)
     hues = [*(COLOURS[name] for name in ("healed", "equal_cost", "negative")), DIVERGENCE_COLOUR, ANCHOR_COLOUR]
     for index, (name, summary) in enumerate(paths):
         students = [r.healed for r in summary.rounds]
         rounds = [f"round {i}" for i, _ in enumerate(students)]
         _path(fig, name, students, rounds, hues[index % len(hues)], dashes[index // len(hues) % len(dashes)])
     fig.update_xaxes(title="coherence lost: answer mass or neutral perplexity, the larger loss", tickformat=".0%")
+    fig.update_xaxes(range=ends)
     fig.update_yaxes(title=f"trait over base, {rivals.unit}")
     _styled(fig, 440 + 20 * len(paths))
     below = {"orientation": "v", "y": 0, "yref": "container", "yanchor": "bottom"}
-    return fig.update_layout(legend=below, margin={"t": 16, "b": 124 + 20 * len(paths)})
+    return fig.update_layout(legend=below, margin={"t": 16, "b": 144 + 20 * len(paths)})
 
 
 def _path(fig: go.Figure, name: str, arms: list[ArmSummary], at: list[str], colour: str, dash: str) -> None:
