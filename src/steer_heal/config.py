@@ -401,11 +401,21 @@ GONE = {"heal.training.weight_decay": 0.0}
 
 def of_today(table: dict) -> dict:
     """The JSON record of a config with the knobs of this version."""
+    return _moved(table, LATER, GONE)
+
+
+def as_it_was(table: dict) -> dict:
+    """The JSON record of a config with the knobs of the first 0.5, as far as they say it: runs are known by it."""
+    return _moved(table, GONE, LATER)
+
+
+def _moved(table: dict, added: dict[str, Any], dropped: dict[str, Any]) -> dict:
+    """The record with the knobs of `added`, where it lacks them, and without those of `dropped` at these values."""
     table = json.loads(json.dumps(table))
-    for name, value in (LATER | GONE).items():
+    for name, value in (added | dropped).items():
         *sections, key = name.split(".")
         section = reduce(lambda inner, part: inner.get(part, {}), sections, table)
-        if name in LATER:
+        if name in added:
             section.setdefault(key, value)
         elif section.get(key) == value:
             del section[key]

@@ -43,7 +43,7 @@ class BestPrompt:
     """the prompt that is best on the items of even number, and on those of odd number"""
     trait_over_base: float
     trait_over_base_ci: Interval
-    healed_over: Change | None = None
+    healed_over: Change
     """the student of the last round minus this"""
 
 
@@ -57,12 +57,12 @@ def other_prompts(trait: Trait, answers: list[tuple[str, str]]) -> list[str]:
     return list(trait.prompts or made)
 
 
-def best_prompt(read: list[PromptReading], base: ArmReading, healed: ArmReading | None) -> BestPrompt:
+def best_prompt(read: list[PromptReading], base: ArmReading, healed: ArmReading) -> BestPrompt:
     """The best of the prompts that were read, over base, and the student minus it; paired, item by item.
 
     Raises ValueError when their items differ.
     """
-    same = {one.asked for one in read} | {arm.asked[base.instrument] for arm in (base, healed) if arm}
+    same = {one.asked for one in read} | {arm.asked[base.instrument] for arm in (base, healed)}
     if len(same) > 1:
         raise ValueError("the prompts and the arms were measured on different items")
     scores = np.array([one.scores for one in read])
@@ -75,5 +75,5 @@ def best_prompt(read: list[PromptReading], base: ArmReading, healed: ArmReading 
         chosen=(read[on_even].system, read[on_odd].system),
         trait_over_base=change.mean,
         trait_over_base_ci=change.ci,
-        healed_over=change_of(np.array(healed.items[base.instrument]) - held_out) if healed else None,
+        healed_over=change_of(np.array(healed.items[base.instrument]) - held_out),
     )

@@ -28,8 +28,8 @@ from steer_heal.gate.conftest import turned
 from steer_heal.gate.folders import seal, sha256, write_events
 from steer_heal.presets import PRESETS
 from steer_heal.records import structured, unstructured
+from steer_heal.report import opening, words
 from steer_heal.report import page as report
-from steer_heal.report import words
 from steer_heal.report.figures import frontier_figure, paths_figure
 from steer_heal.report.html import marked
 from steer_heal.runs.folder import RunDir
@@ -249,6 +249,11 @@ def test_the_facts_have_the_numbers_of_the_arms(tmp_path: Path) -> None:
     with_best = " ".join(words.facts(replace(run.summary, best_prompt=best), 2))
     assert "The best of 5 such prompts moves it by +0.200 [+0.100, +0.300]; student minus that: +0.050 [" in with_best
     assert "such prompts" not in text
+    shown = opening.arms_section(replace(run, summary=replace(run.summary, best_prompt=best)))
+    assert shown.index("prompted</span>") < shown.index("best prompt</span>") < shown.index("healed</span>")
+    assert "+0.200" in shown and "best prompt" not in opening.arms_section(run)
+    earlier = words.facts(replace(run.summary, best_prompt=best), 2, 0)
+    assert any(fact.endswith("such prompts moves it by +0.200 [+0.100, +0.300].") for fact in earlier)
     assert "dose 0.70), moves the trait by +0.050; student minus that: +0.200 [" in text
     assert "No dose of the vector moves the trait as far; the nearest, 0.70, has 100% of the original's" in text
     held = "coherent answers 97% (100% before), answer mass 90% of the original's, perplexity on unrelated text +3.0%"

@@ -1,5 +1,6 @@
 """Killed runs end in the same bits, damage is named and mended, one process per folder, full disks lose nothing."""
 
+import hashlib
 import json
 import os
 import re
@@ -35,10 +36,10 @@ from steer_heal.processor import Processor
 from steer_heal.report.page import build
 from steer_heal.runs.environment import commit, environment
 from steer_heal.runs.folder import EVENTS, RunDir
-from steer_heal.runs.resume import OtherVersion, create, opened, recorded, settings
+from steer_heal.runs.resume import OtherVersion, create, described, opened, recorded, settings
 from steer_heal.runs.student import student_after
 from steer_heal.stages import round as round_stages
-from steer_heal.sweep.disk import scan
+from steer_heal.sweep.disk import identity, scan
 
 pytestmark = pytest.mark.run
 
@@ -320,6 +321,12 @@ def test_a_folder_of_before_a_knob_came_or_went_is_read_as_what_was_done(tmp_pat
     )
     (found,) = scan(tmp_path)
     assert found.config == {"preset": "tiny-random"} | now
+    then = json.dumps(
+        [json.loads((folder / "config.json").read_text()) | {"preset": None}, found.trait], sort_keys=True
+    )
+    assert found.identity == hashlib.blake2b(then.encode(), digest_size=12).hexdigest()  # as in its sweep's record
+    turned_on = turned(config, {"steer.without": ("calm",)})
+    assert identity(described(turned_on), found.trait) != found.identity == identity(described(config), found.trait)
     with pytest.raises(OtherVersion, match="its config differs in weight_decay"):
         opened(rewritten(0.1))
 

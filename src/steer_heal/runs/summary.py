@@ -145,7 +145,7 @@ def summarise(of: RunName, arms: Baselines, rounds: list[Round], seconds: dict[s
     return replace(
         found,
         validity=validity(everything),
-        best_prompt=best_prompt(arms.prompts, base, rounds[-1].healed if rounds else None) if arms.prompts else None,
+        best_prompt=best_prompt(arms.prompts, base, rounds[-1].healed) if arms.prompts and rounds else None,
         plain=[arm_record(arm, base, dosed=True) for arm in arms.plain],
         rounds=[_round(done, arms, seconds) for done in rounds],
     )
