@@ -241,7 +241,7 @@ def test_the_facts_have_the_numbers_of_the_arms(tmp_path: Path) -> None:
     assert "The persona as a system prompt moves the original model by +0.150." in text
     best = BestPrompt(
         tried=5,
-        chosen=("a", "b"),
+        system="a",
         trait_over_base=0.2,
         trait_over_base_ci=(0.1, 0.3),
         healed_over=Change(0.05, (0.0, 0.1)),

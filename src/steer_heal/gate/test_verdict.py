@@ -26,7 +26,7 @@ from steer_heal.eval.opponents import (
     fitting,
     plain_doses,
 )
-from steer_heal.eval.prompts import PromptReading, best_prompt, other_prompts
+from steer_heal.eval.prompts import PromptsReading, best_of, best_prompt, other_prompts, parts
 from steer_heal.eval.reading import ArmReading
 from steer_heal.eval.record import arm_record
 from steer_heal.eval.verdict import Verdict, care_over_authority, validity, verdict
@@ -379,28 +379,29 @@ def test_a_broken_round_says_that_others_follow_and_only_then():
     assert verdict_line(moved, 2) == verdict_line(moved, 0) == "moved (answer mass 83% of base)"
 
 
-def test_the_best_prompt_is_chosen_on_the_other_half_of_the_items_by_hand():
-    """Three prompts, six items. On even items the third is best, on odd ones the second; each is read where it was not
-    chosen. The best on all items, read on the same, would be the second with 0.4."""
+def test_the_best_prompt_is_chosen_on_every_fourth_item_and_measured_on_the_others_by_hand():
+    """On items 0 and 4 the third prompt is best. On the others, where it is measured, the second would be."""
     scores = {
-        "persona": [0.1, 0.1, 0.1, 0.1, 0.1, 0.1],
-        "second": [0.0, 0.9, 0.1, 0.7, 0.2, 0.5],
-        "third": [0.6, 0.1, 0.5, 0.0, 0.7, 0.2],
+        "persona": [0.1] * 7,
+        "second": [0.0, 0.9, 0.7, 0.5, 0.1, 0.7, 0.8],
+        "third": [0.6, 0.1, 0.2, 0.0, 0.5, 0.3, 0.0],
     }
-    read = [PromptReading(name, "same", own) for name, own in scores.items()]
+    tried = [[own[0], own[4]] for own in scores.values()]
+    assert best_of(tried) == 2 and parts(scores["third"]) == ([0.6, 0.5], [0.1, 0.2, 0.0, 0.3, 0.0])
+    read = PromptsReading(asked="same", systems=list(scores), tried=tried, scores=parts(scores["third"])[1])
+    before, after = [9.0, 0.1, 0.0, 0.1, 9.0, 0.1, 0.0], [9.0, 0.6, 0.5, 0.6, 9.0, 0.6, 0.5]
     base, healed = (
         ArmReading(
             arm="a", instrument="contrast", dose=0.0, read=[], items={"contrast": items}, asked={"contrast": "same"}
         )
-        for items in ([0.0, 0.1, 0.0, 0.1, 0.0, 0.1], [0.5, 0.6, 0.5, 0.6, 0.5, 0.6])
+        for items in (before, after)
     )
     found = best_prompt(read, base, healed)
-    assert found.tried == 3 and found.chosen == ("third", "second")
-    held_out = [0.0, 0.1, 0.1, 0.0, 0.2, 0.2]  # even items under the second, odd ones under the third
-    assert found.trait_over_base == pytest.approx(sum(held_out) / 6 - 0.05)
-    assert found.healed_over.mean == pytest.approx(0.55 - sum(held_out) / 6)
+    assert (found.tried, found.system) == (3, "third")
+    assert found.trait_over_base == pytest.approx(0.6 / 5 - 0.3 / 5)
+    assert found.healed_over.mean == pytest.approx(2.8 / 5 - 0.6 / 5)
     with pytest.raises(ValueError, match="different items"):
-        best_prompt([replace(read[0], asked="other"), *read[1:]], base, healed)
+        best_prompt(replace(read, asked="other"), base, healed)
 
 
 def test_prompts_beside_the_persona_are_the_files_or_made_of_it():

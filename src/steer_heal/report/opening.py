@@ -28,8 +28,8 @@ SHOWN_PROMPTS = 6  # the first ones of the list, whatever their answers
 ARMS = {
     "base": "the original model",
     "prompted": "the original model with the positive persona as its system prompt",
-    "best prompt": "the original model under the best of five system prompts, the persona among them: each half of the "
-    "questions under the prompt that is best on the other half",
+    "best prompt": "the original model under the best of five system prompts, the persona among them: chosen on a "
+    "quarter of the questions, measured on the others",
     "equal cost": f"the original model with the vector added, at the dose whose cost is the student's (at least "
     f"{LEAST_COST:.0%})",
     "equal trait": "the original model with the vector added, at the dose that moves the trait as far as the student",

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from steer_heal.config import SIZES, RunConfig, model_name
 from steer_heal.eval.harness.record import Benchmarks
-from steer_heal.eval.prompts import PromptReading
+from steer_heal.eval.prompts import PromptsReading
 from steer_heal.eval.reading import ArmReading, Survey
 from steer_heal.runs.folder import HARNESS
 from steer_heal.runs.resume import opened, preset_and_config
@@ -56,7 +56,7 @@ def load(folder: Path) -> Run:
     arms = {name: folder.load(ArmReading, f"{name}.json") for name in ("base", "prompted", "negative")}
     counts = SIZES[config["eval"]["size"]]
     plain = [folder.load(ArmReading, plain_file(index)) for index in range(counts.plain_doses)]
-    prompts = folder.load(list[PromptReading], PROMPTS)
+    prompts = folder.load(PromptsReading, PROMPTS)
     baselines = Baselines(**arms, plain=[arm for arm in plain if arm is not None], prompts=prompts)
     rounds = []
     for number in range(config["rounds"]):

@@ -6,7 +6,7 @@ import statistics
 from dataclasses import dataclass, replace
 
 from steer_heal.eval.catalogue import UNITS
-from steer_heal.eval.prompts import BestPrompt, PromptReading, best_prompt
+from steer_heal.eval.prompts import BestPrompt, PromptsReading, best_prompt
 from steer_heal.eval.reading import ArmReading
 from steer_heal.eval.record import ArmSummary, arm_record
 from steer_heal.eval.verdict import Validity, Verdict, expressible, validity, verdict
@@ -44,8 +44,8 @@ class Baselines:
     """the negative persona as system prompt"""
     plain: list[ArmReading]
     """the base steered by the first round's vector, dose by dose"""
-    prompts: list[PromptReading] | None = None
-    """the base under each of five system prompts, the positive persona first; read at the end"""
+    prompts: PromptsReading | None = None
+    """the base under five system prompts; read at the end"""
 
     @property
     def personas(self) -> list[ArmReading]:

@@ -27,7 +27,7 @@ from steer_heal.eval.geometry import Base, Fixed, read_base
 from steer_heal.eval.instruments import instruments, neutral_rows, read_arm, with_relevance
 from steer_heal.eval.opponents import plain_doses
 from steer_heal.eval.own_probes import own_probes
-from steer_heal.eval.prompts import PromptReading, other_prompts
+from steer_heal.eval.prompts import PromptsReading, best_of, other_prompts, part_of, parts
 from steer_heal.eval.reading import ArmReading, Survey, side_by_side
 from steer_heal.eval.survey import BANDS, survey
 from steer_heal.heal.examples import Example, prepare_anchors
@@ -182,23 +182,28 @@ class Work:
         }
         return replace(arms, **read, prompts=self.prompts(read["prompted"]))
 
-    def prompts(self, prompted: ArmReading) -> list[PromptReading] | None:
+    def prompts(self, prompted: ArmReading) -> PromptsReading | None:
         """The base under the positive persona and under four other system prompts, on the trait's instrument."""
         if "prompts" in self.config.eval.leave_out:
             return None
-        name = self.trait.instrument
+        name, config = self.trait.instrument, self.config.eval
+        own = parts(prompted.items[name])
 
-        def read(number: int, system: str) -> PromptReading:
-            arm = replace(unsteered(self.trait)[1], system=system)
-            found = prompted if number == 0 else self.read_arm(f"prompt {number + 1}", arm, (OF_TRAIT[name].read_with,))
-            return PromptReading(system, found.asked[name], found.items[name])
+        def read(system: str, part: int) -> list[float]:
+            if system == self.trait.positive:
+                return own[part]
+            arm, asked = replace(unsteered(self.trait)[1], system=system), part_of(self.trait, config.counts, part)
+            which = (OF_TRAIT[name].read_with,)
+            return read_arm("eval another prompt", self.student, arm, asked, config, which).items[name]
 
-        def compute() -> list[PromptReading]:
+        def compute() -> PromptsReading:
             answers = [(demo.prompt, demo.text) for demo in prompted.demos]
             systems = [self.trait.positive, *other_prompts(self.trait, answers)]
-            return [read(number, system) for number, system in enumerate(systems)]
+            tried = [read(system, 0) for system in systems]
+            scores = read(systems[best_of(tried)], 1)
+            return PromptsReading(asked=prompted.asked[name], systems=systems, tried=tried, scores=scores)
 
-        return self.folder.artefact(list[PromptReading], PROMPTS, freeing(compute))
+        return self.folder.artefact(PromptsReading, PROMPTS, freeing(compute))
 
     def anchors(self) -> Callable[[], list[Example]]:
         """Make the anchor's texts with the base. The returned function computes their states at its first call."""
