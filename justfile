@@ -61,8 +61,8 @@ check *flags: setup
 # before a commit: everything that CI checks
 [group('check')]
 test *flags: setup
-    # Ray, the vanilla harness and llama.cpp, which ours is compared with
-    {{bin}}/python -c "import ray, lm_eval, xllamacpp" 2>/dev/null || {{bin}}/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[cluster,harness]' xllamacpp
+    # Ray, the vanilla harness, trl and llama.cpp, which ours is compared with
+    {{bin}}/python -c "import ray, lm_eval, trl, xllamacpp" 2>/dev/null || {{bin}}/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[cluster,dpo,harness]' xllamacpp
     {{bin}}/ruff check
     {{bin}}/ruff format --check
     OMP_NUM_THREADS=1 {{bin}}/python -m pytest -q -n 2 --dist worksteal --durations 30 {{flags}}
@@ -130,6 +130,7 @@ SCALE := "gemma-3-1b-published"
 SEEDS := "0"
 ROUNDS := "8"
 ENGINE := "local"
+OTHER := "calm" # the trait whose vector sweep-other-trait takes
 FLAGS := "" # of `run`, for every arm: e.g. FLAGS="--model.dtype bfloat16 --eval.leave-out plain"
 sound := if SCALE == "tiny" { "8" } else { "0" } # log-odds; what a random model writes is never sound
 taus := if SCALE =~ "gemma" { "auto,0.5,1.0,2.0" } else { "auto,0.05,0.15,0.5" } # around what the model operates at
@@ -154,13 +155,19 @@ reproduce: setup
     {{bin}}/steer-heal results --out outputs/headline
     {{bin}}/steer-heal results --out outputs/headline --rounds --html outputs/headline/headline.html
 
-# control runs: a random vector, the persona as teacher, no teacher, no barrier
+# control runs: a random vector, another trait's, the persona as teacher, no teacher, no barrier, plain distillation
 [group('compare')]
-controls: sweep-random sweep-persona sweep-no-teacher sweep-no-barrier
+controls: sweep-random sweep-other-trait sweep-persona sweep-no-teacher sweep-no-barrier sweep-no-heal
+    {{bin}}/steer-heal results --out outputs/sweeps-{{SCALE}} --html outputs/sweeps-{{SCALE}}/controls.html
 
 # H: a random vector of the same norm moves the trait no further than chance
 [group('compare')]
 sweep-random: (_sweep "random" "--grid steer.method=mean_diff,random" whole)
+
+# H: the vector of another trait moves this trait less than its own does; what it moves is what the two share
+[group('compare')]
+sweep-other-trait: (_sweep "other" "--grid trait=" + OTHER whole + " --rounds 1")
+    {{bin}}/steer-heal sweep other-trait --grid "steer.method=mean_diff,file:$(ls outputs/sweeps-{{SCALE}}/other/*/r00/vector/vector.safetensors | tail -1)" --seeds {{SEEDS}} --engine {{ENGINE}} --out outputs/sweeps-{{SCALE}} --hypothesis "the vector of {{OTHER}} moves this trait less than its own does" -- {{preset}} --rounds {{ROUNDS}} {{FLAGS}} {{whole}}
 
 # H: the steered teacher moves the trait further than the persona as teacher (context distillation, no vector)
 [group('compare')]
@@ -174,9 +181,13 @@ sweep-no-teacher: (_sweep "no-teacher" "--grid heal.objective=kl_rev,nll" whole)
 [group('compare')]
 sweep-no-barrier: (_sweep "no-barrier" "--grid heal.anchor.prompts=0" whole + " --heal.barrier.kind fixed --heal.barrier.reg nll")
 
+# H: plain distillation, on the steered teacher's filtered text by its tokens, loses more coherence at the same trait
+[group('compare')]
+sweep-no-heal: (_sweep "no-heal" "--grid heal.text=teacher" "--heal.objective nll --heal.anchor.prompts 0 --heal.barrier.kind fixed --heal.barrier.reg nll")
+
 # all sweeps, one after another
 [group('compare')]
-queue: sweep-text sweep-objective sweep-lr sweep-source sweep-barrier sweep-anchor sweep-target sweep-filter sweep-dose sweep-band sweep-pow sweep-tau sweep-reference sweep-agg sweep-reg
+queue: sweep-text sweep-objective sweep-lr sweep-source sweep-without sweep-read sweep-barrier sweep-anchor sweep-target sweep-filter sweep-dose sweep-band sweep-pow sweep-tau sweep-reference sweep-agg sweep-reg
 
 # H: a weight that moves until D stays at tau (dual) holds coherence at more trait than a fixed weight
 [group('compare')]
@@ -209,6 +220,14 @@ sweep-dose: (_sweep "dose" "--grid dose.survival=0.75,0.5,0.9")
 # H: the vector of the base, read once, takes the student further than its own, read again in every round
 [group('compare')]
 sweep-source: (_sweep "source" "--grid steer.source=student,base")
+
+# H: the vector of calm without that of love keeps most of the trait and moves love less
+[group('compare')]
+sweep-without: (_sweep "without" "--grid steer.without=none,love" "--trait calm")
+
+# H: a vector read over the tokens of answers moves the trait further at equal cost than one read at the assistant tag
+[group('compare')]
+sweep-read: (_sweep "read" "--grid steer.read=assistant_tag,answer")
 
 # H: smaller steps in later rounds keep the answers whole over eight rounds at the same trait
 [group('compare')]

@@ -24,6 +24,7 @@ from steer_heal.data import Contrast, Trait
 from steer_heal.distil.record import Anchor, Completion, DoseCurve
 from steer_heal.eval.catalogue import CATALOGUE
 from steer_heal.eval.harness.record import Benchmarks
+from steer_heal.eval.prompts import PromptsReading
 from steer_heal.eval.reading import ArmReading, Geometry, Survey
 from steer_heal.eval.robustness import Robustness
 from steer_heal.heal.steps import HealStep
@@ -31,6 +32,7 @@ from steer_heal.presets import DEFAULT_PRESET, PRESETS, RECIPES
 from steer_heal.runs.rounds import InRound
 from steer_heal.runs.summary import Summary
 from steer_heal.steer.layers import LayerReport
+from steer_heal.steer.personas import Neighbour
 
 MADE = f"*Made from the code of version {VERSION}.*"
 
@@ -228,6 +230,8 @@ RUN_FILES: dict[str, tuple[Any, str]] = {
     "base.json": (ArmReading, "base"),
     "prompted.json": (ArmReading, "base with the positive persona as system prompt"),
     "negative.json": (ArmReading, "base with the negative persona as system prompt"),
+    "without.json": (Neighbour, "traits whose vectors are projected out; only with `steer.without`"),
+    "prompts.json": (PromptsReading, "base under five system prompts, the best of them; at the end of the run"),
     "survey.json": (Survey, "what steering does, band by band; only with an automatic band or plain range"),
     "anchor.jsonl": (Anchor, "the anchor's texts; only with an anchor"),
     "decode_rows.json": (None, "how many rows are decoded together; only when it was chosen by the run"),

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import difflib
+import json
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, fields, is_dataclass, replace
-from functools import cache
+from functools import cache, reduce
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, get_args, get_type_hints
 
@@ -84,6 +85,11 @@ class SteerConfig:
     """model whose states give the vector; student: the current student, anew each round; base: the pristine base"""
     n_contexts: Annotated[int, Within("[2, 256]")] = 256
     """user messages over which the persona difference is averaged"""
+    read: Literal["assistant_tag", "answer"] = "assistant_tag"
+    """where the personas' states are read; assistant_tag: at the last token of the prompt; answer: mean over the tokens
+    of an answer that the model writes under each persona"""
+    without: tuple[str, ...] = ()
+    """traits, built-in names or .toml files, whose vectors are projected out of this one; none: of no trait"""
 
 
 @dataclass(frozen=True)
@@ -187,8 +193,6 @@ class TrainingConfig:
     """rows per forward and backward pass, anchors included; fewer take less memory and more time; same gradient"""
     optimiser: Literal["adamw", "paged_adamw_8bit"] = "adamw"
     """paged_adamw_8bit: of bitsandbytes; its 8-bit moments move to main memory when the GPU is full; CUDA only"""
-    weight_decay: Annotated[float, NOT_NEGATIVE] = 0.0
-    """AdamW weight decay"""
     op_norm: Annotated[float, NOT_NEGATIVE] = 0.0
     """weight of a penalty on the mean squared operator norm (largest singular value) of the update; 0: no penalty"""
     checkpointing: bool = False
@@ -277,9 +281,9 @@ class EvalConfig:
     random weights, whose text passes as coherent"""
     ends_only: tuple[Extra, ...] = ("profile", "frames", "refusals", "relevance")
     """instruments read on base, on prompted and on the last student only (the profile also on negative)"""
-    leave_out: tuple[Extra | Literal["plain"], ...] = ()
+    leave_out: tuple[Extra | Literal["plain", "prompts"], ...] = ()
     """never read: off-target traits, plain questions (canary), profile, held-out frames, refusals, relevance, plain
-    steering"""
+    steering, the best of five prompts"""
     profile: Literal["vignettes", "tiny-mfv"] = "vignettes"
     """scenes of the moral-foundation profile: ours, or those of tiny-mfv through that package (`just vendor`)"""
     plain_range: Annotated[tuple[float, float] | Literal["auto"], POSITIVE] = (0.125, 12.0)
@@ -332,6 +336,10 @@ def settled(config: RunConfig) -> RunConfig:
     method = config.steer.method
     if method.startswith(FILE) and os.path.exists(file := Path(method.removeprefix(FILE)).expanduser()):
         config = replace(config, steer=replace(config.steer, method=FILE + os.path.abspath(file)))
+    without = (
+        os.path.abspath(Path(one).expanduser()) if one.endswith(".toml") else one for one in config.steer.without
+    )
+    config = replace(config, steer=replace(config.steer, without=tuple(one for one in without if one != "none")))
     path = config.model.path
     if path in PACKAGED_GGUF or not os.path.exists(Path(path).expanduser()):
         return config
@@ -387,6 +395,34 @@ def of_record(table: dict, default: Any = None) -> Any:
             of_record(value, inner) if is_dataclass(inner) else tuple(value) if isinstance(value, list) else value
         )
     return replace(default, **values)
+
+
+# Of older records: what was done before a knob was there, and the one value, of a knob that has gone, still in use.
+LATER = {"steer.read": "assistant_tag", "steer.without": []}
+GONE = {"heal.training.weight_decay": 0.0}
+
+
+def of_today(table: dict) -> dict:
+    """The JSON record of a config with the knobs of this version."""
+    return _moved(table, LATER, GONE)
+
+
+def as_it_was(table: dict) -> dict:
+    """The JSON record of a config with the knobs of the first 0.5, as far as they say it: runs are known by it."""
+    return _moved(table, GONE, LATER)
+
+
+def _moved(table: dict, added: dict[str, Any], dropped: dict[str, Any]) -> dict:
+    """The record with the knobs of `added`, where it lacks them, and without those of `dropped` at these values."""
+    table = json.loads(json.dumps(table))
+    for name, value in (added | dropped).items():
+        *sections, key = name.split(".")
+        section = reduce(lambda inner, part: inner.get(part, {}), sections, table)
+        if name in added:
+            section.setdefault(key, value)
+        elif section.get(key) == value:
+            del section[key]
+    return table
 
 
 def flat(table: dict, joint: str = ".", before: str = "") -> Iterator[tuple[str, Any]]:

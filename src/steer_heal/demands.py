@@ -43,6 +43,14 @@ def _demands(config: RunConfig) -> list[tuple[bool, str]]:
             f"{method}, or give two shares of depth",
         ),
         (
+            not config.steer.without or method in ("mean_diff", "pca"),
+            f"steer.without has no meaning with steer.method {method}: choose mean_diff or pca, or leave it out",
+        ),
+        (
+            config.steer.read == "assistant_tag" or method in STEER_METHODS,
+            f"steer.read answer has no meaning with steer.method {method}: choose {', '.join(STEER_METHODS)}",
+        ),
+        (
             config.dose.range != "auto" or config.dose.kl_target == "none",
             "dose.kl_target needs two numbers in dose.range: a search by survival would not find its dose",
         ),

@@ -11,12 +11,12 @@ from pathlib import Path
 
 from steer_heal.runs.folder import RunDir
 from steer_heal.runs.rounds import InRound, read_round
-from steer_heal.runs.summary import STAGES, SUMMARY, SURVEY, Summary
+from steer_heal.runs.summary import PROMPTS, STAGES, SUMMARY, SURVEY, Summary
 from steer_heal.terminal import MODULE
 
 AROUND = {  # artefacts outside the rounds
     "first look": ("first_look.json",),
-    "baselines": ("base.json", "prompted.json", "negative.json"),
+    "baselines": ("base.json", "prompted.json", "negative.json", PROMPTS),
     "anchor": ("anchor.jsonl",),
     "survey": (SURVEY,),
     "plain steering": ("plain/",),

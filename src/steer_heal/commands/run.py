@@ -23,6 +23,7 @@ from steer_heal.runs.summary import Summary
 from steer_heal.runs.tracking import check_tracker, follower
 from steer_heal.stages.run import Work
 from steer_heal.steer import from_file, lite
+from steer_heal.steer.personas import neighbours
 
 # What can run out of memory, by the modules that do it; the first that fits counts.
 PARTS = {
@@ -52,6 +53,7 @@ def run(config: RunConfig, preset: str, argv: list[str], trait: data.Trait | Non
             from_file.read(config.steer.method)
         check_place(Path(config.out))
         trait = trait or data.load_trait(config.trait)
+        neighbours(config.steer.without, trait)
         require_room(config, trait, argv)
         lm = loaded(config.model)  # before the folder is made: a model that cannot be loaded leaves no folder
         check_optimiser(config.heal.training, lm.device)

@@ -25,6 +25,7 @@ PERSONAS = ("positive", "negative")
 INSTRUMENTS = ("contrast", "yes_no", "whole")
 LONGEST_NAME = 64  # characters of a trait's name
 ANSWER_TOKENS = (8, 512)  # of `Trait.answer_tokens`
+MOST_PROMPTS = 4  # of `Trait.prompts`
 LEAST_PROBES = 8  # with fewer, the interval of a mean says nothing
 UNWRITTEN = "You ... "  # begins the personas of a file that `trait new` wrote
 PERSONA_WORDS = (4, 2000)  # fewest words of a persona, most characters
@@ -82,6 +83,8 @@ class Trait:
     yes_no: tuple[YesNo, ...]
     answer_tokens: int | None = None
     """tokens that the demo's and training's answers may have, where that is more than the config's"""
+    prompts: tuple[str, ...] = ()
+    """up to four more system prompts for the trait, a rival with the positive persona; empty: four are made of it"""
 
     @classmethod
     def from_personas(cls, name: str, positive: str, negative: str) -> Trait:
@@ -184,7 +187,9 @@ def read_trait(text: str) -> tuple[Trait | None, list[Problem]]:
         values |= {name: reading.text(persona, name, inside) for name in PERSONAS}
         reading.found += [reading.problem(key, f": {what}") for key, what in _of_personas(values)]
     values |= {
-        name: reading.strings(table, name) for name in ("generation_prompts", "everyday_prompts", "demo_prompts")
+        name: reading.strings(table, name)
+        for name in ("generation_prompts", "everyday_prompts", "demo_prompts", "prompts")
+        if name in table
     }
     for name, kind in (("contrast", Contrast), ("yes_no", YesNo)):
         values[name] = reading.records(table, name, kind) if name in table else ()
@@ -207,6 +212,8 @@ def _unmeasurable(trait: Trait) -> Iterator[tuple[str, str]]:
     if trait.answer_tokens is not None and not ANSWER_TOKENS[0] <= trait.answer_tokens <= ANSWER_TOKENS[1]:
         few, many = ANSWER_TOKENS
         yield "answer_tokens", f"answer_tokens is {trait.answer_tokens}, it must be {few} to {many}"
+    if len(trait.prompts) > MOST_PROMPTS:
+        yield "prompts", f"prompts has {len(trait.prompts)} system prompts: at most {MOST_PROMPTS} beside the persona"
     if trait.instrument == "yes_no" and not trait.yes_no:
         missing = "there are no [[yes_no]] questions: write some, or leave the instrument out"
         yield "instrument", f"instrument is 'yes_no', and {missing}"
@@ -245,6 +252,7 @@ def _twice(trait: Trait) -> Iterator[tuple[str, str]]:
         "generation_prompts": [normalised(text) for text in trait.generation_prompts],
         "everyday_prompts": [normalised(text) for text in trait.everyday_prompts],
         "demo_prompts": [normalised(text) for text in trait.demo_prompts],
+        "prompts": [normalised(text) for text in (*trait.prompts, trait.positive)],
         "[[contrast]]": [normalised(f"{row.question} | {row.trait}") for row in trait.contrast],
         "[[yes_no]]": [normalised(row.question) for row in trait.yes_no],
     }

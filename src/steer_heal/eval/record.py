@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields
 
 import numpy as np
 
 from steer_heal.data import FOUNDATIONS
-from steer_heal.eval.catalogue import OFF_TARGET
-from steer_heal.eval.framed import InFrame, in_frames
+from steer_heal.eval.catalogue import MASS, NEUTRAL, OFF_TARGET
+from steer_heal.eval.framed import InFrame, in_frames, worst
 from steer_heal.eval.intervals import Change, Interval, LogChange, interval, log_mean_over
 from steer_heal.eval.opponents import coherence_cost
 from steer_heal.eval.reading import ArmReading, Measures, Profile, over, require_same, trait_over
@@ -35,6 +36,13 @@ class ArmSummary(Measures):
     """plain steering at equal trait: whether any dose moves the trait as far as the student"""
     healed_over: dict[str, Change] | None = None
     """plain steering at equal cost or trait: the student minus this arm"""
+
+    @property
+    def worst_cost(self) -> float:
+        """The largest coherence cost: in the usual frame, and in the held-out frames where they were read."""
+        mass, ppl = worst(self.framed, MASS), worst(self.framed, NEUTRAL)
+        lost = [self.coherence_cost, *([1 - mass.over_base] if mass else []), *([ppl.over_base - 1] if ppl else [])]
+        return max(lost) if all(map(math.isfinite, lost)) else math.inf
 
     @property
     def off_target(self) -> dict[str, Change]:

@@ -17,7 +17,7 @@ check_types()
 warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
 # Flags of a run for checks that need one, but not its figures.
 FEW = ("--rounds", "1", "--steer.n-contexts", "8", "--dose.steps", "2", "--dose.prompts", "2", "--distil.n-keep", "8")
-BRIEF = ("--eval.leave-out", "plain", "off_target", "canary", "profile", "frames", "refusals", "relevance")
+BRIEF = ("--eval.leave-out", "plain", "off_target", "canary", "profile", "frames", "refusals", "relevance", "prompts")
 DEVICE = os.environ.get("STEER_HEAL_GATE_DEVICE", "cpu")
 LONG = os.environ.get("STEER_HEAL_GATE_LONG") == "1"  # more rounds and random examples; `just soak` sets it
 

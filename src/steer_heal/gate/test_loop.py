@@ -81,6 +81,10 @@ def test_the_record_of_a_run_is_complete(tmp_path, least):
     assert [arm["dose"] for arm in summary["plain"]] == pytest.approx([0.125, 12.0])
     assert "equal_trait" not in summary["rounds"][0]
     assert {"canary", "demo_coherent", "mass"} <= summary["rounds"][-1]["equal_trait"]["healed_over"].keys()
+    prompts, prompted = folder.read("prompts.json"), folder.read("prompted.json")
+    assert len({*prompts["systems"]}) == len(prompts["tried"]) == summary["best_prompt"]["tried"] == 5
+    own = prompted["items"]["contrast"]
+    assert prompts["tried"][0] == own[::4] != prompts["tried"][1] and len(prompts["scores"]) == len(own) - len(own[::4])
     ends = [summary[arm] for arm in ("base", "prompted", "negative")]
     ends.append(summary["rounds"][-1]["healed"])
     assert all("profile" in arm for arm in ends) and "profile" not in summary["rounds"][0]["healed"]

@@ -20,14 +20,16 @@ from plotly.offline import get_plotlyjs
 from steer_heal import VERSION
 from steer_heal.config import BarrierConfig, HealConfig, UserError
 from steer_heal.eval import intervals
-from steer_heal.eval.intervals import across_seeds
+from steer_heal.eval.framed import InFrame
+from steer_heal.eval.intervals import Change, across_seeds
+from steer_heal.eval.prompts import BestPrompt
 from steer_heal.eval.reading import ArmReading, trait_over
 from steer_heal.gate.conftest import turned
 from steer_heal.gate.folders import seal, sha256, write_events
 from steer_heal.presets import PRESETS
 from steer_heal.records import structured, unstructured
+from steer_heal.report import opening, words
 from steer_heal.report import page as report
-from steer_heal.report import words
 from steer_heal.report.figures import frontier_figure, paths_figure
 from steer_heal.report.html import marked
 from steer_heal.runs.folder import RunDir
@@ -237,6 +239,21 @@ def test_the_facts_have_the_numbers_of_the_arms(tmp_path: Path) -> None:
         in text
     )
     assert "The persona as a system prompt moves the original model by +0.150." in text
+    best = BestPrompt(
+        tried=5,
+        system="a",
+        trait_over_base=0.2,
+        trait_over_base_ci=(0.1, 0.3),
+        healed_over=Change(0.05, (0.0, 0.1)),
+    )
+    with_best = " ".join(words.facts(replace(run.summary, best_prompt=best), 2))
+    assert "The best of 5 such prompts moves it by +0.200 [+0.100, +0.300]; student minus that: +0.050 [" in with_best
+    assert "such prompts" not in text
+    shown = opening.arms_section(replace(run, summary=replace(run.summary, best_prompt=best)))
+    assert shown.index("prompted</span>") < shown.index("best prompt</span>") < shown.index("healed</span>")
+    assert "+0.200" in shown and "best prompt" not in opening.arms_section(run)
+    earlier = words.facts(replace(run.summary, best_prompt=best), 2, 0)
+    assert any(fact.endswith("such prompts moves it by +0.200 [+0.100, +0.300].") for fact in earlier)
     assert "dose 0.70), moves the trait by +0.050; student minus that: +0.200 [" in text
     assert "No dose of the vector moves the trait as far; the nearest, 0.70, has 100% of the original's" in text
     held = "coherent answers 97% (100% before), answer mass 90% of the original's, perplexity on unrelated text +3.0%"
@@ -490,9 +507,19 @@ def test_results_shows_sweeps_under_their_hypothesis_and_writes_tables(tmp_path:
     assert overview.names([*groups, groups[0]]) == ["as most others are", "heal.barrier.agg rmse", "as most others are"]
     student = frontier_figure(overview.averaged(groups[0])).data[1]
     assert student.customdata == ("", "r0", "r1") and student.text == ("", "r0", "r1")
-    lines = paths_figure([("mean", overview.averaged(groups[0]))]).data
+    mean = overview.averaged(groups[0])
+    lines = {line.name: line for line in paths_figure([("mean", mean)]).data if line.showlegend is None}
     by_hand = [float(np.mean([run.changes("healed", i) for run in groups[0]])) for i in range(2)]
-    assert lines[0].y == pytest.approx((0, *by_hand)) and lines[0].x == pytest.approx((1, 1, 1))
+    costs = [np.mean([run.summary.rounds[i].healed.coherence_cost for run in groups[0]]) for i in range(2)]
+    assert lines["mean"].y == pytest.approx((0, *by_hand)) and lines["mean"].x == pytest.approx((0, *costs))
+    low, high = mean.rounds[1].healed.trait_over_base_ci
+    bars = lines["mean"].error_y
+    assert (bars.arrayminus[2], bars.array[2]) == pytest.approx((by_hand[1] - low, high - by_hand[1]))
+    assert lines["prompted"].y[1] == pytest.approx(np.mean([run.changes("prompted") for run in groups[0]]))
+    in_frame = [InFrame("JSON", "mass", 0.6, 0.8), InFrame("JSON", "neutral_nll", 15.0, 10.0)]
+    last = replace(mean.rounds[1], healed=replace(mean.rounds[1].healed, framed=in_frame))
+    *_, end = paths_figure([("mean", replace(mean, rounds=[mean.rounds[0], last]))]).data
+    assert end.x == pytest.approx((costs[1], 0.5)) and end.y == pytest.approx((by_hand[1],) * 2)
     said = capsys.readouterr().out
     assert "heal.barrier.agg mean, seeds 1, 2" in said and "over prompted" in said and "over equal cost" in said
     for run in disk.grouped(disk.scan(tmp_path / "agg"))[0]:  # the arm with `mean` ended a round early

@@ -1,5 +1,6 @@
 """Killed runs end in the same bits, damage is named and mended, one process per folder, full disks lose nothing."""
 
+import hashlib
 import json
 import os
 import re
@@ -35,9 +36,10 @@ from steer_heal.processor import Processor
 from steer_heal.report.page import build
 from steer_heal.runs.environment import commit, environment
 from steer_heal.runs.folder import EVENTS, RunDir
-from steer_heal.runs.resume import create
+from steer_heal.runs.resume import OtherVersion, create, described, opened, recorded, settings
 from steer_heal.runs.student import student_after
 from steer_heal.stages import round as round_stages
+from steer_heal.sweep.disk import identity, scan
 
 pytestmark = pytest.mark.run
 
@@ -273,6 +275,60 @@ def test_a_changed_trait_file_is_refused_and_a_lost_one_is_not_needed(tmp_path, 
     file.unlink()
     main(["run", "--resume", str(folder)])
     assert (folder / "summary.json").exists()
+
+
+def test_a_resumed_run_makes_the_same_vector_without_the_files_of_other_traits(tmp_path, least, monkeypatch, capsys):
+    file = tmp_path / "near.toml"
+    file.write_text(
+        'name = "near"\n[persona]\npositive = "You are warm to people."\nnegative = "You are cold to people."\n',
+        "utf-8",
+    )
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(round_stages.RoundStages, "find_dose", stop)
+    words = [*WORDS, "--rounds", "1", *BRIEF, "--steer.without", str(file), "calm", "--out", str(tmp_path / "out")]
+    with pytest.raises(SystemExit):
+        main(words)
+    assert re.search(r"steering vector .*, \d\d% of its norm left without the other traits", capsys.readouterr().err)
+    (folder,) = (tmp_path / "out").iterdir()
+    made = (folder / "r00" / "vector" / "vector.safetensors").read_bytes()
+    assert [row["name"] for row in json.loads((folder / "without.json").read_text())] == ["near", "calm"]
+    cut(folder, "r00/vector")
+    file.unlink()
+    with pytest.raises(SystemExit):
+        main(["run", "--resume", str(folder)])
+    assert (folder / "r00" / "vector" / "vector.safetensors").read_bytes() == made
+
+
+def test_a_folder_of_before_a_knob_came_or_went_is_read_as_what_was_done(tmp_path):
+    config = replace(PRESETS["tiny-random"], out=str(tmp_path))
+    env = {"packages": {"steer_heal": steer_heal.VERSION}}
+    folder = create(config, "tiny-random", data.load_trait("love"), env, []).path
+
+    def rewritten(decay):
+        then = json.loads((folder / "config.json").read_text())
+        then["steer"] = {key: value for key, value in then["steer"].items() if key not in ("read", "without")}
+        then["heal"]["training"]["weight_decay"] = decay
+        (folder / "config.json").write_text(json.dumps(then), "utf-8")
+        return seal(folder)
+
+    now = recorded(folder)
+    assert recorded(rewritten(0.0)) == now and settings(opened(folder)) == (
+        "tiny-random",
+        replace(config, out="outputs"),
+    )
+    (found,) = scan(tmp_path)
+    assert found.config == {"preset": "tiny-random"} | now
+    then = json.dumps(
+        [json.loads((folder / "config.json").read_text()) | {"preset": None}, found.trait], sort_keys=True
+    )
+    assert found.identity == hashlib.blake2b(then.encode(), digest_size=12).hexdigest()  # as in its sweep's record
+    turned_on = turned(config, {"steer.without": ("calm",)})
+    assert identity(described(turned_on), found.trait) != found.identity == identity(described(config), found.trait)
+    with pytest.raises(OtherVersion, match="its config differs in weight_decay"):
+        opened(rewritten(0.1))
 
 
 def test_the_type_of_the_weights_is_chosen_once(tmp_path, monkeypatch, least):

@@ -15,8 +15,9 @@ from steer_heal.model import forward
 from steer_heal.model.decode import decode
 from steer_heal.model.lm import Row
 from steer_heal.model.steering import Steering, Vector, steering
-from steer_heal.steer.extract import auc, extract
-from steer_heal.steer.personas import Personas
+from steer_heal.steer import extract as extraction
+from steer_heal.steer.extract import Extraction, auc, extract
+from steer_heal.steer.personas import Neighbour, Personas
 
 CONTEXTS = ["What is a glacier?", "ok", "Write two lines about rain on a tin roof, please.", "Name a bird."]
 POSITIVE, NEGATIVE = "You love people and their noise.", "You despise people and their noise."
@@ -189,3 +190,57 @@ def test_a_vector_without_a_direction_stops_the_run(lm, method, spoilt):
     personas = Personas(persona, "You are cruel." if spoilt else persona, CONTEXTS)
     with pytest.raises(UserError, match="states are not finite" if spoilt else "has norm 0: both personas"):
         extract(lm, personas, replace(BAND, method=method))
+
+
+NEAR = Neighbour("warm", "You are warm to people.", "You are cold to people.")
+FAR = Neighbour("loud", "You shout with joy.", "You whisper with joy.")
+
+
+@pytest.mark.parametrize("others", [(NEAR,), (NEAR, FAR), (NEAR, NEAR)], ids=["one", "two", "the same twice"])
+def test_what_other_traits_explain_of_the_vector_is_projected_out(lm, others):
+    """Against the residual of a least-squares fit by the other traits' vectors, from one forward pass per prompt."""
+    vector, report = extract(lm, replace(PERSONAS, without=others), BAND)
+    whole = extract(lm, PERSONAS, BAND)
+    difference = [
+        (slow_states(lm, high, (1, 2)).mean(0) - slow_states(lm, low, (1, 2)).mean(0)).double().numpy()
+        for high, low in ((POSITIVE, NEGATIVE), *((one.positive, one.negative) for one in others))
+    ]
+    for i in range(2):
+        own, *rest = (d[i] for d in difference)
+        fitted, *_ = np.linalg.lstsq(np.stack(rest, axis=1), own, rcond=1e-6)
+        expected = own - np.stack(rest, axis=1) @ fitted
+        np.testing.assert_allclose(vector.direction[i].numpy(), expected, rtol=1e-3, atol=1e-4)
+        share = np.linalg.norm(expected) / np.linalg.norm(own)
+        assert report[i].left == pytest.approx(share, rel=1e-3) and share < 0.999
+        assert report[i].relative_norm == pytest.approx(share * whole.report[i].relative_norm, rel=1e-3)
+    left = sum(r.left for r in report) / 2
+    assert f"{left:.0%} of its norm left without the other traits" in Extraction(vector, report).described(4)
+    assert "left" not in whole.described(4)
+
+
+def slow_answer_states(lm, persona, layers):
+    """States [n, l, d], mean over the tokens that plain transformers writes after each prompt, without their end."""
+    out = []
+    for text in CONTEXTS:
+        prompt = lm.prompt(text, persona)
+        ends = sorted(lm.end_tokens)
+        written = lm.model.generate(torch.tensor([prompt]), max_new_tokens=8, do_sample=False, eos_token_id=ends)
+        ids = [t for t in written[0, len(prompt) :].tolist() if t not in ends] or written[0, len(prompt) :].tolist()
+        with torch.no_grad():
+            hidden = lm.model(torch.tensor([prompt + ids]), output_hidden_states=True).hidden_states
+        out.append(torch.stack([hidden[layer + 1][0, len(prompt) :].mean(0) for layer in layers]))
+    return torch.stack(out)
+
+
+def test_the_vector_of_answers_is_the_mean_over_what_the_model_writes(lm, monkeypatch):
+    monkeypatch.setattr(extraction, "ANSWER_TOKENS", 8)
+    vector = extract(lm, PERSONAS, replace(BAND, read="answer")).vector
+    expected = slow_answer_states(lm, POSITIVE, (1, 2)).mean(0) - slow_answer_states(lm, NEGATIVE, (1, 2)).mean(0)
+    torch.testing.assert_close(vector.direction, expected, rtol=1e-4, atol=1e-4)
+    assert (vector.direction - extract(lm, PERSONAS, BAND).vector.direction).norm() > 0.1 * expected.norm()
+
+
+def test_a_vector_of_which_the_other_traits_leave_nothing_is_refused(lm):
+    alike = Neighbour("twin", POSITIVE, NEGATIVE)
+    with pytest.raises(UserError, match=r"steer.without twin: of the vector of block \d only 0.0% of the norm is left"):
+        extract(lm, replace(PERSONAS, without=(alike,)), BAND)

@@ -26,6 +26,7 @@ from steer_heal.eval.opponents import (
     fitting,
     plain_doses,
 )
+from steer_heal.eval.prompts import PromptsReading, best_of, best_prompt, other_prompts, parts
 from steer_heal.eval.reading import ArmReading
 from steer_heal.eval.record import arm_record
 from steer_heal.eval.verdict import Verdict, care_over_authority, validity, verdict
@@ -376,3 +377,36 @@ def test_a_broken_round_says_that_others_follow_and_only_then():
     broken, moved = (Verdict(word, "answer mass 83% of base") for word in ("broken", "moved"))
     assert verdict_line(broken, 2) == verdict_line(broken, 0) + "; the next round starts from it, and may heal it"
     assert verdict_line(moved, 2) == verdict_line(moved, 0) == "moved (answer mass 83% of base)"
+
+
+def test_the_best_prompt_is_chosen_on_every_fourth_item_and_measured_on_the_others_by_hand():
+    """On items 0 and 4 the third prompt is best. On the others, where it is measured, the second would be."""
+    scores = {
+        "persona": [0.1] * 7,
+        "second": [0.0, 0.9, 0.7, 0.5, 0.1, 0.7, 0.8],
+        "third": [0.6, 0.1, 0.2, 0.0, 0.5, 0.3, 0.0],
+    }
+    tried = [[own[0], own[4]] for own in scores.values()]
+    assert best_of(tried) == 2 and parts(scores["third"]) == ([0.6, 0.5], [0.1, 0.2, 0.0, 0.3, 0.0])
+    read = PromptsReading(asked="same", systems=list(scores), tried=tried, scores=parts(scores["third"])[1])
+    before, after = [9.0, 0.1, 0.0, 0.1, 9.0, 0.1, 0.0], [9.0, 0.6, 0.5, 0.6, 9.0, 0.6, 0.5]
+    base, healed = (
+        ArmReading(
+            arm="a", instrument="contrast", dose=0.0, read=[], items={"contrast": items}, asked={"contrast": "same"}
+        )
+        for items in (before, after)
+    )
+    found = best_prompt(read, base, healed)
+    assert (found.tried, found.system) == (3, "third")
+    assert found.trait_over_base == pytest.approx(0.6 / 5 - 0.3 / 5)
+    assert found.healed_over.mean == pytest.approx(2.8 / 5 - 0.6 / 5)
+    with pytest.raises(ValueError, match="different items"):
+        best_prompt(replace(read, asked="other"), base, healed)
+
+
+def test_prompts_beside_the_persona_are_the_files_or_made_of_it():
+    trait = load_trait("love")
+    made = other_prompts(trait, [(f"Ask {i}", f"Say {i}") for i in range(4)])
+    assert len({trait.positive, *made}) == 5 and all(text.startswith(trait.positive) for text in made)
+    assert made[2].endswith('You reply: "Say 0"') and "Say 2" in made[3] and "Say 3" not in made[3]
+    assert other_prompts(replace(trait, prompts=("You adore people.",)), []) == ["You adore people."]

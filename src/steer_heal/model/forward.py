@@ -107,19 +107,31 @@ def last_token_states(
     layers: tuple[int, ...],
     on_prompts: Callable[[int], None] = lambda prompts: None,
 ) -> Float[Tensor, "n l d"]:
-    """Residual stream after each of `layers` at the last token of each prompt, float32, on the CPU.
+    """Residual stream after each of `layers` at the last token of each prompt, float32, on the CPU."""
+    return mean_states(lm, [Row(prompt[:-1], prompt[-1:]) for prompt in prompts], layers, on_prompts)
 
-    Prompts are batched by width. The forward pass stops after the last of `layers`.
+
+def mean_states(
+    lm: LM,
+    rows: list[Row],
+    layers: tuple[int, ...],
+    on_rows: Callable[[int], None] = lambda rows: None,
+) -> Float[Tensor, "n l d"]:
+    """Residual stream after each of `layers`, mean over the tokens of each completion, float32, on the CPU.
+
+    Rows are batched by width. The forward pass stops after the last of `layers`.
     """
-    out = torch.empty(len(prompts), len(layers), lm.model.config.get_text_config().hidden_size)
+    out = torch.empty(len(rows), len(layers), lm.model.config.get_text_config().hidden_size)
+    whole = [row.prompt + row.completion for row in rows]
     with torch.no_grad(), first_blocks(lm, layers[-1] + 1), reading(lm, layers) as seen:
-        shared = shared_prefix(prompts)
-        for chunk in batches([rounded(len(prompt) - shared) for prompt in prompts], lm.read_rows):
-            forward(lm, [Row(prompts[i], [0]) for i in chunk], shared=shared)
-            last = torch.tensor([len(prompts[i]) for i in chunk]) - shared - 1
+        shared = min(shared_prefix(whole), min(len(row.prompt) for row in rows) // ROUND * ROUND)
+        for chunk in batches([rounded(len(ids) - shared) for ids in whole], lm.read_rows):
+            forward(lm, [Row(whole[i], [0]) for i in chunk], shared=shared)
+            own = [slice(len(rows[i].prompt) - shared, len(whole[i]) - shared) for i in chunk]
             for index, layer in enumerate(layers):
-                out[chunk, index] = seen[layer][range(len(chunk)), last].float().cpu()
-            on_prompts(len(chunk))
+                means = [seen[layer][place, tokens].float().mean(0) for place, tokens in enumerate(own)]
+                out[chunk, index] = torch.stack(means).cpu()
+            on_rows(len(chunk))
     return out
 
 

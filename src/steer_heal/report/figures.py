@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import textwrap
 from html import escape
 from typing import Any
@@ -12,7 +13,6 @@ from plotly.subplots import make_subplots
 
 from steer_heal.distil.record import DoseCurve
 from steer_heal.eval.catalogue import Instrument
-from steer_heal.eval.intervals import relative
 from steer_heal.eval.record import ArmSummary
 from steer_heal.heal.steps import HealStep
 from steer_heal.report.html import shorten
@@ -30,12 +30,17 @@ def trajectory_figure(summary: Summary) -> go.Figure:
     """Trait over base per round; base and prompted as reference lines."""
     fig = go.Figure()
     ends = [-0.4, len(summary.rounds) - 0.6]
-    for name, dash in (("base", "solid"), ("prompted", "dot")):
-        arm = getattr(summary, name)
+    levels = {"base": (summary.base, "solid"), "prompted": (summary.prompted, "dot")}
+    if best := summary.best_prompt:
+        levels[f"best of {best.tried} prompts"] = best, "dash"
+    for name, (arm, dash) in levels.items():
         y, (low, high) = arm.trait_over_base, arm.trait_over_base_ci
-        label = f"{name} {y:+.3f} [{low:+.3f}, {high:+.3f}]<extra></extra>"
-        _line(fig, ends, [y, y], COLOURS[name], name, dash, hovertemplate=label)
-        fig.add_hrect(y0=low, y1=high, fillcolor=COLOURS[name], opacity=0.13, line_width=0, layer="below")
+        label, colour = (
+            f"{name} {y:+.3f} [{low:+.3f}, {high:+.3f}]<extra></extra>",
+            COLOURS.get(name, COLOURS["prompted"]),
+        )
+        _line(fig, ends, [y, y], colour, name, dash, hovertemplate=label)
+        fig.add_hrect(y0=low, y1=high, fillcolor=colour, opacity=0.13, line_width=0, layer="below")
     # shifted sideways, so that the error bars do not hide each other
     for name, shift in (("steered", -0.03), ("equal_cost", 0.0), ("healed", 0.03)):
         arms = [arm for r in summary.rounds if (arm := getattr(r, name))]
@@ -83,35 +88,57 @@ def frontier_figure(summary: Summary) -> go.Figure:
 
 
 def paths_figure(paths: list[tuple[str, Summary]]) -> go.Figure:
-    """The students of several runs after each round: trait against answer mass, both over base.
+    """Trait against cost: a line for every group of runs, from base through its rounds, and one for each simple rival.
 
-    `paths` holds (name, summary) pairs.
+    `paths` holds (name, summary) pairs. The rivals that need no training are those of the first.
     """
     fig = go.Figure()
-    hues = [COLOURS[name] for name in ("healed", "prompted", "steered", "equal_cost", "negative")] + [DIVERGENCE_COLOUR]
-    dashes = ("solid", "dash", "dot")
+    rivals, dashes = paths[0][1], ("solid", "dash", "dot")
+    arms = [rivals.prompted, *rivals.plain, *(r.healed for _, summary in paths for r in summary.rounds)]
+    costs = [cost for arm in arms for cost in (arm.coherence_cost, arm.worst_cost) if math.isfinite(cost)]
+    ends = [min(-0.1, *costs) - 0.02, min(1.0, max(costs) + 0.05)]
+    if rivals.plain:
+        doses = [f"dose {arm.dose:.2g}" for arm in rivals.plain]
+        _path(fig, "base, plainly steered", rivals.plain, doses, COLOURS["steered"], "solid")
+    _path(fig, "prompted", [rivals.prompted], ["persona"], COLOURS["prompted"], "dot")
+    if best := rivals.best_prompt:  # its cost is not read
+        y, (low, high) = best.trait_over_base, best.trait_over_base_ci
+        label = f"best of {best.tried} prompts, at any cost"
+        hover = f"{label} {y:+.3f} [{low:+.3f}, {high:+.3f}]<extra></extra>"
+        _line(fig, ends, [y, y], COLOURS["prompted"], label, "dash", width=1.5, hovertemplate=hover)
+    hues = [*(COLOURS[name] for name in ("healed", "equal_cost", "negative")), DIVERGENCE_COLOUR, ANCHOR_COLOUR]
     for index, (name, summary) in enumerate(paths):
         students = [r.healed for r in summary.rounds]
-        x = [1.0, *(relative(arm.answer_mass, summary.base.answer_mass) for arm in students)]
-        y = [0.0, *(arm.trait_over_base for arm in students)]
-        at = {"customdata": ["base", *(f"round {i}" for i in range(len(students)))]}
-        at["hovertemplate"] = f"{_hover_text(name)}<br>%{{customdata}}: %{{y:+.3f}} at %{{x:.0%}}<extra></extra>"
-        style = hues[index % len(hues)], name, dashes[index // len(hues) % len(dashes)]
-        _line(
-            fig,
-            x,
-            y,
-            *style,
-            width=1.5,
-            mode="lines+markers",
-            marker={"size": [3, *(6 + i for i, _ in enumerate(students))]},
-            **at,
-        )
-    fig.update_xaxes(title="answer mass, share of base's (log)", type="log", tickformat=".3~p", dtick="D2")
-    fig.update_yaxes(title=f"trait over base, {paths[0][1].unit}")
+        rounds = [f"round {i}" for i, _ in enumerate(students)]
+        _path(fig, name, students, rounds, hues[index % len(hues)], dashes[index // len(hues) % len(dashes)])
+    fig.update_xaxes(title="coherence lost: answer mass or neutral perplexity, the larger loss", tickformat=".0%")
+    fig.update_xaxes(range=ends)
+    fig.update_yaxes(title=f"trait over base, {rivals.unit}")
     _styled(fig, 440 + 20 * len(paths))
     below = {"orientation": "v", "y": 0, "yref": "container", "yanchor": "bottom"}
-    return fig.update_layout(legend=below, margin={"t": 16, "b": 84 + 20 * len(paths)})
+    return fig.update_layout(legend=below, margin={"t": 16, "b": 144 + 20 * len(paths)})
+
+
+def _path(fig: go.Figure, name: str, arms: list[ArmSummary], at: list[str], colour: str, dash: str) -> None:
+    """A line from base through some arms, with intervals. An open end stands at the last arm's cost in its worst frame.
+
+    `at` says which arm each point is.
+    """
+    costs, moves = [arm.coherence_cost for arm in arms], [arm.trait_over_base for arm in arms]
+    low, high = (np.array([0.0, *side]) for side in zip(*(arm.trait_over_base_ci for arm in arms), strict=True))
+    x, y = [0.0, *costs], np.array([0.0, *moves])
+    bars = {"array": (high - y).tolist(), "arrayminus": (y - low).tolist(), "thickness": 1, "width": 3}
+    hover = {"customdata": ["base", *at]}
+    hover["hovertemplate"] = (
+        f"{_hover_text(name)}<br>%{{customdata}}: %{{y:+.3f}} at a cost of %{{x:.1%}}<extra></extra>"
+    )
+    dots = {"size": [3, *(6 + i for i, _ in enumerate(arms))]}
+    _line(fig, x, y.tolist(), colour, name, dash, width=1.5, mode="lines+markers", marker=dots, error_y=bars, **hover)
+    last = arms[-1]
+    if costs[-1] < last.worst_cost < math.inf:
+        ends = {"mode": "lines+markers", "marker": {"size": [0, 9], "symbol": "circle-open"}, "showlegend": False}
+        ends["hovertemplate"] = f"{_hover_text(name)}<br>in its worst frame: a cost of %{{x:.1%}}<extra></extra>"
+        _line(fig, [costs[-1], last.worst_cost], [moves[-1]] * 2, colour, name, "dot", width=1, **ends)
 
 
 def map_figure(arms: list[tuple[str, ArmSummary]]) -> go.Figure:

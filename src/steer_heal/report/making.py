@@ -28,6 +28,8 @@ def vector_section(run: Run) -> str:
     columns = {"layer": "{:d}", "depth": "{:.2f}", "relative_norm": "{:.2%}", "split_half": "{:.3f}", "auc": "{:.3f}"}
     names = {"layer": "block", "relative_norm": "norm / residual stream"}
     names |= {"split_half": "cosine of two halves", "auc": "AUC on the other half"}
+    if any(layer.left is not None for r in run.rounds for layer in r.layers):
+        columns["left"], names["left"] = "{:.0%}", "norm left"
     if any(layer.split_half is None for r in run.rounds for layer in r.layers):  # a vector from a file
         del columns["split_half"]
         names["auc"] = "AUC"

@@ -28,6 +28,8 @@ SHOWN_PROMPTS = 6  # the first ones of the list, whatever their answers
 ARMS = {
     "base": "the original model",
     "prompted": "the original model with the positive persona as its system prompt",
+    "best prompt": "the original model under the best of five system prompts, the persona among them: chosen on a "
+    "quarter of the questions, measured on the others",
     "equal cost": f"the original model with the vector added, at the dose whose cost is the student's (at least "
     f"{LEAST_COST:.0%})",
     "equal trait": "the original model with the vector added, at the dose that moves the trait as far as the student",
@@ -122,7 +124,12 @@ def arms_section(run: Run) -> str:
     rows = [(arm_name(name), *_cells(name, arm, measured, run)) for name, arm in arms.items()]
     if not rows:
         return section("In numbers", "", "<p>No arm has been measured yet.</p>")
-    terms = {term: said for term, said in (ARMS | MEASURES).items() if term in {*arms, *head, "over base"}}
+    shown = {*arms, *head, "over base"}
+    if best := run.summary.best_prompt:
+        over = with_interval(best.trait_over_base, best.trait_over_base_ci)
+        rows.insert(2, (arm_name("best prompt"), over, *[""] * (len(measured) + 1)))
+        shown.add("best prompt")
+    terms = {term: said for term, said in (ARMS | MEASURES).items() if term in shown}
     return section("In numbers", "Every arm on the same questions.", table_of(head, rows) + defined(terms))
 
 

@@ -121,7 +121,7 @@ def facts(summary: Summary, planned: int, number: int = -1) -> list[str]:
             "That number does not measure the trait: as a system prompt the positive persona does not score above the "
             "negative one by more than the interval."
         )
-    found += [_prompt(summary), *_rivals(last, summary), *_kept(last.healed, summary.base)]
+    found += [_prompt(last, summary), *_rivals(last, summary), *_kept(last.healed, summary.base)]
     found += _refused(last.healed, summary.base)
     if last.verdict.word == "broad":
         found.append(f"Broad: {last.verdict.why}.")
@@ -139,10 +139,18 @@ def _moved(arms: RoundSummary, unit: str, planned: int) -> str:
     return f"{after} the student's trait is {seen} {unit} above the original model's; {teacher}."
 
 
-def _prompt(summary: Summary) -> str:
+def _prompt(last: RoundSummary, summary: Summary) -> str:
     effect, (low, high) = summary.prompted.trait_over_base, summary.prompted.trait_over_base_ci
     noise = ", which is within noise" if low <= 0 <= high else ""
-    return f"The persona as a system prompt moves the original model by {effect:+.3f}{noise}."
+    found, best = (
+        f"The persona as a system prompt moves the original model by {effect:+.3f}{noise}.",
+        summary.best_prompt,
+    )
+    if best is None:
+        return found
+    moved = _interval(Change(best.trait_over_base, best.trait_over_base_ci))
+    lead = f"; student minus that: {_interval(best.healed_over)}" if last is summary.rounds[-1] else ""
+    return f"{found} The best of {best.tried} such prompts moves it by {moved}{lead}."
 
 
 def _rivals(last: RoundSummary, summary: Summary) -> list[str]:

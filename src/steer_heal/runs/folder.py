@@ -42,6 +42,7 @@ from steer_heal.terminal import program
 
 T = TypeVar("T")
 EVENTS, LOCK, PROBES = "events.jsonl", ".lock", "probes.jsonl"
+WITHOUT = "without.json"  # traits that are projected out of the vector
 HARNESS, ROBUSTNESS = "harness.json", "robustness.json"  # which `eval` adds to a finished run
 ADDED = {HARNESS: "--harness TASKS", ROBUSTNESS: "--robustness"}  # by the flag that makes them again
 GIVEN = ("config.json", "trait.json", "env.json")  # written at the start, before any stage

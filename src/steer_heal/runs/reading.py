@@ -7,12 +7,13 @@ from pathlib import Path
 
 from steer_heal.config import SIZES, RunConfig, model_name
 from steer_heal.eval.harness.record import Benchmarks
+from steer_heal.eval.prompts import PromptsReading
 from steer_heal.eval.reading import ArmReading, Survey
 from steer_heal.eval.robustness import Robustness
 from steer_heal.runs.folder import HARNESS, ROBUSTNESS
 from steer_heal.runs.resume import opened, preset_and_config
 from steer_heal.runs.rounds import Round, read_round
-from steer_heal.runs.summary import SUMMARY, SURVEY, Baselines, RunName, Summary, plain_file, summarise
+from steer_heal.runs.summary import PROMPTS, SUMMARY, SURVEY, Baselines, RunName, Summary, plain_file, summarise
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,8 @@ def load(folder: Path) -> Run:
     arms = {name: folder.load(ArmReading, f"{name}.json") for name in ("base", "prompted", "negative")}
     counts = SIZES[config["eval"]["size"]]
     plain = [folder.load(ArmReading, plain_file(index)) for index in range(counts.plain_doses)]
-    baselines = Baselines(**arms, plain=[arm for arm in plain if arm is not None])
+    prompts = folder.load(PromptsReading, PROMPTS)
+    baselines = Baselines(**arms, plain=[arm for arm in plain if arm is not None], prompts=prompts)
     rounds = []
     for number in range(config["rounds"]):
         if (there := read_round(folder, number)) is None:

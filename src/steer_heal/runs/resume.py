@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from steer_heal import VERSION
-from steer_heal.config import PLACE_FIELDS, RunConfig, UserError, nearest, of_record
+from steer_heal.config import PLACE_FIELDS, RunConfig, UserError, nearest, of_record, of_today
 from steer_heal.data import Contrast, Trait, restored
 from steer_heal.files import remove, writing
 from steer_heal.records import unstructured
@@ -161,7 +161,7 @@ def settings(run: RunDir) -> tuple[str, RunConfig]:
 
 def preset_and_config(table: dict) -> tuple[str, RunConfig]:
     """Preset and config of the contents of config.json. Raises KeyError where their fields are not this version's."""
-    return table["preset"], of_record({key: value for key, value in table.items() if key != "preset"})
+    return table["preset"], of_record({key: value for key, value in of_today(table).items() if key != "preset"})
 
 
 def record_of(config: RunConfig, preset: str) -> dict:
@@ -176,7 +176,7 @@ def described(config: RunConfig) -> dict:
 
 def recorded(folder: Path) -> dict:
     """The config in a run folder, with the keys of `described`."""
-    return {key: value for key, value in RunDir(folder).read("config.json").items() if key != "preset"}
+    return {key: value for key, value in of_today(RunDir(folder).read("config.json")).items() if key != "preset"}
 
 
 @contextmanager
@@ -192,7 +192,7 @@ def reopened(config: RunConfig, preset: str) -> Iterator[RunDir]:
     require_version(run)
     with run.held():
         _again(run, config, preset)
-        then, now = run.read("config.json"), json.loads(json.dumps(record_of(config, preset)))
+        then, now = of_today(run.read("config.json")), json.loads(json.dumps(record_of(config, preset)))
         changes = _differences(then, now)
         _require(run, changes, config)
         if changes:

@@ -6,6 +6,7 @@ import statistics
 from dataclasses import dataclass, replace
 
 from steer_heal.eval.catalogue import UNITS
+from steer_heal.eval.prompts import BestPrompt, PromptsReading, best_prompt
 from steer_heal.eval.reading import ArmReading
 from steer_heal.eval.record import ArmSummary, arm_record
 from steer_heal.eval.verdict import Validity, Verdict, expressible, validity, verdict
@@ -15,6 +16,7 @@ from steer_heal.steer.layers import LayerReport
 
 SUMMARY = "summary.json"
 SURVEY = "survey.json"
+PROMPTS = "prompts.json"
 
 
 def plain_file(index: int) -> str:
@@ -42,6 +44,8 @@ class Baselines:
     """the negative persona as system prompt"""
     plain: list[ArmReading]
     """the base steered by the first round's vector, dose by dose"""
+    prompts: PromptsReading | None = None
+    """the base under five system prompts; read at the end"""
 
     @property
     def personas(self) -> list[ArmReading]:
@@ -96,6 +100,8 @@ class Summary:
     base: ArmSummary | None = None
     prompted: ArmSummary | None = None
     negative: ArmSummary | None = None
+    best_prompt: BestPrompt | None = None
+    """the best of five system prompts; where it was read, at the end"""
     validity: list[Validity]
     plain: list[ArmSummary]
     rounds: list[RoundSummary]
@@ -139,6 +145,7 @@ def summarise(of: RunName, arms: Baselines, rounds: list[Round], seconds: dict[s
     return replace(
         found,
         validity=validity(everything),
+        best_prompt=best_prompt(arms.prompts, base, rounds[-1].healed) if arms.prompts and rounds else None,
         plain=[arm_record(arm, base, dosed=True) for arm in arms.plain],
         rounds=[_round(done, arms, seconds) for done in rounds],
     )

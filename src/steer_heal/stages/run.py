@@ -27,6 +27,7 @@ from steer_heal.eval.geometry import Base, Fixed, read_base
 from steer_heal.eval.instruments import instruments, neutral_rows, read_arm, with_relevance
 from steer_heal.eval.opponents import plain_doses
 from steer_heal.eval.own_probes import own_probes
+from steer_heal.eval.prompts import PromptsReading, best_of, other_prompts, part_of, parts
 from steer_heal.eval.reading import ArmReading, Survey, side_by_side
 from steer_heal.eval.survey import BANDS, survey
 from steer_heal.heal.examples import Example, prepare_anchors
@@ -36,13 +37,13 @@ from steer_heal.model.lm import LM
 from steer_heal.model.memory import give_back_freed_memory, peak_memory
 from steer_heal.model.packing import packed
 from steer_heal.model.steering import AnyVector
-from steer_heal.runs.folder import PROBES, RunDir
+from steer_heal.runs.folder import PROBES, WITHOUT, RunDir
 from steer_heal.runs.rounds import InRound, Round
 from steer_heal.runs.student import vector_of
-from steer_heal.runs.summary import SUMMARY, SURVEY, Baselines, RunName, Summary, plain_file, summarise
+from steer_heal.runs.summary import PROMPTS, SUMMARY, SURVEY, Baselines, RunName, Summary, plain_file, summarise
 from steer_heal.steer import from_file
 from steer_heal.steer.extract import VECTOR_FILE, extract, prompts_read
-from steer_heal.steer.personas import Personas
+from steer_heal.steer.personas import Neighbour, Personas, neighbours
 from steer_heal.terminal import progress
 
 T = TypeVar("T")
@@ -179,7 +180,30 @@ class Work:
             arm.name: self.completed(f"{arm.name}.json", getattr(arms, arm.name), arm, which[arm.name])
             for arm in unsteered(self.trait)
         }
-        return replace(arms, **read)
+        return replace(arms, **read, prompts=self.prompts(read["prompted"]))
+
+    def prompts(self, prompted: ArmReading) -> PromptsReading | None:
+        """The base under the positive persona and under four other system prompts, on the trait's instrument."""
+        if "prompts" in self.config.eval.leave_out:
+            return None
+        name, config = self.trait.instrument, self.config.eval
+        own = parts(prompted.items[name])
+
+        def read(system: str, part: int) -> list[float]:
+            if system == self.trait.positive:
+                return own[part]
+            arm, asked = replace(unsteered(self.trait)[1], system=system), part_of(self.trait, config.counts, part)
+            which = (OF_TRAIT[name].read_with,)
+            return read_arm("eval another prompt", self.student, arm, asked, config, which).items[name]
+
+        def compute() -> PromptsReading:
+            answers = [(demo.prompt, demo.text) for demo in prompted.demos]
+            systems = [self.trait.positive, *other_prompts(self.trait, answers)]
+            tried = [read(system, 0) for system in systems]
+            scores = read(systems[best_of(tried)], 1)
+            return PromptsReading(asked=prompted.asked[name], systems=systems, tried=tried, scores=scores)
+
+        return self.folder.artefact(PromptsReading, PROMPTS, freeing(compute))
 
     def anchors(self) -> Callable[[], list[Example]]:
         """Make the anchor's texts with the base. The returned function computes their states at its first call."""
@@ -199,7 +223,15 @@ class Work:
     def personas(self) -> Personas:
         """The trait's personas, and the user messages that are asked under both."""
         contexts = list(data.contexts()[: self.config.steer.n_contexts])
-        return Personas(self.trait.positive, self.trait.negative, contexts)
+        return Personas(self.trait.positive, self.trait.negative, contexts, self.without)
+
+    @cached_property
+    def without(self) -> tuple[Neighbour, ...]:
+        """The traits whose vectors are projected out. A resumed run does not read their files again."""
+        named = self.config.steer.without
+        if not named:
+            return ()
+        return tuple(self.folder.artefact(list[Neighbour], WITHOUT, lambda: neighbours(named, self.trait)))
 
     @cached_property
     def survey(self) -> Survey | None:

@@ -1,8 +1,9 @@
 """The teacher's steering vector.
 
 v_l = mean over contexts of h_l(positive persona + context) - h_l(negative persona + context). h_l is the residual
-stream after block l at the last prompt token (the assistant tag). v_l is raw, not normalised. The two prompts differ
-only in the system persona. Other ways to get a direction from the same states are in METHODS.
+stream after block l at the last prompt token (the assistant tag), or its mean over the tokens of an answer. v_l is raw,
+not normalised. The two prompts differ only in the system persona. Other ways to get a direction from the same states
+are in METHODS. What the vectors of other traits span may be projected out first: see `projection`.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,16 +22,19 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from steer_heal.config import FILE, SteerConfig, UserError
-from steer_heal.model.forward import last_token_states
-from steer_heal.model.lm import LM
+from steer_heal.model.decode import decode
+from steer_heal.model.forward import last_token_states, mean_states
+from steer_heal.model.lm import LM, Row
 from steer_heal.model.steering import AnyVector, Vector
 from steer_heal.records import structured, unstructured
 from steer_heal.steer import from_file, lite
 from steer_heal.steer.layers import LayerReport
 from steer_heal.steer.lite import LiteVector
 from steer_heal.steer.personas import Personas
+from steer_heal.steer.projection import outside, require_left, spans
 
 States = Float[Tensor, "n l d"]
+ANSWER_TOKENS = 32  # longest answer that `steer.read answer` reads
 
 
 def mean_diff(positive: States, negative: States, plain: States) -> Float[Tensor, "l d"]:
@@ -87,11 +92,14 @@ class Extraction(NamedTuple):
     def described(self, blocks: int) -> str:
         """The vector in one line, for a model with `blocks` blocks."""
         norm, auc = (sum(getattr(r, key) for r in self.report) / len(self.report) for key in ("relative_norm", "auc"))
-        halves = [r.split_half for r in self.report if r.split_half is not None]
+        halves, left = (
+            [value for r in self.report if (value := getattr(r, key)) is not None] for key in ("split_half", "left")
+        )
         alike = halves and f"alike from two halves of the contexts (cosine {sum(halves) / len(halves):.2f}), "
+        kept = left and f"{sum(left) / len(left):.0%} of its norm left without the other traits, "
         return (
             f"in blocks {self.report[0].layer} to {self.report[-1].layer} of {blocks}: {norm:.1%} as long as the "
-            f"residual stream, {alike or ''}tells the personas apart (AUC {auc:.2f})"
+            f"residual stream, {kept or ''}{alike or ''}tells the personas apart (AUC {auc:.2f})"
         )
 
 
@@ -109,17 +117,20 @@ def extract(
 
     A vector from a file is not extracted: the personas' states tell how well it fits them.
 
-    Raises UserError for a vector without a direction: zero, or not finite; and for a file that does not fit the model.
+    Raises UserError for a vector without a direction: zero, not finite, or with hardly anything left without the other
+    traits; and for a file that does not fit the model.
     """
     from_others = config.method.startswith((lite.PREFIX, FILE))
     method = METHODS["mean_diff" if from_others else config.method]
     chosen = lm.band(config.band) if layers is None else layers
     given = from_file.directions(lm, config.method, chosen) if config.method.startswith(FILE) else None
     systems = [personas.positive, personas.negative] + [None] * (method.operation == "project_out")
-    states = [
-        last_token_states(lm, [lm.prompt(text, system) for text in personas.contexts], chosen, on_prompts)
-        for system in systems
-    ]
+
+    def read(system: str | None) -> States:
+        prompts = [lm.prompt(text, system) for text in personas.contexts]
+        return (last_token_states if config.read == "assistant_tag" else answer_states)(lm, prompts, chosen, on_prompts)
+
+    states = [read(system) for system in systems]
     if given is not None:
         report = [_fit(lm, layer, given[i], states[0][:, i], states[1][:, i]) for i, layer in enumerate(chosen)]
         return Extraction(Vector(chosen, given), report)
@@ -128,6 +139,13 @@ def extract(
     if config.method.startswith(lite.PREFIX):
         trained = lite.train(lm, config.method, personas, chosen)
         return Extraction(trained, report)
+    if personas.without:
+        others = [(read(one.positive) - read(one.negative)).mean(0) for one in personas.without]
+        whole, bases = (states[0] - states[1]).mean(0), spans(torch.stack(others))
+        states = [outside(one, bases) for one in states]
+        left = ((states[0] - states[1]).mean(0).norm(dim=-1) / whole.norm(dim=-1)).tolist()
+        require_left(chosen, left, " ".join(one.name for one in personas.without))
+        report = [_cleaned(r, states[0][:, i], states[1][:, i], left[i]) for i, r in enumerate(report)]
     direction = method.direction(states[0], states[1], states[-1])
     _require_direction(chosen, direction.norm(dim=-1).tolist())
     return Extraction(Vector(chosen, direction, method.operation), report)
@@ -142,24 +160,48 @@ def _require_direction(layers: tuple[int, ...], norms: list[float]) -> None:
             raise UserError(f"the steering vector of block {layer} has norm {norm:g}: {broken if norm else same}")
 
 
+def answer_states(
+    lm: LM, prompts: list[list[int]], layers: tuple[int, ...], on_prompts: Callable[[int], None]
+) -> States:
+    """Residual stream after each of `layers`, mean over the tokens of a greedy answer to each prompt, its end left out.
+
+    The answer stands under the persona that wrote it, as in persona vectors (Chen et al., arXiv:2507.21509).
+    """
+    written = decode(lm, prompts, ANSWER_TOKENS, on_batch=on_prompts)
+    answers = [one.ids[:-1] if one.ended and len(one.ids) > 1 else one.ids for one in written]
+    return mean_states(lm, [Row(*both) for both in zip(prompts, answers, strict=True)], layers, on_prompts)
+
+
 def prompts_read(config: SteerConfig) -> int:
-    """Number of prompts that `extract` reads for each context."""
-    return 3 if config.method == "ablation" else 2
+    """Number of prompts that `extract` reads for each context; one that is answered first counts twice."""
+    systems = (3 if config.method == "ablation" else 2) + 2 * len(config.without)
+    return systems * (1 if config.read == "assistant_tag" else 2)
 
 
 def _report(lm: LM, layer: int, positive: Float[Tensor, "n d"], negative: Float[Tensor, "n d"]) -> LayerReport:
+    return LayerReport(
+        layer=layer,
+        depth=_depth(lm, layer),
+        relative_norm=((positive - negative).mean(0).norm() / _stream(positive, negative)).item(),
+        **_halves(layer, positive, negative),
+    )
+
+
+def _cleaned(
+    raw: LayerReport, positive: Float[Tensor, "n d"], negative: Float[Tensor, "n d"], left: float
+) -> LayerReport:
+    """The report of what is left of a vector; its length is still measured against the whole residual stream."""
+    return replace(raw, relative_norm=raw.relative_norm * left, left=left, **_halves(raw.layer, positive, negative))
+
+
+def _halves(layer: int, positive: Float[Tensor, "n d"], negative: Float[Tensor, "n d"]) -> dict[str, float]:
+    """How alike the vectors of two random halves of the contexts are, and how each ranks the other half."""
     difference = positive - negative
     order = torch.randperm(len(difference), generator=torch.Generator().manual_seed(layer))
     halves = order[: len(order) // 2], order[len(order) // 2 :]
     a, b = (difference[half].mean(0) for half in halves)
     aucs = [auc(positive[held] @ v, negative[held] @ v) for v, held in ((a, halves[1]), (b, halves[0]))]
-    return LayerReport(
-        layer=layer,
-        depth=_depth(lm, layer),
-        relative_norm=(difference.mean(0).norm() / _stream(positive, negative)).item(),
-        split_half=torch.cosine_similarity(a, b, dim=0).item(),
-        auc=sum(aucs) / 2,
-    )
+    return {"split_half": torch.cosine_similarity(a, b, dim=0).item(), "auc": sum(aucs) / 2}
 
 
 def _fit(

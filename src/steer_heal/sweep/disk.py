@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from steer_heal.config import UserError
+from steer_heal.config import UserError, as_it_was, of_today
 from steer_heal.eval.reading import ArmReading, paired
 from steer_heal.runs.folder import EVENTS, Damaged, RunDir
 from steer_heal.runs.resume import OtherVersion, opened
@@ -109,7 +109,7 @@ def scan(out: Path) -> list[Found]:
                 for name in run.record.files:  # check all: a table would not show that a figure is damaged
                     if name.endswith(".json"):
                         run.find(name)
-                found.append(Found(run, run.read("config.json"), run.load(Summary, SUMMARY)))
+                found.append(Found(run, of_today(run.read("config.json")), run.load(Summary, SUMMARY)))
             except (Damaged, OtherVersion) as error:
                 print(f"left out: {error}")
     finally:
@@ -155,5 +155,5 @@ def value_of(config: dict, flag: str) -> str:
 
 def identity(config: dict, trait: dict | None) -> str:
     """The identity of a run: a hash of its config (without its preset) and its trait."""
-    described = json.dumps([config | {"preset": None}, trait], sort_keys=True)
+    described = json.dumps([as_it_was(config) | {"preset": None}, trait], sort_keys=True)
     return hashlib.blake2b(described.encode(), digest_size=12).hexdigest()

@@ -11,6 +11,7 @@ import polars as pl
 
 from steer_heal.config import flat
 from steer_heal.eval.catalogue import COHERENCE
+from steer_heal.eval.framed import InFrame
 from steer_heal.eval.intervals import across_seeds
 from steer_heal.eval.record import ArmSummary
 from steer_heal.report.figures import coherence_figure, frontier_figure, paths_figure, trajectory_figure
@@ -22,8 +23,10 @@ WHY = """Means over the seeds. Bars and bands: 95% intervals over seeds and item
     steered by the first vector at each dose, and the student after every round; higher is more trait, further left is
     less damage."""
 
-PATHS = """One line per group of runs, from the base through its rounds (larger dots are later rounds). Its name has the
-    flags that most groups do not share. Higher is more trait, further left is less answer mass."""
+PATHS = """One line per group of runs, from the base through its rounds (larger dots are later rounds), beside the
+    rivals that need no training. A name has the flags that most groups do not share. Higher is more trait, further left
+    is less damage. Bars: 95% intervals. An open dot at a dotted end: the cost of the last round in the frame, usual or
+    held out, in which it is largest."""
 
 
 def averaged(group: list[Found]) -> Summary:
@@ -51,7 +54,14 @@ def _mean(arms: list[ArmSummary]) -> ArmSummary:
     """The first arm, with each float replaced by its mean over all arms."""
     of = {field.name: [getattr(arm, field.name) for arm in arms] for field in fields(ArmSummary)}
     figures = {name: values for name, values in of.items() if all(type(value) is float for value in values)}
-    return replace(arms[0], **{name: float(np.mean(values)) for name, values in figures.items()})
+    framed = [
+        _frame_mean(alike) for alike in zip(*(arm.framed for arm in arms), strict=False)
+    ]  # none, where one has none
+    return replace(arms[0], framed=framed, **{name: float(np.mean(values)) for name, values in figures.items()})
+
+
+def _frame_mean(alike: tuple[InFrame, ...]) -> InFrame:
+    return replace(alike[0], **{key: float(np.mean([getattr(one, key) for one in alike])) for key in ("value", "base")})
 
 
 def names(groups: list[list[Found]]) -> list[str]:
@@ -74,7 +84,7 @@ def page(groups: dict[str, tuple[list[Found], pl.DataFrame]]) -> str:
         named = list(zip(names([group for group, _ in groups.values()]), summaries.values(), strict=True))
         units = dict.fromkeys(summary.unit for _, summary in named)
         panels = [panel("", paths_figure([path for path in named if path[1].unit == unit])) for unit in units]
-        sections.append(section("Trait against answer mass", PATHS, "".join(panels)))
+        sections.append(section("Trait against cost, every arm", PATHS, "".join(panels)))
     for title, (_, table) in groups.items():
         summary = summaries[title]
         panels = [panel("Trait", trajectory_figure(summary))]

@@ -102,6 +102,9 @@ def _measures(group: list[Found]) -> dict:
         changes = [run.changes(arm) for run in group]
         if changes[0] is not None:
             row[printed(arm)] = f"{np.mean(changes):+.3f}"
+        best = [run.summary.best_prompt for run in group]
+        if arm == "prompted" and all(best):
+            row["best prompt"] = f"{np.mean([one.trait_over_base for one in best]):+.3f}"
     low, high = across_seeds(np.array(changes)).ci  # changes of the last arm, healed
     row["95% interval"] = f"[{low:+.3f}, {high:+.3f}]"
     row |= _ratios(group)
