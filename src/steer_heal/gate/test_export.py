@@ -24,9 +24,10 @@ from steer_heal.gate.conftest import tiny
 from steer_heal.gate.soak import WORDS
 from steer_heal.model.loading import load
 from steer_heal.presets import PRESETS
-from steer_heal.report.card import command, model_card
+from steer_heal.report.card import Form, Made, model_card
 from steer_heal.runs.folder import RunDir
 from steer_heal.runs.reading import load as read_run
+from steer_heal.runs.reproduction import command
 from steer_heal.runs.summary import STAGES
 from steer_heal.terminal import harmless
 
@@ -97,7 +98,8 @@ def test_the_model_card_says_what_was_measured_and_how_it_was_made(finished, tmp
 def test_any_name_of_a_trait_is_a_tag_of_the_card(finished):
     run = read_run(finished)
     trait = json.loads((finished / "trait.json").read_text()) | {"name": 'no: [nonsense], "please" #1'}
-    head = model_card(run.summary, run.config, trait, ["run"], 1).split("---")[1]
+    made = Made(summary=run.summary, config=run.config, trait=trait, argv=["run"], rounds=1)
+    head = model_card(made, Form()).split("---")[1]
     assert yaml.safe_load(head)["tags"][-1] == trait["name"]
 
 
