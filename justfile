@@ -108,7 +108,7 @@ docs: setup
 
 # build wheel and source, check them, install the wheel into an empty environment and use it there (minutes: torch)
 [group('develop')]
-package: setup
+package:
     #!/usr/bin/env bash
     set -euo pipefail
     scratch=$(mktemp -d)

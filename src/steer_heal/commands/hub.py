@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd, HfApi, hf_hub_download, metadata_load
-from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalTokenNotFoundError, RepositoryNotFoundError
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    HTTPError,
+    LocalTokenNotFoundError,
+    RepositoryNotFoundError,
+)
+from huggingface_hub.utils import validate_repo_id
 
 from steer_heal.config import PACKAGED_GGUF, UserError, hub_id
 from steer_heal.model.gguf_file import opened, value
 from steer_heal.model.loading import gguf_file
 from steer_heal.report.card import Licence
 
+SECONDS = 10  # that a licence is waited for
 LOGIN = "run `hf auth login` with a token that may write"
 ANSWERS = {
     401: f"the hub does not take the token (401): {LOGIN}",
@@ -45,13 +52,15 @@ def licence_of(path: str) -> Licence | None:
     if path in PACKAGED_GGUF or path.lower().endswith(".gguf"):
         named = value(opened(gguf_file(path), "the base"), "general.license")
         return Licence(named) if named else None
+    card, front = Path(path) / "README.md", None
     try:
-        where = Path(path) / "README.md"
-        card = where if where.is_file() else hub_id(path) and hf_hub_download(path, "README.md")
-        front = metadata_load(card) if card else None
+        if card.is_file():
+            front = metadata_load(card)
+        elif hub_id(path):
+            front = HfApi().model_info(path, timeout=SECONDS).card_data
     except (HTTPError, *OTHERS):  # no network, or no card
         return None
-    if not front or not isinstance(front.get("license"), str):
+    if front is None or not isinstance(front.get("license"), str):
         return None
     return Licence(*(front.get(key) for key in ("license", "license_name", "license_link")))
 
@@ -65,7 +74,11 @@ def fetched(repo: str, name: str) -> Path:
 def require_free(repo: str, public: bool) -> None:
     """Raise UserError, before the work, for a name at the hub that nothing can be pushed to."""
     what, api = f"--push {repo!r}", HfApi()
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo):
+    try:
+        validate_repo_id(repo)
+    except HFValidationError as error:
+        raise UserError(f"{what} is no name at the hub ({error})") from error
+    if "/" not in repo:
         raise UserError(f"{what}: give USER/NAME, the owner and the model's new name at the hub")
     with asking(what):
         api.whoami()

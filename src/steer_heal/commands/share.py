@@ -111,7 +111,8 @@ def known_paths(run: Path, to: Path) -> set[str]:
 
 def require_no_paths(files: dict[str, Path], known: set[str]) -> None:
     """Raise UserError for a text that has one of these paths."""
-    seen = re.compile("|".join(rf"{re.escape(path)}(?!\w)" for path in sorted(known, key=len, reverse=True)))
+    longest_first = sorted(known, key=len, reverse=True)
+    seen = re.compile(rf"(?<![\w/])(?:{'|'.join(map(re.escape, longest_first))})(?!\w)")
     for name, file in files.items():
         if file.suffix in TEXT and file.name not in NOT_TOLD and (found := seen.search(file.read_text("utf-8"))):
             raise UserError(

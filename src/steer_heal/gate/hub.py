@@ -69,8 +69,10 @@ def as_json(handler, value):
 def model(hub, handler, sent, name):
     if (there := hub.models.get(name)) is None:
         return missing(handler)
+    _, front, *_ = [*there.files.get("README.md", b"").decode().split("---\n", 2), ""]
     siblings = [{"rfilename": file} for file in there.files]
-    as_json(handler, {"id": name, "sha": COMMIT, "private": there.private, "siblings": siblings})
+    about = {"id": name, "sha": COMMIT, "private": there.private, "siblings": siblings}
+    as_json(handler, about | {"cardData": yaml.safe_load(front)})
 
 
 def create(hub, handler, sent):

@@ -17,6 +17,7 @@ from steer_heal import cli
 from steer_heal.cli import main
 from steer_heal.commands.export import export
 from steer_heal.commands.reproduce import Again
+from steer_heal.commands.reproduce import record_of as record_of_target
 from steer_heal.commands.share import Push, Wanted, share
 from steer_heal.config import hub_id, without_folders
 from steer_heal.data import Trait
@@ -106,6 +107,7 @@ def test_what_cannot_be_pushed(whole, tmp_path, hub, monkeypatch, capsys):
     run = [str(whole)]
     for words, message in (
         (["--push", "love"], "--push 'love': give USER/NAME"),
+        (["--push", "me/lo ve"], "--push 'me/lo ve' is no name at the hub (Repo id must use"),
         (["--push", "me/full"], "it has files already: choose a new name"),
         (["--push", "me/open"], "it is public: choose a new name, or say so with --public"),
         (["--to", "v.gguf", "--vector", "--push", "me/v"], "a control vector has no card"),
@@ -271,7 +273,7 @@ CHANGES = {
 
 def test_run_config_takes_every_setting_of_the_file_and_its_trait(whole, tmp_path, monkeypatch):
     file = tmp_path / "config.json"
-    for preset in PRESETS:
+    for preset in ("gemma-3-1b", "smollm2-135m", "tiny-random"):
         config = turned(PRESETS[preset], CHANGES)
         file.write_text(json.dumps(record_of(config, preset)))
         run, trait = parsed(["run", "--config", str(file)], monkeypatch)
@@ -279,6 +281,9 @@ def test_run_config_takes_every_setting_of_the_file_and_its_trait(whole, tmp_pat
     run, trait = parsed(["run", f"--config={file}", "--rounds", "5", "--heal.training.no-checkpointing"], monkeypatch)
     assert run.config == turned(config, {"rounds": 5, "heal.training.checkpointing": False})
 
+    record, table = record_of_target(str(whole))
+    on_disk = json.loads((whole / "config.json").read_text())
+    assert table == on_disk == json.loads(json_text(unstructured(record)))["config"] and len(record.sha256) == 2
     of_run = parsed(["run", "--config", str(whole / "config.json")], monkeypatch)
     assert of_run == (
         Run(*preset_and_config(json.loads((whole / "config.json").read_text()))),
