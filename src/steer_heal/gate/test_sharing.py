@@ -73,6 +73,10 @@ def test_a_dry_run_lists_the_files_and_asks_nobody(whole, tmp_path, hub, capsys)
     assert said.startswith("me/love, private, would hold:") and hub.asked == [] and not (tmp_path / "gone").exists()
     listed = {line.split()[-1] for line in said.splitlines()[1:]}
     assert {"README.md", "config.json", "model.safetensors", "tokenizer.json", "reproduce.json"} <= listed
+    told = share(Wanted(whole), Path("love.gguf"), Push("me/love", public=True, dry_run=True))
+    assert told.startswith("me/love, public, would hold:") and not Path("love.gguf").exists()
+    listed = {line.split()[-1] for line in told.splitlines()[1:]}
+    assert listed == {"README.md", "love.gguf", "love.Modelfile", "reproduce.json"} and hub.asked == []
 
 
 @pytest.mark.parametrize(
@@ -273,7 +277,7 @@ CHANGES = {
 
 def test_run_config_takes_every_setting_of_the_file_and_its_trait(whole, tmp_path, monkeypatch):
     file = tmp_path / "config.json"
-    for preset in ("gemma-3-1b", "smollm2-135m", "tiny-random"):
+    for preset in ("gemma-3-1b", "smollm2-135m"):
         config = turned(PRESETS[preset], CHANGES)
         file.write_text(json.dumps(record_of(config, preset)))
         run, trait = parsed(["run", "--config", str(file)], monkeypatch)
