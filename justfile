@@ -106,6 +106,24 @@ docs: setup
     {{bin}}/python -c "import material" 2>/dev/null || {{bin}}/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
     NO_MKDOCS_2_WARNING=1 {{bin}}/python -m mkdocs build --strict
 
+# build wheel and source, check them, install the wheel into an empty environment and use it there (minutes: torch)
+[group('develop')]
+package:
+    #!/usr/bin/env bash
+    set -euo pipefail
+    scratch=$(mktemp -d)
+    trap 'rm -rf "$scratch"' EXIT
+    {{python}} -m venv "$scratch/tools"
+    "$scratch/tools/bin/python" -m pip install --quiet --disable-pip-version-check build twine
+    rm -rf build/dist
+    "$scratch/tools/bin/python" -m build --outdir build/dist .
+    "$scratch/tools/bin/python" -m twine check --strict build/dist/*
+    {{python}} -m venv "$scratch/empty"
+    "$scratch/empty/bin/python" -m pip install --quiet --disable-pip-version-check -c constraints.txt build/dist/*.whl
+    cd "$scratch"
+    empty/bin/steer-heal trait list
+    STEER_HEAL_BLOCK_NETWORK=1 empty/bin/steer-heal run tiny-random --rounds 1 > /dev/null
+
 # put a finished demo's answers, table and figure into the README: just readme outputs/RUN
 [group('develop')]
 readme run: setup

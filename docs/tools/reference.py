@@ -29,6 +29,7 @@ from steer_heal.eval.reading import ArmReading, Geometry, Survey
 from steer_heal.eval.robustness import Robustness
 from steer_heal.heal.steps import HealStep
 from steer_heal.presets import DEFAULT_PRESET, PRESETS, RECIPES
+from steer_heal.runs.reproduction import Reproducible
 from steer_heal.runs.rounds import InRound
 from steer_heal.runs.summary import Summary
 from steer_heal.steer.layers import LayerReport
@@ -261,13 +262,20 @@ ROUND_FILES: dict[str, tuple[Any, str]] = {
     "equal_trait.json": (ArmReading, "base steered as far as the student; in the last round"),
     "demos.jsonl": (None, "answers of base, teacher and student, side by side"),
 }
+EXPORT_FILES: dict[str, tuple[Any, str]] = {
+    "README.md": (None, "the model card; beside a .gguf file NAME.md"),
+    "reproduce.json": (
+        Reproducible,
+        "what makes the run again, and what came out; beside a .gguf file NAME.reproduce.json",
+    ),
+}
 
 
 def files_page() -> str:
     """The files of a run folder, and the fields of each kind of record."""
     rounds = {f"r00/{name.value}": ROUND_FILES[name.value] for name in InRound}
     kinds: dict[str, type] = {}
-    for kind, _ in (*RUN_FILES.values(), *rounds.values()):
+    for kind, _ in (*RUN_FILES.values(), *rounds.values(), *EXPORT_FILES.values()):
         _collect(kind, kinds)
     about = (
         "A run writes one folder. A file exists only when it is complete. `.json` files hold one value, `.jsonl` files "
@@ -275,8 +283,9 @@ def files_page() -> str:
         "first two numbers read one another's folders."
     )
     parts = ["# Files of a run folder", MADE, about, "## The run", _file_table(RUN_FILES)]
-    parts += ["## A round", "The first round is `r00`, the second `r01`.", _file_table(rounds), "## Records"]
-    parts.append("A field that has no value is left out of the file.")
+    parts += ["## A round", "The first round is `r00`, the second `r01`.", _file_table(rounds)]
+    parts += ["## An export", "Beside the weights lie:", _file_table(EXPORT_FILES)]
+    parts += ["## Records", "A field that has no value is left out of the file."]
     for name in sorted(kinds):
         parts += [f"### {name}", meaning(kinds[name]), _fields(kinds[name])]
     return "\n\n".join(parts) + "\n"
@@ -349,6 +358,7 @@ ENTRIES = {
         ("steer_heal.report.page", "build"),
         ("steer_heal.commands.export", "export"),
         ("steer_heal.commands.export_gguf", "export_gguf"),
+        ("steer_heal.commands.reproduce", "reproduce"),
     ),
     "Underneath": (
         ("steer_heal.model.steering", "steering"),

@@ -17,15 +17,16 @@ from typing import TYPE_CHECKING
 from loguru import logger
 
 from steer_heal import VERSION, flags
-from steer_heal.commands.preset import chosen, unknown_preset, with_preset
+from steer_heal.commands.preset import chosen, unknown_preset, with_config, with_preset
 from steer_heal.config import EvalConfig, ModelConfig, RunConfig, UserError
 from steer_heal.demands import check
 from steer_heal.presets import PRESETS
 from steer_heal.processor import processor
 from steer_heal.terminal import harmless, program, take_any_text
-from steer_heal.verbs import Bench, Chat, Compare, Eval, Export, Report, Results, Run, Sweep, Trait, verbs
+from steer_heal.verbs import Bench, Chat, Compare, Eval, Export, Report, Reproduce, Results, Run, Sweep, Trait, verbs
 
 if TYPE_CHECKING:
+    from steer_heal.data import Trait as TraitRecord
     from steer_heal.eval.harness.record import Benchmarks
     from steer_heal.eval.judge.record import Judged
     from steer_heal.eval.robustness import Robustness
@@ -69,6 +70,7 @@ def carry_out(argv: list[str]) -> None:
     if argv == ["--version"]:
         print(f"steer-heal {VERSION}")
         return
+    argv, recorded = with_config(argv)
     said, argv = with_preset(argv)
     shared: list[str] = []
     if argv[:1] == ["sweep"] and "--" in argv:
@@ -86,7 +88,7 @@ def carry_out(argv: list[str]) -> None:
         case Run():
             if said:
                 logger.info(said)
-            run(asked, argv)
+            run(asked, argv, recorded)
         case Sweep():
             sweep(asked, tuple(shared))
         case Eval():
@@ -97,6 +99,8 @@ def carry_out(argv: list[str]) -> None:
             report(asked)
         case Export():
             export(asked)
+        case Reproduce():
+            reproduce(asked)
         case Chat():
             chat(asked)
         case Compare():
@@ -134,11 +138,12 @@ def _log_above_bars() -> None:
     )
 
 
-def run(asked: Run, argv: list[str]) -> None:
+def run(asked: Run, argv: list[str], trait: TraitRecord | None = None) -> None:
+    """A new run takes `trait` in place of the one that the flags name."""
     from steer_heal.commands.run import run as do
     from steer_heal.report import page as reporting
 
-    folder, summary = do(asked.config, asked.preset, argv)
+    folder, summary = do(asked.config, asked.preset, argv, trait)
     built, path = reporting.build(folder.path), shlex.quote(str(folder.path))
     model = asked.config.model.path
     same = [] if model == PRESETS[asked.preset].model.path else ["--model.path", model]
@@ -262,22 +267,34 @@ def report(asked: Report) -> None:
 
 
 def export(asked: Export) -> None:
-    from steer_heal.commands.export import export as write
-    from steer_heal.commands.export_gguf import export_gguf
+    from steer_heal.commands.share import Push, Wanted, share
 
-    to, in_gguf = Path(asked.to), asked.to.lower().endswith(".gguf")
+    in_gguf = (asked.to or "").lower().endswith(".gguf")
     if asked.merge and asked.vector:
         raise UserError("--merge and --vector: a file holds one of them, leave the other out")
     if asked.vector and not in_gguf:
         raise UserError(f"--vector --to {asked.to!r}: a control vector is a .gguf file: give --to NAME.gguf")
+    if asked.vector and asked.push:
+        raise UserError(f"--vector --push {asked.push!r}: a control vector has no card: leave --push out")
     if asked.type != "f16" and not (asked.merge and in_gguf):
         raise UserError(f"--type {asked.type} is of a merged .gguf file: give --merge --to NAME.gguf, or leave it out")
-    if in_gguf:
-        kind = "model" if asked.merge else "vector" if asked.vector else "adapter"
-        export_gguf(Path(asked.run), to, asked.round, kind, asked.type)
-    else:
-        write(Path(asked.run), to, asked.round, asked.merge)
-    print(f"written: {asked.to}")
+    if asked.rank is not None and (asked.rank < 1 or asked.merge or asked.vector):
+        raise UserError(f"--rank {asked.rank} is of an adapter, 1 or more: leave out --merge and --vector, or --rank")
+    if not (asked.to or asked.push):
+        raise UserError("export: give --to FOLDER, --to NAME.gguf or --push USER/NAME")
+    if not asked.push and (asked.public or asked.dry_run):
+        raise UserError("--public and --dry-run are of --push USER/NAME: leave them out")
+    wanted = Wanted(Path(asked.run), asked.round, asked.merge, asked.vector, asked.type, asked.rank)
+    push = Push(asked.push, asked.public, asked.dry_run) if asked.push else None
+    print(share(wanted, Path(asked.to) if asked.to else None, push))
+
+
+def reproduce(asked: Reproduce) -> None:
+    from steer_heal.commands.reproduce import reproduce as do
+
+    told, agrees = do(asked.target, asked.out)
+    print(told)
+    sys.exit(0 if agrees else 1)
 
 
 def chat(asked: Chat) -> None:

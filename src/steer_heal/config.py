@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import os
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from functools import cache, reduce
@@ -349,6 +350,19 @@ def settled(config: RunConfig) -> RunConfig:
 def model_name(path: str) -> str:
     """A model's name in tables and in files that leave this machine: the hub id, or the path without its folders."""
     return Path(path).name if Path(path).is_absolute() or path.startswith((".", "~")) else path
+
+
+def hub_id(path: str) -> str | None:
+    """The id at the hub of a run's model; None for one from a folder or a file, and for packaged or random weights."""
+    owner, slash, name = path.partition("/")
+    here = "/" in name or owner in ("", ".", "..") or path.startswith("~") or path.lower().endswith(".gguf")
+    return path if slash and name and not here else None
+
+
+def without_folders(word: str) -> str:
+    """A word of a command line, or a setting, without folders of this machine: of a model, a trait file, a vector."""
+    word = re.sub(r"^.*[/\\](.+\.toml)$", r"\1", model_name(word))
+    return re.sub(rf"^{FILE}.*[/\\]", FILE, word)
 
 
 class Knob(NamedTuple):

@@ -48,6 +48,7 @@ def short_help(usual: RunConfig) -> None:
 
     every = sum(1 for _ in knobs(usual))
     about = f"{RUN_HELP} In place of a preset, give {MODELS_TOO}."
+    about += " In place of both, --config FILE takes the settings of a run's config.json or an export's reproduce.json."
     about += f" These are the flags that people use; --help-all lists all {every}."
     short = common(usual)
     tyro.cli(type(short), args=["--help"], prog="steer-heal run PRESET", description=about, default=short)

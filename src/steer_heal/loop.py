@@ -16,7 +16,7 @@ from steer_heal.eval.instruments import dropped
 from steer_heal.eval.reading import ArmReading, Survey
 from steer_heal.eval.verdict import expressible
 from steer_heal.heal.steps import barrier_warning
-from steer_heal.report.card import model_card
+from steer_heal.report.card import Form, Made, model_card
 from steer_heal.report.tables import arm_table, filter_text, first_look_text, recipe_table, verdict_line
 from steer_heal.runs.recipe import choices
 from steer_heal.runs.rounds import Round
@@ -123,7 +123,8 @@ def finish(work: Work, arms: Baselines, rounds: list[Round], stopped: str) -> Su
     """Write the student as one adapter, the summary and the model card."""
     work.save_adapter()
     summary = work.summarise(arms, rounds, stopped)
-    described = map(work.folder.read, ("config.json", "trait.json"))
-    work.folder.replace_text("adapter/README.md", model_card(summary, *described, work.folder.first_argv, len(rounds)))
+    config, trait = map(work.folder.read, ("config.json", "trait.json"))
+    made = Made(summary=summary, config=config, trait=trait, argv=work.folder.first_argv, rounds=len(rounds))
+    work.folder.replace_text("adapter/README.md", model_card(made, Form()))
     work.note_end()
     return summary

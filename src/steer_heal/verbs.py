@@ -15,7 +15,12 @@ from steer_heal.presets import DEFAULT_PRESET, MODELS_TOO, PRESETS
 class Run:
     """Steer, distil, heal and bake a trait into a model, round after round.
 
+    In place of a preset, --config FILE takes the settings and the trait of a run's config.json or of an export's
+    reproduce.json. Flags beside it change them.
+
     Example: steer-heal run smollm2-135m --trait mine.toml --rounds 4 --seed 1
+
+    Example: steer-heal run --config my-adapter/reproduce.json --seed 2
     """
 
     preset: Positional[Annotated[str, arg(help=f"one of {', '.join(PRESETS)}; or {MODELS_TOO}")]] = DEFAULT_PRESET
@@ -155,11 +160,13 @@ class Export:
     Example: steer-heal export outputs/RUN --to my-model --merge
 
     Example: steer-heal export outputs/RUN --to love.gguf
+
+    Example: steer-heal export outputs/RUN --push USER/NAME --dry-run
     """
 
     run: Positional[str]
     """the run folder"""
-    to: str
+    to: str | None = None
     """the folder to write, new or empty; or a new file NAME.gguf"""
     merge: bool = False
     """write a whole model instead of an adapter: a float model for transformers, or, where the base is a .gguf file, a
@@ -168,9 +175,30 @@ class Export:
     """write the steering vector times its dose as a control vector of llama.cpp, a .gguf file"""
     type: Literal["f16", "q8_0"] = "f16"
     """of the matrices in a merged .gguf file; q8_0 takes half the space and rounds more"""
+    rank: int | None = None
+    """fold the adapter to this rank where its own is larger; the card says what that loses"""
     round: int | None = None
     """the student after this round (from 0), default: the last finished round; with --vector: the vector of this
     round, default: of the first"""
+    push: str = ""
+    """USER/NAME: put it at the Hugging Face hub, as a private model (first: hf auth login); --to may be left out"""
+    public: bool = False
+    """with --push: for everyone to see"""
+    dry_run: bool = False
+    """with --push: list the files, push and keep nothing"""
+
+
+@dataclass(frozen=True)
+class Reproduce:
+    """Make the run behind an export again, and compare: exit code 0 if every outcome lies in its recorded interval.
+
+    Example: steer-heal reproduce USER/NAME
+    """
+
+    target: Positional[str]
+    """an export's folder or its reproduce.json, a run folder, or a model at the hub"""
+    out: str = "outputs"
+    """the folder that holds run folders"""
 
 
 @dataclass(frozen=True)
@@ -276,6 +304,7 @@ def verbs(chosen: Run) -> Any:
         | Annotated[Results, subcommand("results")]
         | Annotated[Report, subcommand("report")]
         | Annotated[Export, subcommand("export")]
+        | Annotated[Reproduce, subcommand("reproduce")]
         | Annotated[Chat, subcommand("chat")]
         | Annotated[Compare, subcommand("compare")]
         | Annotated[Trait, subcommand("trait")]

@@ -70,13 +70,13 @@ class Student:
         self._rest()
 
     def fold(self, rank: int = 0) -> float:
-        """Join the current round to the history. Gate (1, 1) before and gate (1, 0) after give the same model.
+        """Join the current round, if there is one, to the history. Gate (1, 1) before and (1, 0) after are one model.
 
         The factors are stacked: this is exact, and the history's rank grows by r each round. With `rank` above 0 a
         stack of a larger rank is compressed to the closest update of that rank, so the cost per token stays constant.
         Returns the relative error of the compression, in the Frobenius norm over all layers (0 when there is none).
         """
-        parts = [name for name in (self.history, NOW) if name is not None]
+        parts = [name for name in (self.history, NOW) if name in self.peft.peft_config]
         stacked = {path: _stacked([_factors(layer, part) for part in parts]) for path, layer in self._layers()}
         lost, total = 0.0, 0.0
         width = sum(self.peft.peft_config[part].r for part in parts)
@@ -86,7 +86,7 @@ class Student:
                 stacked[path] = (small.a, small.b)
                 lost, total, width = lost + small.lost, total + small.total, rank
         name = f"history{self.folded}"
-        config = replace(self.peft.peft_config[NOW], r=width, lora_alpha=width, rank_pattern={}, alpha_pattern={})
+        config = replace(self.peft.peft_config[parts[-1]], r=width, lora_alpha=width, rank_pattern={}, alpha_pattern={})
         self.peft.add_adapter(name, config)
         with torch.no_grad():
             for path, layer in self._layers():
@@ -126,6 +126,11 @@ class Student:
     def factors(self) -> list[Factors]:
         """The current round's update, layer by layer."""
         return [_factors(layer, NOW) for _, layer in self._layers()]
+
+    @property
+    def rank(self) -> int:
+        """The rank of the history."""
+        return self.peft.peft_config[self.history].r
 
     def updates(self) -> Iterator[tuple[str, Factors]]:
         """The history's update, layer by layer, each with its path in the model."""

@@ -1,7 +1,7 @@
 """The verb `export` to a .gguf file: an adapter, a whole model or a control vector for llama.cpp.
 
-Beside an adapter or a model lie an Ollama Modelfile and a model card. The GGUF file appears last: once it is there,
-all of them are.
+Beside an adapter or a model lie an Ollama Modelfile, a model card and what reproduces the run. The GGUF file appears
+last: once it is there, all of them are.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ import torch
 
 from steer_heal.bake.lowrank import Factors
 from steer_heal.bake.student import Student
+from steer_heal.commands.export import Source, folded
+from steer_heal.commands.hub import licence_of
 from steer_heal.config import PACKAGED_GGUF, UserError, model_name
 from steer_heal.distil.record import DoseCurve
 from steer_heal.files import sync, write_text, writing
@@ -27,12 +29,12 @@ from steer_heal.model.gguf_file import About, Directions, describe, opened, valu
 from steer_heal.model.gguf_layout import Layout, layout_of
 from steer_heal.model.loading import gguf_file
 from steer_heal.model.steering import Vector
-from steer_heal.report.card import model_card
+from steer_heal.report.card import Form, model_card
 from steer_heal.runs.reading import Run
-from steer_heal.runs.reading import load as read_run
+from steer_heal.runs.reproduction import REPRODUCE
 from steer_heal.runs.resume import opened as opened_run
 from steer_heal.runs.rounds import InRound
-from steer_heal.runs.student import base_of, finished_rounds, student_after, vector_of
+from steer_heal.runs.student import base_of, student_after, vector_of
 
 Kind = Literal["adapter", "model", "vector"]
 Weights = Literal["f16", "q8_0"]
@@ -48,21 +50,22 @@ TEMPLATE_NOTE = (
 )
 
 
-def export_gguf(folder: Path, to: Path, round_: int | None, kind: Kind, weights: Weights = "f16") -> None:
+def export_gguf(
+    folder: Path, to: Path, round_: int | None, kind: Kind, weights: Weights = "f16", rank: int | None = None
+) -> None:
     """Write a run's result into the file `to`.
 
     An adapter and a model hold the student after `round_` (the last one if None), a vector that of `round_` (the first
-    one if None) times the round's dose. A model needs a base that was loaded from a .gguf file: metadata, tokenizer and
-    chat template are that file's, and the update is added to its weights.
+    one if None) times the round's dose. An adapter of a larger rank is folded to `rank`. A model needs a base that was
+    loaded from a .gguf file: metadata, tokenizer and chat template are that file's, and the update is added to its
+    weights.
 
     Raises UserError when the folder is no run, the round was not finished, a file is in the way, or the base is of a
     family or a format that this cannot be made for.
     """
-    made = opened_run(folder)
+    of = Source(folder, 0 if kind == "vector" and round_ is None else round_)
+    run, rounds = of.run, of.rounds
     require_free(to, kind)
-    run = read_run(folder)
-    round_ = 0 if kind == "vector" and round_ is None else round_
-    rounds = finished_rounds(folder, run.config["rounds"], round_)
     base = _base_file(run.settings.model.path)
     if kind == "model" and base is None:
         raise UserError(
@@ -77,10 +80,17 @@ def export_gguf(folder: Path, to: Path, round_: int | None, kind: Kind, weights:
     else:
         student = student_after(folder, run.config, rounds)
         about = _about(run, f"{_base_name(run)} after {rounds} rounds of training")
+        form = Form(
+            kind=f"gguf {kind}",
+            files=(to.name, _base_gguf_name(run, base)),
+            fold=folded(student, rank) if kind == "adapter" else None,
+            licence=licence_of(run.settings.model.path),
+            reproduce=True,
+        )
+        card = model_card(of.made, form)
         result = Result(student, layout_of(student.lm), about)
-        card = model_card(run.summary, run.config, made.read("trait.json"), made.first_argv, rounds, f"gguf {kind}")
-        card = card.replace("THIS.gguf", to.name).replace("BASE.gguf", _base_gguf_name(run, base))
         files[to.with_suffix(".md").name] = lambda file: write_text(file, card)
+        files[to.with_suffix(f".{REPRODUCE}").name] = lambda file: write_text(file, of.reproduce)
         files[to.with_suffix(".Modelfile").name] = lambda file: write_text(file, modelfile(to, run, base, kind))
         if kind == "adapter":
             files[to.name] = result.write_adapter
@@ -91,7 +101,7 @@ def export_gguf(folder: Path, to: Path, round_: int | None, kind: Kind, weights:
 
 def require_free(to: Path, kind: Kind) -> None:
     """Raise UserError when a file that an export would write is there."""
-    beside = [] if kind == "vector" else [to.with_suffix(".md"), to.with_suffix(".Modelfile")]
+    beside = [] if kind == "vector" else [to.with_suffix(end) for end in (".md", ".Modelfile", f".{REPRODUCE}")]
     for path in (to, *beside):
         if path.exists():
             what = "is a folder" if path.is_dir() else "exists"

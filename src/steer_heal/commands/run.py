@@ -16,9 +16,9 @@ from steer_heal.eval.foundations import check_profile
 from steer_heal.heal.train import check_optimiser
 from steer_heal.model.lm import LM
 from steer_heal.model.loading import load
-from steer_heal.runs.environment import as_recorded, block_network, environment
+from steer_heal.runs.environment import block_network, environment
 from steer_heal.runs.folder import Damaged, RunDir
-from steer_heal.runs.resume import check_place, create, described, reopened, require_surroundings, trait_of
+from steer_heal.runs.resume import as_recorded, check_place, create, described, reopened, require_surroundings, trait_of
 from steer_heal.runs.summary import Summary
 from steer_heal.runs.tracking import check_tracker, follower
 from steer_heal.stages.run import Work

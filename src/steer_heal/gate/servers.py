@@ -18,6 +18,18 @@ def send(handler, text: str, status: int = 200, kind: str = "application/json") 
     handler.wfile.write(text.encode())
 
 
+def body(handler) -> bytes:
+    """What was sent: of a length that is said, or in chunks."""
+    if handler.headers.get("Transfer-Encoding") != "chunked":
+        return handler.rfile.read(int(handler.headers["Content-Length"]))
+    parts = []
+    while size := int(handler.rfile.readline(), 16):
+        parts.append(handler.rfile.read(size))
+        handler.rfile.readline()
+    handler.rfile.readline()
+    return b"".join(parts)
+
+
 @contextmanager
 def serving(endpoint, port: int = 0):
     """The URL of a server that answers by `endpoint.reply(handler, body)`; `endpoint.closed` is set at its end."""
@@ -27,7 +39,11 @@ def serving(endpoint, port: int = 0):
             endpoint.reply(self, {})
 
         def do_POST(self):
-            endpoint.reply(self, json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+            sent = body(self)
+            is_json = "ndjson" not in self.headers.get("Content-Type", "") and self.command == "POST"
+            endpoint.reply(self, json.loads(sent) if is_json else sent)
+
+        do_HEAD, do_PUT = do_GET, do_POST
 
         def log_message(self, *_):
             pass

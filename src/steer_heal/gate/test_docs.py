@@ -20,6 +20,7 @@ from steer_heal import cli, verbs
 from steer_heal.config import ANY, RunConfig, UserError, Within, flag, knobs
 from steer_heal.demands import check
 from steer_heal.presets import PRESETS
+from steer_heal.runs.resume import record_of
 from steer_heal.runs.rounds import InRound
 from steer_heal.sweep.plan import plan, seed_list
 
@@ -127,10 +128,24 @@ def commands(text: str, program: str) -> list[list[str]]:
 def typed(words: list[str], monkeypatch, tmp_path) -> None:
     """Read a command line with the program's own parser, up to where it would be carried out."""
     asked = []
-    for verb in ("run", "sweep", "evaluate", "results", "report", "export", "chat", "compare", "trait", "bench"):
+    for verb in (
+        "run",
+        "sweep",
+        "evaluate",
+        "results",
+        "report",
+        "export",
+        "reproduce",
+        "chat",
+        "compare",
+        "trait",
+        "bench",
+    ):
         monkeypatch.setattr(cli, verb, lambda *given: asked.append(given))
     monkeypatch.setattr("steer_heal.commands.preset._has_gpu", lambda: False)
     monkeypatch.setattr("steer_heal.runs.resume.started", lambda *_: ("smollm2-135m", PRESETS["smollm2-135m"]))
+    settings = record_of(PRESETS["smollm2-135m"], "smollm2-135m")
+    monkeypatch.setattr("steer_heal.commands.preset.read_config", lambda _: (settings, None))
     words = [PLACEHOLDERS.get(word, word) for word in words]
     if words in ([], *([verb] for verb in VERBS)):  # only named
         return
@@ -146,7 +161,7 @@ def typed(words: list[str], monkeypatch, tmp_path) -> None:
             plan(sweep.name, sweep.grid, seed_list(sweep.seeds), shared, tmp_path, "")
 
 
-VERBS = ("run", "sweep", "eval", "results", "report", "export", "chat", "compare", "trait", "bench")
+VERBS = ("run", "sweep", "eval", "results", "report", "export", "reproduce", "chat", "compare", "trait", "bench")
 
 
 @pytest.mark.parametrize("page", INSTRUCTIONS, ids=name_of)
@@ -225,7 +240,7 @@ def test_the_reference_has_every_flag_with_its_meaning_and_bounds():
         bounds = [mark.interval for mark in knob.marks if isinstance(mark, Within) and mark != ANY]
         assert all(one in takes for one in bounds) and len(meaning) > 3, knob.name
     forms = (verbs.Sweep, verbs.Eval, verbs.Results, verbs.Report, verbs.Export, verbs.Chat, verbs.Compare)
-    forms += (verbs.Trait, verbs.Bench)
+    forms += (verbs.Trait, verbs.Bench, verbs.Reproduce)
     for form in forms:
         listed = parts[f"steer-heal {form.__name__.lower()}"]
         for one in dataclasses.fields(form):

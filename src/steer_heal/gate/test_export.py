@@ -3,13 +3,16 @@
 import errno
 import json
 import math
+import re
 import shlex
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 import yaml
 from peft import PeftModel
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from steer_heal import data
@@ -24,9 +27,10 @@ from steer_heal.gate.conftest import tiny
 from steer_heal.gate.soak import WORDS
 from steer_heal.model.loading import load
 from steer_heal.presets import PRESETS
-from steer_heal.report.card import command, model_card
+from steer_heal.report.card import Form, Made, model_card
 from steer_heal.runs.folder import RunDir
 from steer_heal.runs.reading import load as read_run
+from steer_heal.runs.reproduction import command
 from steer_heal.runs.summary import STAGES
 from steer_heal.terminal import harmless
 
@@ -34,6 +38,7 @@ pytestmark = pytest.mark.run
 
 TINY = PRESETS["tiny-random"]
 IDS = torch.tensor([[7, 300, 41, 900, 12]])
+HOWTO = Path(data.__file__).parents[3] / "docs" / "howto" / "export.md"
 
 
 @pytest.fixture
@@ -79,6 +84,57 @@ def test_a_merged_model_loads_with_plain_transformers(finished, tmp_path, rounds
     assert text.endswith("<start_of_turn>model\n")
 
 
+def dense(folder):
+    """The update of every matrix in an adapter's folder: scale * B A, in float64."""
+    config = json.loads((folder / "adapter_config.json").read_text())
+    tensors = load_file(folder / "adapter_model.safetensors")
+    names = {name.partition(".lora_")[0].removeprefix("base_model.model.") for name in tensors}
+    factors = {n: [tensors[f"base_model.model.{n}.lora_{x}.weight"].double() for x in "AB"] for n in names}
+    return {name: config["lora_alpha"] / config["r"] * b @ a for name, (a, b) in factors.items()}
+
+
+def test_an_adapter_folded_to_a_rank_is_the_closest_one_and_its_card_says_what_that_loses(finished, tmp_path):
+    export(finished, tmp_path / "small", None, merge=False, rank=2)
+    own, small = dense(finished / "adapter"), dense(tmp_path / "small")
+    lost = 0.0
+    for name, delta in own.items():
+        u, s, v = torch.linalg.svd(delta)
+        torch.testing.assert_close(small[name], (u[:, :2] * s[:2]) @ v[:2], rtol=1e-4, atol=1e-6)
+        lost += (small[name] - delta).square().sum().item()
+    share = (lost / sum(delta.square().sum().item() for delta in own.values())) ** 0.5
+    card = (tmp_path / "small" / "README.md").read_text("utf-8")
+    assert share > 0.01 and f"Folded from rank 5 to rank 2: the update differs by {share:.1%}" in card
+    assert "Its rank is 2: vLLM takes it with `--max-lora-rank 8`" in card
+    assert json.loads((tmp_path / "small" / "adapter_config.json").read_text())["r"] == 2
+    export(finished, tmp_path / "wide", None, merge=False, rank=64)
+    wide = (tmp_path / "wide" / "README.md").read_text("utf-8")
+    assert "Folded" not in wide and "Its rank is 5" in wide
+    assert all(torch.equal(delta, own[name]) for name, delta in dense(tmp_path / "wide").items())
+
+
+@pytest.mark.skipif(not HOWTO.exists(), reason="the documentation is not installed with the package")
+def test_the_recipe_that_adds_one_trait_and_takes_another_away(finished, tmp_path, monkeypatch):
+    """The how-to's own lines, against the base with both updates added as dense matrices."""
+    (recipe,) = [
+        block for block in re.findall(r"```python\n(.*?)```", HOWTO.read_text("utf-8"), re.S) if "cat" in block
+    ]
+    monkeypatch.chdir(tmp_path)
+    base = load(TINY.model)
+    base.model.save_pretrained("base")
+    export(finished, Path("love-adapter"), 0, merge=False)
+    export(finished, Path("calm-adapter"), 1, merge=False)
+    names = {}
+    exec(recipe.replace("Qwen/Qwen2.5-0.5B-Instruct", "base"), names)
+    love, calm = dense(Path("love-adapter")), dense(Path("calm-adapter"))
+    with torch.no_grad():
+        for name, delta in love.items():
+            base.model.get_submodule(name).weight += (delta - 0.5 * calm[name]).float()
+        wanted = base.model(IDS).logits
+        torch.testing.assert_close(names["model"](IDS).logits, wanted, rtol=1e-4, atol=1e-4)
+        saved = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("base"), "love-not-calm/love-not-calm")
+        torch.testing.assert_close(saved(IDS).logits, wanted, rtol=1e-4, atol=1e-4)
+
+
 def test_the_model_card_says_what_was_measured_and_how_it_was_made(finished, tmp_path):
     export(finished, tmp_path / "out", 0, merge=False)
     card = (tmp_path / "out" / "README.md").read_text("utf-8")
@@ -97,7 +153,8 @@ def test_the_model_card_says_what_was_measured_and_how_it_was_made(finished, tmp
 def test_any_name_of_a_trait_is_a_tag_of_the_card(finished):
     run = read_run(finished)
     trait = json.loads((finished / "trait.json").read_text()) | {"name": 'no: [nonsense], "please" #1'}
-    head = model_card(run.summary, run.config, trait, ["run"], 1).split("---")[1]
+    made = Made(summary=run.summary, config=run.config, trait=trait, argv=["run"], rounds=1)
+    head = model_card(made, Form()).split("---")[1]
     assert yaml.safe_load(head)["tags"][-1] == trait["name"]
 
 

@@ -131,7 +131,7 @@ def test_beside_it_lie_a_modelfile_and_a_card_without_paths(on_gguf, tmp_path):
     export_gguf(on_gguf, tmp_path / "a.gguf", None, "adapter")
     export_gguf(on_gguf, tmp_path / "m.gguf", None, "model")
     export_gguf(on_gguf, tmp_path / "v.gguf", None, "vector")
-    beside = {f"{name}.{kind}" for name in "am" for kind in ("gguf", "md", "Modelfile")}
+    beside = {f"{name}.{kind}" for name in "am" for kind in ("gguf", "md", "Modelfile", "reproduce.json")}
     assert {file.name for file in tmp_path.iterdir()} == beside | {"v.gguf"}
     of_adapter, of_model = ((tmp_path / f"{name}.Modelfile").read_text() for name in "am")
     assert "\nFROM ./tiny-llama.Q4.gguf\nADAPTER ./a.gguf\n" in of_adapter
@@ -229,7 +229,7 @@ def test_what_is_written_is_whole_or_not_there(on_gguf, tmp_path, monkeypatch, k
         patch.setattr(exporting.os, "rename", dies_at_the_last)
         with pytest.raises(UserError, match=r"cannot write .*: No space left"):
             export_gguf(on_gguf, tmp_path / "x.gguf", None, kind)
-    assert sum(Path(target).parent == tmp_path for target in renamed) == (1 if kind == "vector" else 3)
+    assert sum(Path(target).parent == tmp_path for target in renamed) == (1 if kind == "vector" else 4)
     assert not list(tmp_path.iterdir())
     monkeypatch.setattr(exporting.gguf.GGUFWriter, "write_kv_data_to_file", full)
     with pytest.raises(UserError, match=r"cannot write .*: No space left"):

@@ -8,7 +8,6 @@ import os
 import platform
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -40,12 +39,6 @@ def environment(lm: LM) -> dict:
         "model": {"name": lm.name, "sha256": checksum(lm)},
         "template": lm.template.record,
     }
-
-
-def as_recorded(config: ModelConfig, env: dict) -> ModelConfig:
-    """The model of a run with what "auto" was when it began: the type of the weights, the day that prompts show."""
-    chosen = {"dtype": env["dtype"]["weights"], "date": env.get("template", {}).get("date")}
-    return replace(config, **{key: then for key, then in chosen.items() if then and getattr(config, key) == "auto"})
 
 
 def require_recorded(lm: LM, config: ModelConfig, env: dict) -> None:

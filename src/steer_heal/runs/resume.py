@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from steer_heal import VERSION
-from steer_heal.config import PLACE_FIELDS, RunConfig, UserError, nearest, of_record, of_today
+from steer_heal.config import PLACE_FIELDS, ModelConfig, RunConfig, UserError, nearest, of_record, of_today
 from steer_heal.data import Contrast, Trait, restored
 from steer_heal.files import remove, writing
 from steer_heal.records import unstructured
@@ -162,6 +162,12 @@ def settings(run: RunDir) -> tuple[str, RunConfig]:
 def preset_and_config(table: dict) -> tuple[str, RunConfig]:
     """Preset and config of the contents of config.json. Raises KeyError where their fields are not this version's."""
     return table["preset"], of_record({key: value for key, value in of_today(table).items() if key != "preset"})
+
+
+def as_recorded(config: ModelConfig, env: dict) -> ModelConfig:
+    """The model of a run with what "auto" was when it began: the type of the weights, the day that prompts show."""
+    chosen = {"dtype": env["dtype"]["weights"], "date": env.get("template", {}).get("date")}
+    return replace(config, **{key: then for key, then in chosen.items() if then and getattr(config, key) == "auto"})
 
 
 def record_of(config: RunConfig, preset: str) -> dict:

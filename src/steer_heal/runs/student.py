@@ -10,9 +10,9 @@ from steer_heal.config import ModelConfig, UserError
 from steer_heal.model.lm import LM
 from steer_heal.model.loading import load
 from steer_heal.model.steering import AnyVector
-from steer_heal.runs.environment import as_recorded, require_recorded
+from steer_heal.runs.environment import require_recorded
 from steer_heal.runs.folder import RunDir
-from steer_heal.runs.resume import opened
+from steer_heal.runs.resume import as_recorded, opened
 from steer_heal.runs.rounds import InRound, rounds_done
 from steer_heal.steer.extract import read_vector
 
