@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import difflib
-import json
 import os
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, fields, is_dataclass, replace
-from functools import cache, reduce
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, get_args, get_type_hints
 
@@ -194,6 +193,8 @@ class TrainingConfig:
     """rows per forward and backward pass, anchors included; fewer take less memory and more time; same gradient"""
     optimiser: Literal["adamw", "paged_adamw_8bit"] = "adamw"
     """paged_adamw_8bit: of bitsandbytes; its 8-bit moments move to main memory when the GPU is full; CUDA only"""
+    weight_decay: Annotated[float, NOT_NEGATIVE] = 0.0
+    """AdamW weight decay"""
     op_norm: Annotated[float, NOT_NEGATIVE] = 0.0
     """weight of a penalty on the mean squared operator norm (largest singular value) of the update; 0: no penalty"""
     checkpointing: bool = False
@@ -411,32 +412,13 @@ def of_record(table: dict, default: Any = None) -> Any:
     return replace(default, **values)
 
 
-# Of older records: what was done before a knob was there, and the one value, of a knob that has gone, still in use.
-LATER = {"steer.read": "assistant_tag", "steer.without": []}
-GONE = {"heal.training.weight_decay": 0.0}
+# Knobs of `steer` that came after the first 0.5, which older records lack, and what was done before.
+LATER = {"read": "assistant_tag", "without": []}
 
 
 def of_today(table: dict) -> dict:
     """The JSON record of a config with the knobs of this version."""
-    return _moved(table, LATER, GONE)
-
-
-def as_it_was(table: dict) -> dict:
-    """The JSON record of a config with the knobs of the first 0.5, as far as they say it: runs are known by it."""
-    return _moved(table, GONE, LATER)
-
-
-def _moved(table: dict, added: dict[str, Any], dropped: dict[str, Any]) -> dict:
-    """The record with the knobs of `added`, where it lacks them, and without those of `dropped` at these values."""
-    table = json.loads(json.dumps(table))
-    for name, value in (added | dropped).items():
-        *sections, key = name.split(".")
-        section = reduce(lambda inner, part: inner.get(part, {}), sections, table)
-        if name in added:
-            section.setdefault(key, value)
-        elif section.get(key) == value:
-            del section[key]
-    return table
+    return table | {"steer": LATER | table["steer"]}
 
 
 def flat(table: dict, joint: str = ".", before: str = "") -> Iterator[tuple[str, Any]]:

@@ -133,10 +133,10 @@ def _weights(barrier: BarrierConfig, turn: Turn) -> Multipliers:
 
 def _optimiser(parameters: list[torch.nn.Parameter], config: TrainingConfig) -> torch.optim.Optimizer:
     if config.optimiser == "adamw":
-        return torch.optim.AdamW(parameters, lr=config.lr, betas=BETAS, weight_decay=0.0)
+        return torch.optim.AdamW(parameters, lr=config.lr, betas=BETAS, weight_decay=config.weight_decay)
     from bitsandbytes.optim import PagedAdamW8bit
 
-    return PagedAdamW8bit(parameters, lr=config.lr, betas=BETAS, weight_decay=0.0)
+    return PagedAdamW8bit(parameters, lr=config.lr, betas=BETAS, weight_decay=config.weight_decay)
 
 
 def check_optimiser(config: TrainingConfig, device: torch.device) -> None:
