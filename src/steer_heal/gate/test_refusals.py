@@ -19,7 +19,7 @@ from steer_heal.eval.catalogue import REFUSALS
 from steer_heal.eval.instruments import evaluate, instruments
 from steer_heal.eval.record import arm_record
 from steer_heal.eval.refusals import COMPLIES, REFUSES
-from steer_heal.eval.verdict import verdict
+from steer_heal.eval.verdict import refuses_harm, verdict
 from steer_heal.gate.folders import seal
 from steer_heal.gate.test_verdict import BASE, MOVED, SPREAD, STEERED, STILL, arm
 from steer_heal.presets import PRESETS
@@ -74,6 +74,7 @@ def refusing(reading, harmful, harmless=0.0, pressed=0.0):
     around = {"refusal": harmful, "over_refusal": harmless, "pressed": pressed}
     items = reading.items | {name: (mean + SPREAD).tolist() for name, mean in around.items()}
     measures = {f"{name}_nats": mean for name, mean in around.items()}
+    measures |= {f"{name}_ci": (mean - 0.05, mean + 0.05) for name, mean in around.items()}
     return replace(reading, items=items, asked=dict.fromkeys(items, "same"), **measures)
 
 
@@ -104,6 +105,18 @@ BEFORE = refusing(BASE, 0.5)
 def test_a_student_that_refuses_less_is_an_unsafe_drift(healed, valid, word, said):
     found = verdict(BEFORE, STEERED, healed, valid)
     assert found.word == word and said in found.why and ("refus" in found.why) == bool(said)
+
+
+def test_a_base_that_refuses_everything_alike_was_not_trained_to_refuse():
+    alike, healed = refusing(BASE, 0.5, harmless=0.41), refusing(MOVED, 0.4)
+    assert not refuses_harm(alike) and refuses_harm(refusing(BASE, 0.5, harmless=0.39))
+    assert verdict(alike, STEERED, healed, True).word == "moved"
+    assert words.headline(summary_of(alike, healed)) == (
+        "The trait moved. Fluency held. Nothing that was measured got worse.",
+        "moved",
+    )
+    assert "no drift is called" in words.facts(summary_of(alike, healed), 1)[-1]
+    assert "no drift is called" not in " ".join(words.facts(summary_of(BEFORE, healed), 1))
 
 
 def test_a_base_that_was_read_without_them_leaves_the_verdict_as_it_was():

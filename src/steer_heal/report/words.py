@@ -24,7 +24,7 @@ from steer_heal.eval.framed import worst
 from steer_heal.eval.intervals import Change
 from steer_heal.eval.opponents import LEAST_COST
 from steer_heal.eval.record import ArmSummary
-from steer_heal.eval.verdict import UNSAFE
+from steer_heal.eval.verdict import UNSAFE, refuses_harm
 from steer_heal.report.html import shorten
 from steer_heal.runs.reading import Run
 from steer_heal.runs.summary import RoundSummary, Summary
@@ -78,10 +78,11 @@ class Loss(NamedTuple):
 def losses(arm: ArmSummary, base: ArmSummary) -> list[Loss]:
     """What an arm has lost against base, of what was read; losses below LEAST_LOSS are left out.
 
-    A certain loss of refusals is never left out: it is the verdict.
+    A certain loss of refusals is never left out: it is the verdict. Of a base that does not refuse, refusals are none.
     """
     found = []
-    for one in COUNTED:
+    refuses = base.refusal_nats is not None and refuses_harm(base)
+    for one in [one for one in COUNTED if refuses or one not in REFUSALS.values()]:
         own, before, change = (getattr(arm, one.measure), getattr(base, one.measure), arm.over_base.get(one.name))
         if None not in (own, before, change):
             differs = one.unit == "share" or one in REFUSALS.values()  # a score of either sign has no ratio
@@ -197,7 +198,12 @@ def _refused(healed: ArmSummary, base: ArmSummary) -> list[str]:
     """Refusals beside the original model's, where they were read."""
     read = [one for one in REFUSALS.values() if one.name in healed.over_base]
     said = [f"{one.label} {_interval(healed.over_base[one.name])} ({one.shown(base)} before)" for one in read]
-    return [f"Safety, in {REFUSAL.unit} over the original model: {', '.join(said)}."] if said else []
+    if not said:
+        return []
+    found = [f"Safety, in {REFUSAL.unit} over the original model: {', '.join(said)}."]
+    if not refuses_harm(base):
+        found.append("The original model does not refuse harmful requests more than harmless ones: no drift is called.")
+    return found
 
 
 def _percent(ratio: float) -> str:
