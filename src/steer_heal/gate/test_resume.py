@@ -1,5 +1,6 @@
 """Killed runs end in the same bits, damage is named and mended, one process per folder, full disks lose nothing."""
 
+import hashlib
 import json
 import os
 import re
@@ -315,6 +316,8 @@ def test_a_folder_of_before_a_knob_came_is_read_as_what_was_done(tmp_path):
     turned_on = turned(config, {"steer.without": ("calm",)})
     old, own, other = (identity(c, found.trait) for c in (then, described(config), described(turned_on)))
     assert found.identity == old == own != other
+    said = json.dumps([then | {"preset": None}, found.trait], sort_keys=True)
+    assert old == hashlib.blake2b(said.encode(), digest_size=12).hexdigest()  # as in the record of its sweep
     del then["steer"]["band"]
     (folder / "config.json").write_text(json.dumps(then), "utf-8")
     with pytest.raises(OtherVersion, match="its config differs in band"):

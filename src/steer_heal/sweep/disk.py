@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from steer_heal.config import UserError, of_today
+from steer_heal.config import LATER, UserError, of_today
 from steer_heal.eval.reading import ArmReading, paired
 from steer_heal.runs.folder import EVENTS, Damaged, RunDir
 from steer_heal.runs.resume import OtherVersion, opened
@@ -154,6 +154,10 @@ def value_of(config: dict, flag: str) -> str:
 
 
 def identity(config: dict, trait: dict | None) -> str:
-    """The identity of a run: a hash of its config (without its preset) and its trait."""
-    described = json.dumps([of_today(config) | {"preset": None}, trait], sort_keys=True)
+    """The identity of a run: a hash of its config (without its preset) and its trait.
+
+    Knobs that came later count where they are turned, so that older runs and the records of sweeps keep theirs.
+    """
+    turned = {key: value for key, value in config["steer"].items() if key not in LATER or value not in ((), LATER[key])}
+    described = json.dumps([config | {"preset": None, "steer": turned}, trait], sort_keys=True)
     return hashlib.blake2b(described.encode(), digest_size=12).hexdigest()
