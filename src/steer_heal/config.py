@@ -262,7 +262,7 @@ class Counts:
 # Arms are compared on the same items only, so the counts are chosen together and not one by one.
 SIZES = {
     "full": Counts(64, 24, 32, 64, 40, 16, 180, 20, 7, 32, 24, 24),
-    "demo": Counts(64, 24, 32, 32, 24, 16, 180, 4, 6, 8, 12, 24),
+    "demo": Counts(64, 24, 32, 32, 24, 16, 180, 4, 6, 8, 12, 12),
     "tiny": Counts(8, 8, 4, 8, 4, 2, 6, 1, 2, 3, 2, 2),
 }
 # Limits of a coherent demo answer. They are separate from the filter, so that arms of different filters are comparable.
