@@ -24,7 +24,9 @@ LONG = os.environ.get("STEER_HEAL_GATE_LONG") == "1"  # more rounds and random e
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "device: also run on a GPU by gate.gpu")
-    config.addinivalue_line("markers", "run: makes runs, starts processes or loads SmolLM2; `just check` leaves it out")
+    config.addinivalue_line(
+        "markers", "run: makes runs, starts processes, loads SmolLM2 or takes long; `just check` leaves it out"
+    )
 
 
 def tiny(**changes):

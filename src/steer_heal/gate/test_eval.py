@@ -56,6 +56,7 @@ def trait():
     return load_trait("love")
 
 
+@pytest.mark.run
 @pytest.mark.parametrize("system", [None, "You love people."])
 def test_all_instruments_equal_one_item_at_a_time(lm, trait, system):
     got = evaluate(Student(lm), Arm("x", system=system), trait, CONFIG, instruments(CONFIG, at_end=True))

@@ -340,6 +340,7 @@ def refused_run(capsys, words: list[str]) -> str:
     return capsys.readouterr().err
 
 
+@pytest.mark.run
 def test_the_harness_is_imported_only_when_asked():
     code = "import sys, steer_heal.cli, steer_heal.commands.benchmark; sys.exit('lm_eval' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -214,6 +214,7 @@ def test_tau_auto_is_a_share_of_what_the_teacher_diverges(lm, vector, agg):
     assert with_tau(lm, examples, config).barrier.tau == pytest.approx(0.3 * expected, rel=1e-3)
 
 
+@pytest.mark.run
 @pytest.mark.device
 @pytest.mark.parametrize("start", [0.0, 20.0])
 def test_the_dual_barrier_ends_at_tau_wherever_it_starts(lm, vector, start, monkeypatch):

@@ -162,6 +162,7 @@ def test_what_is_read_of_a_bf16_model_is_the_softmax_of_its_exact_logits():
     torch.testing.assert_close(kl.double(), (p.exp() * (p - q)).sum(-1), rtol=1e-4, atol=1e-3)
 
 
+@pytest.mark.run
 @pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="no promise of the same sums without Intel's library")
 @pytest.mark.parametrize("steered", [False, True])
 def test_a_row_has_the_same_bits_in_any_batch(lm, vector, steered, monkeypatch):

@@ -91,6 +91,7 @@ def test_training_asks_for_text_before_each_epoch_and_not_in_training_mode(lm, v
     assert [step.epoch for step in steps] == [0, 0, 1, 1, 2, 2]
 
 
+@pytest.mark.run
 @pytest.mark.device
 def test_the_student_comes_nearer_to_the_teacher_on_text_that_it_writes_afterwards(lm, vector):
     own = writer(lm, vector)
