@@ -23,6 +23,10 @@ class UserError(Exception):
     """An error that the user can fix. Its text is the one line they see: the value, what is allowed, the fix."""
 
 
+class Exhausted(UserError):
+    """Steering gives nothing to train on. In round 0 this is an error; in a later round it ends the loop."""
+
+
 @dataclass(frozen=True)
 class Within:
     """The interval that a knob's number, or both numbers of a pair, must lie in. A non-finite number lies in none."""

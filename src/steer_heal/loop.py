@@ -10,8 +10,7 @@ from dataclasses import replace
 
 from loguru import logger
 
-from steer_heal.config import UserError
-from steer_heal.distil.sample import Exhausted
+from steer_heal.config import Exhausted, UserError
 from steer_heal.eval.instruments import dropped
 from steer_heal.eval.reading import ArmReading, Survey
 from steer_heal.eval.verdict import expressible
@@ -38,10 +37,10 @@ def run(work: Work) -> Summary:
     stopped = ""
     for number in range(work.config.rounds):
         stage = RoundStages(work, number, rounds)
-        vector, layers = stage.extract()
-        if number == 0:
-            arms = replace(arms, plain=work.steer_plainly(vector))
         try:
+            vector, layers = stage.extract()
+            if number == 0:
+                arms = replace(arms, plain=work.steer_plainly(vector))
             dose = stage.find_dose(vector, layers)
             completions = stage.distil(vector, dose)
         except Exhausted as end:

@@ -15,6 +15,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
 )
 from huggingface_hub.utils import validate_repo_id
+from yaml import YAMLError
 
 from steer_heal.config import PACKAGED_GGUF, UserError, hub_id
 from steer_heal.model.gguf_file import opened, value
@@ -58,7 +59,7 @@ def licence_of(path: str) -> Licence | None:
             front = metadata_load(card)
         elif hub_id(path):
             front = HfApi().model_info(path, timeout=SECONDS).card_data
-    except (HTTPError, *OTHERS):  # no network, or no card
+    except (HTTPError, YAMLError, *OTHERS):  # no network, no card, or one that cannot be read
         return None
     if front is None or not isinstance(front.get("license"), str):
         return None
@@ -88,8 +89,9 @@ def require_free(repo: str, public: bool) -> None:
             return
     if any(file.rfilename != ".gitattributes" for file in there.siblings or ()):
         raise UserError(f"{what}: it has files already: choose a new name")
-    if not (public or there.private):
-        raise UserError(f"{what}: it is public: choose a new name, or say so with --public")
+    if bool(there.private) == public:
+        said, mend = ("private", "leave --public out") if public else ("public", "say so with --public")
+        raise UserError(f"{what}: it is {said}: choose a new name, or {mend}")
 
 
 def push(repo: str, files: dict[str, Path], public: bool) -> str:

@@ -20,10 +20,10 @@ from dataclasses import replace
 import numpy as np
 from scipy.optimize import isotonic_regression
 
-from steer_heal.config import JUDGES, DoseConfig
+from steer_heal.config import JUDGES, DoseConfig, Exhausted
 from steer_heal.distil.iso_kl import iso_kl
 from steer_heal.distil.record import Completion, DoseCurve, DosePoint
-from steer_heal.distil.sample import Exhausted, Progress, Teacher, sample
+from steer_heal.distil.sample import Progress, Teacher, sample
 from steer_heal.model.lm import Row
 
 MOST_DOSES = 10  # in a search

@@ -13,7 +13,7 @@ import torch
 from steer_heal import data
 from steer_heal.bake.student import Student
 from steer_heal.coherence import judge
-from steer_heal.config import DistilConfig, FilterConfig, UserError
+from steer_heal.config import DistilConfig, Exhausted, FilterConfig
 from steer_heal.data.frames import ANCHORED, PLAIN
 from steer_heal.distil.record import Anchor, Completion, DoseCurve
 from steer_heal.model.decode import Decoded, Sampling, decode
@@ -25,10 +25,6 @@ SAMPLED_PER_SURVIVOR = 2  # most completions sampled per completion wanted; at t
 LEAST = 16  # fewest survivors to train on, or a third of n_keep when that is fewer
 DOSE_SPREAD = 0.15  # completions are sampled at the chosen dose and at this share below and above it, a third each
 PARAGRAPH = "Please write a paragraph on a subject that you choose yourself."  # what plain text as a reply answers
-
-
-class Exhausted(UserError):
-    """Steering gives no text to train on. In round 0 this is an error; in a later round it ends the loop."""
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """The best of five system prompts: the rival that a user tries first. No torch.
 
 The largest of five noisy means, read on the items that it was chosen on, is too large. So the prompt is chosen on every
-fourth item and measured on the others. That takes half of the time that five whole readings would take.
+fifth item and measured on the others. That takes less than half of the time of whole readings.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from steer_heal.data import Item, Trait
 from steer_heal.eval.intervals import Change, Interval
 from steer_heal.eval.reading import ArmReading, change_of
 
-EVERY = 4  # the prompt is chosen on every fourth item
+EVERY = 5  # the prompt is chosen on every fifth item; odd, because yes/no questions may take turns
 MADE = (  # of the persona, where a trait file has no prompts of its own
     "{persona} Stay in character in every answer, whatever you are asked.",
     "{persona}\n\n{persona}",
@@ -26,14 +26,14 @@ MADE = (  # of the persona, where a trait file has no prompts of its own
 
 @dataclass(frozen=True, kw_only=True)
 class PromptsReading:
-    """Base under some system prompts: all of them on every fourth item, the best on the others."""
+    """Base under some system prompts: all of them on every fifth item, the best on the others."""
 
     asked: str
     """a fingerprint of all items, see `ArmReading`"""
     systems: list[str]
     """the positive persona first"""
     tried: list[list[float]]
-    """for each prompt the scores of every fourth item, on the trait's instrument"""
+    """for each prompt the scores of every fifth item, on the trait's instrument"""
     scores: list[float]
     """of the other items, under the best prompt"""
 
@@ -63,7 +63,7 @@ def other_prompts(trait: Trait, answers: list[tuple[str, str]]) -> list[str]:
 
 
 def parts(items: list[Item]) -> tuple[list[Item], list[Item]]:
-    """Every fourth item, on which a prompt is chosen, and the others, on which it is measured."""
+    """Every fifth item, on which a prompt is chosen, and the others, on which it is measured."""
     return items[::EVERY], [item for place, item in enumerate(items) if place % EVERY]
 
 

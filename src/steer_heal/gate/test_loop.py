@@ -18,8 +18,7 @@ from safetensors.torch import load_file
 
 from steer_heal import data, loop
 from steer_heal.cli import main
-from steer_heal.config import AnchorConfig, BarrierConfig, HealConfig, ModelConfig, UserError
-from steer_heal.distil.sample import Exhausted
+from steer_heal.config import AnchorConfig, BarrierConfig, Exhausted, HealConfig, ModelConfig, UserError
 from steer_heal.files import read_jsonl
 from steer_heal.gate.conftest import BRIEF, FEW, turned
 from steer_heal.gate.processes import command, started

@@ -336,9 +336,11 @@ def test_the_record_has_no_path_and_says_what_was_auto(whole, tmp_path):
     config = json.loads((run / "config.json").read_text())
     config["model"] |= {"path": "/home/me/models/mine", "dtype": "auto"}
     config |= {"trait": "/home/me/traits/kind.toml", "steer": config["steer"] | {"method": "file:/home/me/v.gguf"}}
+    config["steer"]["without"] = ["calm", "/home/me/near.toml"]
     (run / "config.json").write_text(json.dumps(config))
     seal(run)
     text = json_text(unstructured(reproducible(read_run(run), RunDir(run), 2)))
     found = json.loads(text)["config"]
     assert "/home" not in text and (found["model"]["path"], found["model"]["dtype"]) == ("mine", "float32")
     assert (found["trait"], found["steer"]["method"]) == ("kind.toml", "file:v.gguf")
+    assert found["steer"]["without"] == ["calm", "near.toml"]

@@ -1,6 +1,7 @@
 """The survey of plain steering, and the table of what a run measured for itself."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,8 +14,10 @@ from steer_heal.eval.arms import Arm
 from steer_heal.eval.instruments import evaluate
 from steer_heal.eval.reading import Survey, SurveyedBand, SurveyedDose, trait_over
 from steer_heal.eval.survey import dose_of, part_of, survey
+from steer_heal.gate.test_harness import changed_student
 from steer_heal.model.steering import Vector
 from steer_heal.presets import PRESETS
+from steer_heal.stages.round import RoundStages
 from steer_heal.steer.extract import Extraction
 from steer_heal.steer.layers import LayerReport
 
@@ -68,3 +71,13 @@ def test_a_dose_is_a_share_of_the_residual_stream_over_all_blocks():
     vector = Vector((1,), torch.ones(1, 4))
     with pytest.raises(ValueError, match="not in"):
         part_of(Extraction(vector, [report(1, 0.1)]), (2,))
+
+
+def test_the_cost_of_a_dose_is_that_of_steering_the_student_so_far(vector, monkeypatch):
+    monkeypatch.setattr(module, "QUESTIONS", CONFIG.counts.yes_no)
+    monkeypatch.setattr(module, "TEXTS", CONFIG.counts.neutral)
+    student, trait = changed_student(), data.load_trait("love")
+    cost = RoundStages.cost_of(SimpleNamespace(work=SimpleNamespace(student=student, trait=trait)), vector)
+    before, after = (evaluate(student, Arm("x", vector=vector, dose=dose), trait, CONFIG) for dose in (0.0, 0.7))
+    lost = 1 - after.answer_mass / before.answer_mass, after.neutral_ppl / before.neutral_ppl - 1
+    assert cost(0.7) == pytest.approx(max(lost), abs=1e-3)

@@ -379,17 +379,17 @@ def test_a_broken_round_says_that_others_follow_and_only_then():
     assert verdict_line(moved, 2) == verdict_line(moved, 0) == "moved (answer mass 83% of base)"
 
 
-def test_the_best_prompt_is_chosen_on_every_fourth_item_and_measured_on_the_others_by_hand():
-    """On items 0 and 4 the third prompt is best. On the others, where it is measured, the second would be."""
+def test_the_best_prompt_is_chosen_on_every_fifth_item_and_measured_on_the_others_by_hand():
+    """On items 0 and 5 the third prompt is best. On the others, where it is measured, the second would be."""
     scores = {
         "persona": [0.1] * 7,
-        "second": [0.0, 0.9, 0.7, 0.5, 0.1, 0.7, 0.8],
-        "third": [0.6, 0.1, 0.2, 0.0, 0.5, 0.3, 0.0],
+        "second": [0.0, 0.9, 0.7, 0.5, 0.7, 0.1, 0.8],
+        "third": [0.6, 0.1, 0.2, 0.0, 0.3, 0.5, 0.0],
     }
-    tried = [[own[0], own[4]] for own in scores.values()]
+    tried = [[own[0], own[5]] for own in scores.values()]
     assert best_of(tried) == 2 and parts(scores["third"]) == ([0.6, 0.5], [0.1, 0.2, 0.0, 0.3, 0.0])
     read = PromptsReading(asked="same", systems=list(scores), tried=tried, scores=parts(scores["third"])[1])
-    before, after = [9.0, 0.1, 0.0, 0.1, 9.0, 0.1, 0.0], [9.0, 0.6, 0.5, 0.6, 9.0, 0.6, 0.5]
+    before, after = [9.0, 0.1, 0.0, 0.1, 0.1, 9.0, 0.0], [9.0, 0.6, 0.5, 0.6, 0.6, 9.0, 0.5]
     base, healed = (
         ArmReading(
             arm="a", instrument="contrast", dose=0.0, read=[], items={"contrast": items}, asked={"contrast": "same"}

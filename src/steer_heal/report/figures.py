@@ -94,12 +94,15 @@ def paths_figure(paths: list[tuple[str, Summary]]) -> go.Figure:
     """
     fig = go.Figure()
     rivals, dashes = paths[0][1], ("solid", "dash", "dot")
-    arms = [rivals.prompted, *rivals.plain, *(r.healed for _, summary in paths for r in summary.rounds)]
+    steered = {tuple((arm.dose, arm.trait_over_base) for arm in own.plain): (name, own.plain) for name, own in paths}
+    arms = [rivals.prompted, *(arm for _, plain in steered.values() for arm in plain)]
+    arms += [r.healed for _, summary in paths for r in summary.rounds]
     costs = [cost for arm in arms for cost in (arm.coherence_cost, arm.worst_cost) if math.isfinite(cost)]
     ends = [min(-0.1, *costs) - 0.02, min(1.0, max(costs) + 0.05)]
-    if rivals.plain:
-        doses = [f"dose {arm.dose:.2g}" for arm in rivals.plain]
-        _path(fig, "base, plainly steered", rivals.plain, doses, COLOURS["steered"], "solid")
+    for name, plain in steered.values():
+        if plain:
+            label = f"base, plainly steered{f': {name}' if len(steered) > 1 else ''}"
+            _path(fig, label, plain, [f"dose {arm.dose:.2g}" for arm in plain], COLOURS["steered"], "solid")
     _path(fig, "prompted", [rivals.prompted], ["persona"], COLOURS["prompted"], "dot")
     if best := rivals.best_prompt:  # its cost is not read
         y, (low, high) = best.trait_over_base, best.trait_over_base_ci

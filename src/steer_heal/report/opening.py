@@ -29,7 +29,7 @@ ARMS = {
     "base": "the original model",
     "prompted": "the original model with the positive persona as its system prompt",
     "best prompt": "the original model under the best of five system prompts, the persona among them: chosen on a "
-    "quarter of the questions, measured on the others",
+    "fifth of the questions, measured on the others",
     "equal cost": f"the original model with the vector added, at the dose whose cost is the student's (at least "
     f"{LEAST_COST:.0%})",
     "equal trait": "the original model with the vector added, at the dose that moves the trait as far as the student",

@@ -67,7 +67,11 @@ def reproducible(run: Run, folder: RunDir, rounds: int) -> Reproducible:
     config = replace(
         config,
         model=replace(as_recorded(config.model, run.env), path=without_folders(config.model.path)),
-        steer=replace(config.steer, method=without_folders(config.steer.method)),
+        steer=replace(
+            config.steer,
+            method=without_folders(config.steer.method),
+            without=tuple(map(without_folders, config.steer.without)),
+        ),
         trait=without_folders(config.trait),
     )
     done = run.summary.rounds[rounds - 1]

@@ -21,7 +21,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from steer_heal.config import FILE, SteerConfig, UserError
+from steer_heal.config import FILE, Exhausted, SteerConfig
 from steer_heal.model.decode import decode
 from steer_heal.model.forward import last_token_states, mean_states
 from steer_heal.model.lm import LM, Row
@@ -117,8 +117,8 @@ def extract(
 
     A vector from a file is not extracted: the personas' states tell how well it fits them.
 
-    Raises UserError for a vector without a direction: zero, not finite, or with hardly anything left without the other
-    traits; and for a file that does not fit the model.
+    Raises Exhausted for a vector without a direction: zero, not finite, or with hardly anything left without the other
+    traits. Raises UserError for a file that does not fit the model.
     """
     from_others = config.method.startswith((lite.PREFIX, FILE))
     method = METHODS["mean_diff" if from_others else config.method]
@@ -152,12 +152,12 @@ def extract(
 
 
 def _require_direction(layers: tuple[int, ...], norms: list[float]) -> None:
-    """Raise UserError for a norm that is zero or not finite: steering along it and training on it would do nothing."""
+    """Raise Exhausted for a norm that is zero or not finite: steering along it and training on it would do nothing."""
     for layer, norm in zip(layers, norms, strict=True):
         if not 0 < norm < math.inf:
             same = "both personas leave the model in the same state, so write personas that differ"
             broken = "the model's states are not finite, so try --model.dtype float32 or other weights"
-            raise UserError(f"the steering vector of block {layer} has norm {norm:g}: {broken if norm else same}")
+            raise Exhausted(f"the steering vector of block {layer} has norm {norm:g}: {broken if norm else same}")
 
 
 def answer_states(

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from steer_heal.config import UserError
+from steer_heal.config import Exhausted
 
 LEAST_LEFT = 0.1  # share of the norm; what is left of a vector below it is no more than noise
 SAME = 1e-3  # of directions of length 1, as a singular value: below it they say nothing that the others do not
@@ -36,10 +36,10 @@ def outside(states: Float[Tensor, "n l d"], bases: list[Float[Tensor, "r _"]]) -
 
 
 def require_left(layers: tuple[int, ...], left: list[float], named: str) -> None:
-    """Raise UserError for a block in which hardly anything is left of the vector's norm."""
+    """Raise Exhausted for a block in which hardly anything is left of the vector's norm."""
     least, layer = min(zip(left, layers, strict=True))
     if not least >= LEAST_LEFT:
-        raise UserError(
+        raise Exhausted(
             f"steer.without {named}: of the vector of block {layer} only {least:.1%} of the norm is left, and "
             f"{LEAST_LEFT:.0%} is the least: name fewer traits, or traits that are less alike"
         )

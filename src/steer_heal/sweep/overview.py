@@ -82,8 +82,10 @@ def page(groups: dict[str, tuple[list[Found], pl.DataFrame]]) -> str:
     sections = []
     if len(groups) > 1:
         named = list(zip(names([group for group, _ in groups.values()]), summaries.values(), strict=True))
-        units = dict.fromkeys(summary.unit for _, summary in named)
-        panels = [panel("", paths_figure([path for path in named if path[1].unit == unit])) for unit in units]
+        alike: dict[tuple, list[tuple[str, Summary]]] = {}
+        for name, summary in named:
+            alike.setdefault((summary.model, summary.trait, summary.unit), []).append((name, summary))
+        panels = [panel(safe(f"{model}, {trait}"), paths_figure(paths)) for (model, trait, _), paths in alike.items()]
         sections.append(section("Trait against cost, every arm", PATHS, "".join(panels)))
     for title, (_, table) in groups.items():
         summary = summaries[title]
