@@ -34,6 +34,7 @@ def collected(run: Path) -> dict:
     opponents = [r.get(arm) for r in summary["rounds"] for arm in ("equal_cost", "equal_trait")]
     steered = [*summary["plain"], *filter(None, opponents)]
     by_dose = {round(arm["dose"], 6): _arm(arm) for arm in steered}
+    best, persona = summary["best_prompt"], json.loads((run / "trait.json").read_text("utf-8"))["positive"]
     return {
         "run": run.resolve().name,
         "trait": summary["trait"],
@@ -42,6 +43,7 @@ def collected(run: Path) -> dict:
         "answers": [{arm: json.loads(line)[arm] for arm in ("prompt", "base", "healed")} for line in lines],
         "base": _arm(summary["base"]),
         "prompted": _arm(summary["prompted"]),
+        "best_prompt": {"tried": best["tried"], "is_persona": best["system"] == persona, **_arm(best)},
         "equal_trait": _arm(last["equal_trait"]),
         "equal_cost": _arm(last["equal_cost"]),
         "students": [_arm(r["healed"]) for r in summary["rounds"]],
@@ -72,8 +74,12 @@ def _cut(answer: str) -> str:
 
 def table(data: dict) -> str:
     """Four arms against base: how far the trait moved, and two costs."""
+    best = data["best_prompt"]
+    which = (
+        f"best of {best['tried']}" if best["is_persona"] else f"best of {best['tried']}: {best['trait_over_base']:+.3f}"
+    )
     rows = {
-        "persona as a system prompt (one tried)": data["prompted"],
+        f"persona as a system prompt ({which})": data["prompted"],
         "vector at run time, equal trait": data["equal_trait"],
         "vector at run time, equal cost": data["equal_cost"],
         "**student**": data["students"][-1],

@@ -185,8 +185,8 @@ class AnchorConfig:
 class TrainingConfig:
     """The optimiser and its batches."""
 
-    lr: Annotated[float, POSITIVE, COMMON] = 2e-4
-    """peak learning rate in round 0"""
+    lr: Annotated[float | Literal["auto"], POSITIVE, COMMON] = 2e-4
+    """peak learning rate in round 0; auto: halved until no barrier is far exceeded in the first epoch"""
     lr_round_pow: Annotated[float, ANY] = 0.0
     """lr_r = lr * (1 + round) ** lr_round_pow"""
     epochs: Annotated[int | Literal["auto"], COUNT, COMMON] = 2

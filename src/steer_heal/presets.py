@@ -39,7 +39,7 @@ AUTO = RunConfig(
         target=TargetConfig(kind="mirrored"),
         barrier=replace(BUDGET, tau="auto", tau_share=0.3),
         anchor=AnchorConfig(prompts=96, tau="auto"),
-        training=TrainingConfig(lr=4e-4, lr_round_pow=-1.0, epochs="auto", pass_rows=9),
+        training=TrainingConfig(lr="auto", lr_round_pow=-1.0, epochs="auto", pass_rows=9),
         lora=AdapterConfig(r=16),
     ),
     eval=EvalConfig(size="demo", ends_only=EXTRA, plain_range="auto"),
@@ -51,7 +51,7 @@ AUTO_GPU = replace(
     dose=AUTO.dose,
     heal=replace(
         AUTO.heal,
-        training=replace(PUBLISHED.heal.training, lr_round_pow=-1.0, epochs="auto"),
+        training=replace(PUBLISHED.heal.training, lr="auto", lr_round_pow=-1.0, epochs="auto"),
         lora=PUBLISHED.heal.lora,
     ),
     eval=replace(PUBLISHED.eval, plain_range="auto"),

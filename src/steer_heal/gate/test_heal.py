@@ -360,6 +360,35 @@ def test_the_number_of_epochs_is_found_in_training(lm, vector):
     assert records[-1].lr < 0.3 * records[0].lr
 
 
+def test_a_learning_rate_that_overshoots_a_bound_is_halved_and_the_round_begun_again(lm, vector, monkeypatch):
+    """`auto` ends in the same bits as a run at the rate that it found; at twice that rate a bound is overshot."""
+    monkeypatch.setattr(heal_module, "FIRST_RATE", 0.1)
+    of = {"training.lr": "auto", "training.batch": 1, "training.epochs": 3, "anchor.prompts": 2}
+    config = turned(BASE, of | {"barrier.tau": 0.05, "anchor.tau": 0.05})
+    student, _, examples, anchors = student_with_update(lm, vector, config, scale=0.0)
+
+    def trained(rate, turn):
+        done: list[int] = []
+        knobs = turned(config, {"training.lr": rate})
+        steps = heal(fresh(student, config), always(examples), anchors, knobs, turn, done.append)
+        assert sum(done) == config.training.epochs * len(examples)
+        return [replace(step, step_seconds=0.0, tokens_per_s=0.0) for step in steps], student.trainable()
+
+    def overshoot(steps):
+        first = [step for step in steps if step.epoch == 0]
+        return max(max(step.divergence / 0.05, step.anchor_divergence / 0.05) for step in first)
+
+    steps, weights = trained("auto", Turn(0, 0))
+    kept = [weight.detach().clone() for weight in weights]
+    found = max(step.lr for step in steps)
+    assert round(0.1 / found) in (2, 4, 8, 16) and overshoot(steps) <= 3
+    again, weights = trained(found, Turn(0, 0))
+    assert steps == again and all(map(torch.equal, kept, weights))
+    assert overshoot(trained(2 * found, Turn(0, 0))[0]) > 3
+    later, _ = trained("auto", Turn(1, 0, before=steps))
+    assert max(step.lr for step in later) <= found
+
+
 def test_later_rounds_take_smaller_steps(lm, vector):
     config = turned(BASE, {"training.lr": 4e-3, "training.lr_round_pow": -0.5})
     student, _, examples, _ = student_with_update(lm, vector, config, scale=0.0)

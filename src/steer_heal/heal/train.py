@@ -32,6 +32,9 @@ CLIP = 1.0
 ANCHORS_A_STEP = 3  # anchor completions per step; 6 changed nothing (docs/archive/teacher-text.md)
 DUAL_START = 1.0  # a multiplier before the first step; the constraint soon moves it
 BUCKET = 8  # batches whose examples are sorted by length together
+FIRST_RATE = 4e-4  # lr auto: tried first
+HALVINGS = 5  # lr auto: most times that the rate is halved
+OVERSHOT = 3.0  # lr auto: a divergence above this times its bound, in the first epoch, is a step too far
 
 
 class NonFinite(UserError):
@@ -59,42 +62,80 @@ def heal(
 ) -> list[HealStep]:
     """Train the current round's adapter in place; `config.barrier.tau` must be a number (`with_tau`).
 
-    `text` gives the examples of an epoch, the same number in each. Returns one `HealStep` per optimiser step.
+    `text` gives the examples of an epoch, the same number in each. Returns one `HealStep` per optimiser step. With lr
+    `auto`, a first epoch in which a divergence overshoots its bound is undone and begun again at half the rate.
 
     Raises NonFinite with the step, the batch and the term that is not finite.
     """
-    shuffle, knobs = random.Random(turn.seed), config.training
-    examples = text(0)
+    knobs, examples = config.training, text(0)
     first = _objective(student, examples, config) if knobs.epochs == "auto" else math.nan
-    schedule = Schedule(math.ceil(len(examples) / knobs.batch), knobs.epochs, first)
-    descent = Descent(student, config, turn, schedule)
-    while not schedule.done:
-        examples = text(schedule.epoch)
-        numbers = {id(e): i for i, e in enumerate(examples)}
-        with student.view(train=True), recomputation(student.lm, knobs.checkpointing):
-            for batch in _epoch_batches(examples, knobs.batch, shuffle):
-                joined = batch + shuffle.sample(anchors, min(len(anchors), ANCHORS_A_STEP))
-                descent.step(joined, [numbers[id(e)] for e in batch])
-                on_rows(len(batch))
-        schedule.next_epoch(descent.records)
+    untrained = [parameter.detach().clone() for parameter in student.trainable()]
+    rate = _first_rate(knobs, turn)
+    for left in reversed(range(1 + HALVINGS)):
+        schedule = Schedule(math.ceil(len(examples) / knobs.batch), knobs.epochs, first)
+        descent, shuffle = Descent(student, config, turn, schedule, rate), random.Random(turn.seed)
+        while not schedule.done:
+            descent.epoch(text(schedule.epoch), anchors, shuffle, on_rows)
+            over = descent.overshoot if knobs.lr == "auto" and schedule.epoch == 1 and left else 0.0
+            if over > OVERSHOT:
+                break
+        else:
+            break
+        logger.info(f"learning rate {rate:.2g} is too high: a divergence was {over:.1f} times its bound. Trying half")
+        rate /= 2
+        on_rows(-len(examples))
+        with torch.no_grad():
+            for parameter, start in zip(student.trainable(), untrained, strict=True):
+                parameter.copy_(start)
     if schedule.why:
         logger.info(f"trained for {schedule.epoch} epochs: {schedule.why}")
         on_rows(len(examples) * (most_epochs(knobs.epochs) - schedule.epoch))
     return [HealStep(**record) for record in descent.records]
 
 
+def _first_rate(knobs: TrainingConfig, turn: Turn) -> float:
+    """The round's peak learning rate; for `auto` the one tried first, which is that of the round before, if any."""
+    round_, power = turn.number, knobs.lr_round_pow
+    if knobs.lr == "auto" and turn.before:
+        return max(step.lr for step in turn.before) * ((1 + round_) / round_) ** power
+    return (FIRST_RATE if knobs.lr == "auto" else knobs.lr) * (1 + round_) ** power
+
+
 class Descent:
     """The optimiser of one round, its learning-rate schedule and the barrier's weights."""
 
-    def __init__(self, student: Student, config: HealConfig, turn: Turn, schedule: Schedule) -> None:
+    def __init__(self, student: Student, config: HealConfig, turn: Turn, schedule: Schedule, rate: float) -> None:
+        """`rate` is the peak learning rate."""
         knobs = config.training
-        self.lm, self.config, self.turn, self.schedule = student.lm, config, turn, schedule
+        self.student, self.config, self.turn, self.schedule, self.lr = student, config, turn, schedule, rate
         self.parameters = student.trainable()
-        self.lr = knobs.lr * (1 + turn.number) ** knobs.lr_round_pow
         self.optimiser = _optimiser(self.parameters, knobs)
         self.records: list[dict] = []  # the fields of each step's `HealStep`
         self.operator_norm = OperatorNorm(student.factors(), turn.seed) if knobs.op_norm else None
         self.lam = _weights(config.barrier, turn)
+
+    @property
+    def overshoot(self) -> float:
+        """The largest divergence so far, as a multiple of its bound."""
+        bounds = {"divergence": "tau", "anchor_divergence": "anchor_tau"}
+        pairs = [(record.get(name), record[bound]) for record in self.records for name, bound in bounds.items()]
+        return max((found / bound for found, bound in pairs if found is not None and bound), default=0.0)
+
+    def epoch(
+        self,
+        examples: list[Example],
+        anchors: list[Example],
+        shuffle: random.Random,
+        on_rows: Callable[[int], None],
+    ) -> None:
+        """Do one pass over the examples, each step with some anchors."""
+        knobs, numbers = self.config.training, {id(e): i for i, e in enumerate(examples)}
+        with self.student.view(train=True), recomputation(self.student.lm, knobs.checkpointing):
+            for batch in _epoch_batches(examples, knobs.batch, shuffle):
+                joined = batch + shuffle.sample(anchors, min(len(anchors), ANCHORS_A_STEP))
+                self.step(joined, [numbers[id(e)] for e in batch])
+                on_rows(len(batch))
+        self.schedule.next_epoch(self.records)
 
     def step(self, batch: list[Example], kept: list[int]) -> None:
         """Do one optimiser step and note it. `kept` numbers the batch's completions."""
@@ -103,7 +144,7 @@ class Descent:
         for group in self.optimiser.param_groups:
             group["lr"] = rate
         record = {"step": number, "epoch": self.schedule.epoch, "lr": rate}
-        record |= accumulate(self.lm, batch, self.config, self.lam)
+        record |= accumulate(self.student.lm, batch, self.config, self.lam)
         if self.operator_norm is not None:
             penalty = self.operator_norm()
             (knobs.op_norm * penalty).backward()
@@ -132,11 +173,12 @@ def _weights(barrier: BarrierConfig, turn: Turn) -> Multipliers:
 
 
 def _optimiser(parameters: list[torch.nn.Parameter], config: TrainingConfig) -> torch.optim.Optimizer:
+    """The optimiser; each step sets its own learning rate."""
     if config.optimiser == "adamw":
-        return torch.optim.AdamW(parameters, lr=config.lr, betas=BETAS, weight_decay=config.weight_decay)
+        return torch.optim.AdamW(parameters, lr=FIRST_RATE, betas=BETAS, weight_decay=config.weight_decay)
     from bitsandbytes.optim import PagedAdamW8bit
 
-    return PagedAdamW8bit(parameters, lr=config.lr, betas=BETAS, weight_decay=config.weight_decay)
+    return PagedAdamW8bit(parameters, lr=FIRST_RATE, betas=BETAS, weight_decay=config.weight_decay)
 
 
 def check_optimiser(config: TrainingConfig, device: torch.device) -> None:

@@ -35,6 +35,8 @@ def choices(config: RunConfig, survey: Survey | None, first: Round) -> list[Choi
     if heal.anchor.tau == "auto" and (tau := first.steps[0].anchor_tau) is not None:
         measured = f"on the anchor's texts the teacher diverges by {tau / ANCHOR_TAU_SHARE:.2f} nats from base"
         found.append(Choice("heal.anchor.tau", measured, f"{tau:.3g} nats", f"{ANCHOR_TAU_SHARE:g} of that"))
+    if heal.training.lr == "auto":
+        found.append(_rate(first.steps))
     if heal.training.epochs == "auto":
         found.append(_epochs(first.steps))
     return found
@@ -65,6 +67,15 @@ def _dose(curve: DoseCurve) -> Choice:
     return Choice(
         "dose.range", f"unsteered: {seen[0]}; at dose {most.dose:.2f}: {seen[1]}", f"dose {curve.dose:.2f}", why
     )
+
+
+def _rate(steps: list[HealStep]) -> Choice:
+    first = [step for step in steps if step.epoch == 0]
+    most = [max((step.divergence / step.tau for step in first if step.tau), default=0.0)]
+    most += [max((step.anchor_divergence / step.anchor_tau for step in first if step.anchor_tau), default=0.0)]
+    measured = f"in the first epoch the divergence rose to {most[0]:.1f} times its limit, the anchor's to {most[1]:.1f}"
+    rate = max(step.lr for step in steps)
+    return Choice("heal.training.lr", measured, f"{rate:.2g}", "halved until neither is far exceeded")
 
 
 def _epochs(steps: list[HealStep]) -> Choice:
