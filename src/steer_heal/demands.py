@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from datetime import date
 
-from steer_heal.config import FILE, STEER_METHODS, Knob, RunConfig, UserError, Within, knobs, nearest
+from steer_heal.config import FILE, STEER_METHODS, Knob, RunConfig, SteerConfig, UserError, Within, knobs, nearest
 
 
 def check(config: RunConfig) -> None:
@@ -28,28 +28,11 @@ def _check_within(knob: Knob, bound: Within) -> None:
 
 def _demands(config: RunConfig) -> list[tuple[bool, str]]:
     """Return conditions that a bound on one field cannot express, each with the complaint when it fails."""
-    method, barrier = config.steer.method, config.heal.barrier
+    barrier = config.heal.barrier
     ranges = {"dose.range": config.dose.range, "eval.plain_range": config.eval.plain_range}
     ranges = {name: value for name, value in ranges.items() if value != "auto"}
     return [
-        (
-            method in STEER_METHODS or method.startswith(("lite:", FILE)),
-            f"steer.method {method!r} is not known{nearest(method, STEER_METHODS)}: "
-            f"choose {', '.join(STEER_METHODS)}, lite:NAME or file:PATH",
-        ),
-        (
-            config.steer.band != "auto" or method in ("mean_diff", "pca", "random") or method.startswith(FILE),
-            "steer.band auto needs a vector that is added: choose steer.method mean_diff or pca instead of "
-            f"{method}, or give two shares of depth",
-        ),
-        (
-            not config.steer.without or method in ("mean_diff", "pca"),
-            f"steer.without has no meaning with steer.method {method}: choose mean_diff or pca, or leave it out",
-        ),
-        (
-            config.steer.read == "assistant_tag" or method in STEER_METHODS,
-            f"steer.read answer has no meaning with steer.method {method}: choose {', '.join(STEER_METHODS)}",
-        ),
+        *_of_vectors(config.steer),
         (
             config.dose.range != "auto" or config.dose.kl_target == "none",
             "dose.kl_target needs two numbers in dose.range: a search by survival would not find its dose",
@@ -75,6 +58,31 @@ def _demands(config: RunConfig) -> list[tuple[bool, str]]:
         (
             bool(config.resume) or not (config.recompute or config.allow_change),
             "--recompute and --allow-change need a run to resume: give its folder with --resume",
+        ),
+    ]
+
+
+def _of_vectors(steer: SteerConfig) -> list[tuple[bool, str]]:
+    """The conditions on how the vector is made."""
+    method = steer.method
+    return [
+        (
+            method in STEER_METHODS or method.startswith(("lite:", FILE)),
+            f"steer.method {method!r} is not known{nearest(method, STEER_METHODS)}: "
+            f"choose {', '.join(STEER_METHODS)}, lite:NAME or file:PATH",
+        ),
+        (
+            steer.band != "auto" or method in ("mean_diff", "pca", "random") or method.startswith(FILE),
+            "steer.band auto needs a vector that is added: choose steer.method mean_diff or pca instead of "
+            f"{method}, or give two shares of depth",
+        ),
+        (
+            not steer.without or method in ("mean_diff", "pca"),
+            f"steer.without has no meaning with steer.method {method}: choose mean_diff or pca, or leave it out",
+        ),
+        (
+            steer.read == "assistant_tag" or method in STEER_METHODS,
+            f"steer.read answer has no meaning with steer.method {method}: choose {', '.join(STEER_METHODS)}",
         ),
     ]
 
