@@ -2,10 +2,10 @@
 
 Three things are read at each dose. Survival is the share of completions that pass the filter. Relevance is how much a
 completion tells of its own prompt. Cost is the share of coherence that steering costs on given text: a filter that was
-fitted on one model's answers may pass all that another one writes. Isotonic regression makes each
-monotone in the dose, and the dose chosen is the largest at which all meet their targets. The targets are relative to
-the unsteered student: the filter also drops some of its own text, which the vector does not cause. The other rule,
-iso-KL, finds the dose with a given KL divergence instead.
+fitted on one model's answers may pass all that another one writes. Isotonic regression makes each monotone in the dose,
+and the dose chosen is the largest at which all meet their targets. The targets are relative to the unsteered student:
+the filter also drops some of its own text, which the vector does not cause. The other rule, iso-KL, finds the dose with
+a given KL divergence instead.
 
 The doses of a given range are tried in one mixed batch. With `dose.range` auto the dose doubles until a target is
 missed, and doses between the last two follow.

@@ -136,11 +136,11 @@ def damages(arm: ArmReading, base: ArmReading) -> list[str]:
         return ["its scores are not finite"]
     beyond = {one: own for one, (own, _) in seen.items() if one.limit is not None and one.worse(own, one.limit)}
     return [_beyond(one, own) for one, own in beyond.items()] or [
-        f"{one.label} {own / before:.0%} of base{_allowed(one)}"
+        f"{one.label} {own / before:.1%} of base{_allowed(one)}"
         for one, (own, before) in seen.items()
         if one.worse(own, one.bound * before)
     ] + [
-        f"{one.label} {found.over_base:.0%} of base in the frame {found.frame!r}{_allowed(one)}"
+        f"{one.label} {found.over_base:.1%} of base in the frame {found.frame!r}{_allowed(one)}"
         for one, found in framed
         if one.worse(found.over_base, one.bound)
     ]

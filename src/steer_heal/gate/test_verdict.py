@@ -124,25 +124,25 @@ HELD = {"assistant__mass": 0.5, "turn__mass": 0.4, "assistant__neutral_nll": 30.
     [
         (HELD, HELD, ""),
         (HELD, HELD | {"turn__mass": 0.35}, ""),  # 88% of base
-        (HELD, HELD | {"turn__mass": 0.33}, "answer mass 82% of base in the frame 'turn' (at least 85% is sound)"),
+        (HELD, HELD | {"turn__mass": 0.33}, "answer mass 82.5% of base in the frame 'turn' (at least 85% is sound)"),
         (
             HELD,
             HELD | {"turn__mass": 0.33, "assistant__mass": 0.1},
-            "answer mass 20% of base in the frame 'assistant' (at least 85% is sound)",
+            "answer mass 20.0% of base in the frame 'assistant' (at least 85% is sound)",
         ),
         (
             HELD,
             HELD | {"assistant__neutral_nll": 32.0},
-            "neutral perplexity 107% of base in the frame 'assistant' (at most 105% is sound)",
+            "neutral perplexity 106.7% of base in the frame 'assistant' (at most 105% is sound)",
         ),
         (HELD | {"turn__mass": 0.04}, HELD | {"turn__mass": 0.001}, ""),  # there was nothing to lose
         (HELD, HELD | {"turn__mass": math.nan}, "its scores are not finite"),
         ({"relevance": (1.0, 1.5)}, {"relevance": (1.0, 1.21)}, ""),
-        ({"relevance": (1.0, 1.5)}, {"relevance": (1.0, 1.19)}, "relevance 79% of base (at least 80% is sound)"),
+        ({"relevance": (1.0, 1.5)}, {"relevance": (1.0, 1.19)}, "relevance 79.3% of base (at least 80% is sound)"),
         (
             {"relevance": (1.0, 1.5)},
             {"relevance": (0.7, 1.5)},
-            "answers to their prompt 85% of base (at least 90% is sound)",
+            "answers to their prompt 85.0% of base (at least 90% is sound)",
         ),
         ({"relevance": (1.0, 0.005)}, {"relevance": (0.0, -0.1)}, ""),  # the base's own answers have none
     ],

@@ -45,6 +45,12 @@ class HealStep:
     """dual: the barrier's multiplier in the next step"""
     next_anchor_lam: float | None = None
 
+    @property
+    def excess(self) -> float:
+        """The larger of the two divergences as a multiple of its bound; 0 where neither has one."""
+        pairs = ((self.divergence, self.tau), (self.anchor_divergence, self.anchor_tau))
+        return max((found / bound for found, bound in pairs if found is not None and bound), default=0.0)
+
 
 class FiredShares(NamedTuple):
     """Shares of the steps on which D was above tau, and on which the anchor's D was above the anchor's tau."""

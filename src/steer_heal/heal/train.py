@@ -76,8 +76,8 @@ def heal(
         descent, shuffle = Descent(student, config, turn, schedule, rate), random.Random(turn.seed)
         while not schedule.done:
             descent.epoch(text(schedule.epoch), anchors, shuffle, on_rows)
-            over = descent.overshoot if knobs.lr == "auto" and schedule.epoch == 1 and left else 0.0
-            if over > OVERSHOT:
+            over = max(step.excess for step in descent.steps)
+            if knobs.lr == "auto" and schedule.epoch == 1 and left and over > OVERSHOT:
                 break
         else:
             break
@@ -90,7 +90,7 @@ def heal(
     if schedule.why:
         logger.info(f"trained for {schedule.epoch} epochs: {schedule.why}")
         on_rows(len(examples) * (most_epochs(knobs.epochs) - schedule.epoch))
-    return [HealStep(**record) for record in descent.records]
+    return descent.steps
 
 
 def _first_rate(knobs: TrainingConfig, turn: Turn) -> float:
@@ -115,11 +115,9 @@ class Descent:
         self.lam = _weights(config.barrier, turn)
 
     @property
-    def overshoot(self) -> float:
-        """The largest divergence so far, as a multiple of its bound."""
-        bounds = {"divergence": "tau", "anchor_divergence": "anchor_tau"}
-        pairs = [(record.get(name), record[bound]) for record in self.records for name, bound in bounds.items()]
-        return max((found / bound for found, bound in pairs if found is not None and bound), default=0.0)
+    def steps(self) -> list[HealStep]:
+        """The steps so far."""
+        return [HealStep(**record) for record in self.records]
 
     def epoch(
         self,

@@ -70,12 +70,10 @@ def _dose(curve: DoseCurve) -> Choice:
 
 
 def _rate(steps: list[HealStep]) -> Choice:
-    first = [step for step in steps if step.epoch == 0]
-    most = [max((step.divergence / step.tau for step in first if step.tau), default=0.0)]
-    most += [max((step.anchor_divergence / step.anchor_tau for step in first if step.anchor_tau), default=0.0)]
-    measured = f"in the first epoch the divergence rose to {most[0]:.1f} times its limit, the anchor's to {most[1]:.1f}"
+    most = max(step.excess for step in steps if step.epoch == 0)
+    measured = f"in the first epoch a divergence rose to {most:.1f} times its limit at most"
     rate = max(step.lr for step in steps)
-    return Choice("heal.training.lr", measured, f"{rate:.2g}", "halved until neither is far exceeded")
+    return Choice("heal.training.lr", measured, f"{rate:.2g}", "halved until no limit is far exceeded")
 
 
 def _epochs(steps: list[HealStep]) -> Choice:
