@@ -291,7 +291,7 @@ def test_the_headline_names_the_damage(tmp_path: Path) -> None:
     text, kind = words.headline(load(write_run(tmp_path, mass=0.1, neutral_ppl=90.0)).summary)
     assert kind == "broken"
     assert text == (
-        "The trait moved. A limit of damage was passed: answer mass 12.0% of base (at least 85% is sound); "
+        "The trait moved. A limit of damage was passed: answer mass 12.5% of base (at least 85% is sound); "
         "neutral perplexity 450.0% of base (at most 105% is sound)."
     )
 
