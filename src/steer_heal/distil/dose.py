@@ -40,8 +40,9 @@ def dose_curve(
 ) -> DoseCurve:
     """Measure survival, relevance and cost at each dose, and choose the dose.
 
-    If even the smallest dose misses a target, that dose is chosen when it misses by no more than a standard error.
-    Otherwise the dose is None, and `require_dose` tells the user.
+    A dose misses the target of relevance, which varies much between a few completions, only by more than a standard
+    error; so does the smallest dose that of survival. If even the smallest dose misses a target, the dose is None, and
+    `require_dose` tells the user.
 
     Args:
         cost: the share of coherence that steering at a dose costs. Not asked where the filter passes random text.
@@ -102,7 +103,7 @@ class Trials:
         least = self._least_relevance()
         if least is not None:
             errors = [self._relevance(dose).std() / math.sqrt(rows) for dose in doses[:2]]
-            limits.append(largest_dose(doses[1:], kept[1:], least, math.hypot(*errors)))
+            limits.append(largest_dose(doses[1:], kept[1:], least - math.hypot(*errors)))
         if self.costs:
             coherent = _monotone([max(0.0, 1 - self.costs[dose]) for dose in doses])
             limits.append(largest_dose(doses[1:], coherent[1:], self.config.survival))

@@ -112,6 +112,8 @@ def checks(found: Found, work: Path) -> None:
         "-m",
         "pytest",
         "-q",
+        "-n",
+        "4",
         "-m",
         "device",
         "--pyargs",

@@ -250,7 +250,8 @@ def test_a_search_doubles_the_dose_until_completions_fall_apart(lm, vector, monk
     assert whole.open_ended and len(whole.curve) == 11 and whole.dose == pytest.approx(0.1 * 2**9)
 
 
-@pytest.mark.parametrize(("known", "dose"), [(True, 0.5), (False, 2.0)])
+# 0.75 less a standard error of 0.044, between 0.75 at dose 0.5 and 0.6 at dose 1
+@pytest.mark.parametrize(("known", "dose"), [(True, 0.5 * 2**0.295), (False, 2.0)])
 def test_a_dose_at_which_completions_lose_their_prompts_is_not_taken(lm, vector, monkeypatch, known, dose):
     """Every completion passes the filter. What each tells of its prompt falls with the dose, or nothing is known."""
     teacher = Teacher(Student(lm), vector, DistilConfig(), LIMITS, ())
@@ -265,7 +266,7 @@ def test_a_dose_at_which_completions_lose_their_prompts_is_not_taken(lm, vector,
 
     monkeypatch.setattr(dose_module, "sample", sample)
     found = dose_curve(teacher, list("abcd"), DoseConfig(range=(0.5, 2.0), steps=3, prompts=4), free)
-    assert found.dose == pytest.approx(dose) and found.survivals.endswith("2.00: 100%")
+    assert found.dose == pytest.approx(dose, rel=1e-3) and found.survivals.endswith("2.00: 100%")
     assert found.least_relevance == (pytest.approx(0.75) if known else None)
     assert [p.relevance for p in found.curve] == pytest.approx(nats.reshape(4, 4).mean(1), abs=1e-6)
     if known:

@@ -337,12 +337,14 @@ def trained(objectives, fired=(), first=1.0):
     [
         ((0.9, 0.7, 0.25, 0.2), (), 4, "fallen by 75%"),
         ((0.9, 0.7, 0.69), (), 4, "fell no further"),
-        ((0.9, 0.85, 0.8), (1,), 3, "a barrier fired on 50%"),
-        ((0.95, 0.9, 0.85, 0.8, 0.75, 0.7), (), 6, "the most"),
+        ((0.9, 0.9, 0.9, 0.8, 0.8), (1, 2), 6, "fell no further"),
+        ((0.2, 0.2, 0.24), (0, 1), 4, "fallen by 76%"),
+        ((0.2,), range(12), 12, "the most"),
+        ([0.97**i for i in range(1, 12)], (), 12, "the most"),
         ((0.2,), (), 2, "fallen by 80%"),
     ],
 )
-def test_training_goes_on_until_the_objective_has_fallen_or_a_barrier_binds(objectives, fired, epochs, why):
+def test_training_goes_on_until_the_objective_has_fallen_and_no_barrier_binds(objectives, fired, epochs, why):
     schedule = trained(objectives, fired)
     assert schedule.epoch == epochs <= most_epochs("auto") and why in schedule.why
     rates = [schedule.rate(step) for step in range(10 * epochs)]

@@ -10,7 +10,7 @@ from loguru import logger
 
 from steer_heal.config import FIRED_FLOOR, HealConfig
 
-ANCHOR_TAU_SHARE = 0.1  # anchor.tau auto: share of the teacher's divergence on the anchor's texts
+ANCHOR_TAU_SHARE = 0.05  # anchor.tau auto: share of the teacher's divergence on the anchor's texts
 
 
 @dataclass(frozen=True, kw_only=True)
