@@ -20,9 +20,9 @@ class Schedule:
     """The share of the peak learning rate at each step, and the number of epochs.
 
     A given number of epochs: a warm-up, then a cosine to zero over all steps. `auto`: a warm-up, then a constant rate,
-    epoch by epoch, until in an epoch in which no barrier binds the objective has fallen by FALL or falls no further; one
-    more epoch, at most the last of MOST_EPOCHS, takes the rate down to zero by a cosine. While a barrier binds training
-    goes on, because that is when its weight grows and the adapter finds the same trait at less divergence.
+    epoch by epoch, until no barrier binds and the objective has fallen by FALL or falls no further. One more epoch, at
+    most the last of MOST_EPOCHS, takes the rate down to zero by a cosine. While a barrier binds training goes on,
+    because its weight grows then and the adapter finds the same trait at less divergence.
     """
 
     def __init__(self, epoch_steps: int, epochs: int | Literal["auto"], first: float = math.nan) -> None:
