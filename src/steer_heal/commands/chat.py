@@ -20,7 +20,7 @@ from steer_heal.runs.student import finished_rounds, student_after, vector_of
 from steer_heal.terminal import harmless
 
 HELP = """type a message; every message is a fresh chat
-  /gate 0.5    dial the student between base (0) and healed (1)
+  /gate 0.5    dial the student between base (0) and student (1)
   /round 1     the student after that round
   /steer 1.0   also show the base steered at this dose by the first round's vector; /steer 0 ends it
   /base        show or hide the base

@@ -188,7 +188,7 @@ class Geometry:
 
 def printed(arm: str) -> str:
     """An arm's name as printed."""
-    return arm.replace("_", " ")
+    return "student" if arm == "healed" else arm.replace("_", " ")
 
 
 def side_by_side(**arms: ArmReading) -> list[dict[str, str]]:

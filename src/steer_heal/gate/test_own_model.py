@@ -63,7 +63,7 @@ def test_a_model_is_run_by_its_path(made, run):
     assert f"'./{NAME}' is no preset: band, dose, thresholds and steps are measured on the model" in said
     measured = said[said.index("Measured for this model and trait") : said.index("round 0")]
     assert all(name in measured for name in ("steer.band", "dose.range", "heal.barrier.tau"))
-    assert "│" not in said and "? healed" in said  # the table of the round, in the terminal's letters
+    assert "│" not in said and "? student" in said  # the table of the round, in the terminal's letters
     config = RunDir(run).read("config.json")
     assert config["preset"] == "auto" and config["model"]["path"] == str(made / NAME)
     assert config["heal"]["barrier"]["tau"] == config["steer"]["band"] == "auto"

@@ -250,7 +250,7 @@ def test_the_facts_have_the_numbers_of_the_arms(tmp_path: Path) -> None:
     assert "The best of 5 such prompts moves it by +0.200 [+0.100, +0.300]; student minus that: +0.050 [" in with_best
     assert "such prompts" not in text
     shown = opening.arms_section(replace(run, summary=replace(run.summary, best_prompt=best)))
-    assert shown.index("prompted</span>") < shown.index("best prompt</span>") < shown.index("healed</span>")
+    assert shown.index("prompted</span>") < shown.index("best prompt</span>") < shown.index("student</span>")
     assert "+0.200" in shown and "best prompt" not in opening.arms_section(run)
     earlier = words.facts(replace(run.summary, best_prompt=best), 2, 0)
     assert any(fact.endswith("such prompts moves it by +0.200 [+0.100, +0.300].") for fact in earlier)
@@ -319,7 +319,7 @@ def test_the_first_answers_are_shown_side_by_side(tmp_path: Path) -> None:
     shown, folded = answers.split("The other 6 prompts")
     assert shown.count("<article>") == folded.count("<article>") == 6
     names = re.findall(r'<span class="arm [a-z]+">([a-z0-9 ]+)</span>', shown.split("</article>")[0])
-    assert names == ["base", "prompted", "equal cost", "healed", "healed r0", "healed r1", "steered r1"]
+    assert names == ["base", "prompted", "equal cost", "student", "student r0", "student r1", "steered r1"]
     assert [f"&#x27;quoted&#x27; {i}</h3>" in shown for i in range(7)] == [True] * 6 + [False]
     assert " …</p>" not in page
     for name in ("base", "prompted"):
@@ -333,8 +333,8 @@ def test_the_evidence_is_on_the_page(tmp_path: Path) -> None:
     page = report.build(write_run(tmp_path)).path.read_text("utf-8")
     rows = [re.sub(r"(<[^>]*>|\s)+", " ", row) for row in page.split("<tr")]
     assert any("contrast" in row and "+0.425 [" in row and "yes" in row for row in rows)  # positive over negative
-    assert any("healed r1" in row and "+0.025 [" in row for row in rows)  # thrift over base
-    assert any("healed r1" in row and "+0.154 [" in row for row in rows)  # log 0.35/0.30, care
+    assert any("student r1" in row and "+0.025 [" in row for row in rows)  # thrift over base
+    assert any("student r1" in row and "+0.154 [" in row for row in rows)  # log 0.35/0.30, care
     assert any("+0.61" in row and "+0.57" in row and "0.0200" in row for row in rows)
 
 
@@ -380,7 +380,7 @@ def test_diary_shows_the_voice_round_by_round(tmp_path: Path) -> None:
     report.build(write_run(tmp_path))
     lines = (tmp_path / "diary.md").read_text("utf-8").splitlines()
     assert lines[0].startswith("# org/model") and "seed 7" in lines[0]
-    assert sum(line.startswith("- healed: ") for line in lines) == 2 * words.DIARY_DEMOS
+    assert sum(line.startswith("- student: ") for line in lines) == 2 * words.DIARY_DEMOS
     assert not any("<script" in line.replace("\\<", "") for line in lines)
     assert all(len(line) < 300 for line in lines if line.startswith("- "))
     run = load(tmp_path)
@@ -415,7 +415,7 @@ def test_runs_that_differ_in_their_seed_are_one_row(tmp_path: Path, monkeypatch)
     assert len(disk.scan(tmp_path)) == 4 and before.is_dir()
     (row,) = results.arm_table(disk.scan(tmp_path), []).to_dicts()
     assert row["seeds"] == 3 and row["verdict"] == "moved" and row["mass/base"] == "1.000"
-    mean, low, high = (float(x) for x in re.findall(r"[+-][0-9.]+", row["healed"] + row["95% interval"]))
+    mean, low, high = (float(x) for x in re.findall(r"[+-][0-9.]+", row["student"] + row["95% interval"]))
     assert mean == pytest.approx(0.35, abs=0.001) and 0.1 < low < 0.2 and 0.5 < high < 0.6
     seeded(tmp_path, 4, barrier={"reg": "kl_fwd", "agg": "rmse"})
     rows = results.arm_table(disk.scan(tmp_path), ["heal.barrier.reg"]).to_dicts()

@@ -13,15 +13,16 @@ from plotly.subplots import make_subplots
 
 from steer_heal.distil.record import DoseCurve
 from steer_heal.eval.catalogue import Instrument
+from steer_heal.eval.reading import printed
 from steer_heal.eval.record import ArmSummary
 from steer_heal.heal.steps import HealStep
 from steer_heal.report.html import shorten
 from steer_heal.runs.summary import Summary
 
 # Okabe-Ito hues: colour-blind readers can tell them apart, and they are visible on white and on black.
-COLOURS = {"base": "#808890", "prompted": "#c88a04", "steered": "#d55e00", "healed": "#009e73"}
+COLOURS = {"base": "#808890", "prompted": "#c88a04", "steered": "#d55e00", "student": "#009e73"}
 COLOURS |= {"negative": "#7a5c3e", "equal_cost": "#cc79a7"}
-SYMBOLS = {"base": "diamond", "prompted": "cross", "negative": "x", "steered": "square", "healed": "circle"}
+SYMBOLS = {"base": "diamond", "prompted": "cross", "negative": "x", "steered": "square", "student": "circle"}
 DIVERGENCE_COLOUR, ANCHOR_COLOUR = "#4a8fd0", "#b06fae"
 HOVER_CHARS, HOVER_WIDTH = 300, 44
 
@@ -49,7 +50,7 @@ def trajectory_figure(summary: Summary) -> go.Figure:
         y = np.array([a.trait_over_base for a in arms])
         low, high = np.array([a.trait_over_base_ci for a in arms]).T
         bars = {"array": (high - y).tolist(), "arrayminus": (y - low).tolist(), "thickness": 1.3, "width": 4}
-        shown = {"equal_cost": "steered, equal cost"}.get(name, name)
+        shown = {"equal_cost": "steered, equal cost"}.get(name, printed(name))
         label = f"round %{{customdata[0]}} {shown} %{{y:+.3f}} [%{{customdata[1]:+.3f}}, %{{customdata[2]:+.3f}}]"
         hover = {"customdata": [[i, *a.trait_over_base_ci] for i, a in enumerate(arms)]}
         hover["hovertemplate"] = f"{label}<extra></extra>"
@@ -68,7 +69,7 @@ def frontier_figure(summary: Summary) -> go.Figure:
     ends = [name if name in (rounds[0], rounds[-1]) else "" for name in rounds]
     paths = [
         ("steered", "base, plainly steered", summary.plain, doses, doses, "bottom right"),
-        ("healed", "healed", students, rounds, ends, "top left"),
+        ("student", "student", students, rounds, ends, "top left"),
     ]
     costs = [arm.coherence_cost for arm in (summary.prompted, *summary.plain, *students)]
     for name, title, arms, at, shown, beside in paths:
@@ -109,7 +110,7 @@ def paths_figure(paths: list[tuple[str, Summary]]) -> go.Figure:
         label = f"best of {best.tried} prompts, at any cost"
         hover = f"{label} {y:+.3f} [{low:+.3f}, {high:+.3f}]<extra></extra>"
         _line(fig, ends, [y, y], COLOURS["prompted"], label, "dash", width=1.5, hovertemplate=hover)
-    hues = [*(COLOURS[name] for name in ("healed", "equal_cost", "negative")), DIVERGENCE_COLOUR, ANCHOR_COLOUR]
+    hues = [*(COLOURS[name] for name in ("student", "equal_cost", "negative")), DIVERGENCE_COLOUR, ANCHOR_COLOUR]
     for index, (name, summary) in enumerate(paths):
         students = [r.healed for r in summary.rounds]
         rounds = [f"round {i}" for i, _ in enumerate(students)]
@@ -147,9 +148,9 @@ def _path(fig: go.Figure, name: str, arms: list[ArmSummary], at: list[str], colo
 def map_figure(arms: list[tuple[str, ArmSummary]]) -> go.Figure:
     """Care against authority: one point per arm, log of the mean probability over the scenes, nats."""
     fig = go.Figure()
-    path = [arm.profile for name, arm in arms if name.split()[0] in ("base", "healed")]
+    path = [arm.profile for name, arm in arms if name.split()[0] in ("base", "student")]
     x, y = ([getattr(profile, key) for profile in path] for key in ("auth_nats", "care_nats"))
-    _line(fig, x, y, COLOURS["healed"], "", "dot", width=1.5, showlegend=False, hoverinfo="skip")
+    _line(fig, x, y, COLOURS["student"], "", "dot", width=1.5, showlegend=False, hoverinfo="skip")
     for name, arm in arms:
         x, y = arm.profile.auth_nats, arm.profile.care_nats
         dots = {
@@ -172,7 +173,7 @@ def coherence_figure(summary: Summary, one: Instrument) -> go.Figure:
     ends = [-0.4, len(rounds) - 0.6]
     for arm in ("steered", "healed"):
         shares = [one.over(getattr(r, arm), summary.base) for r in summary.rounds]
-        _arm(fig, rounds, shares, arm, hovertemplate=f"round %{{x}} {arm} %{{y:.1%}} of base<extra></extra>")
+        _arm(fig, rounds, shares, arm, hovertemplate=f"round %{{x}} {printed(arm)} %{{y:.1%}} of base<extra></extra>")
     for level, dash in ((1, "solid"), (one.bound, "dot")):
         _line(fig, ends, [level] * 2, COLOURS["base"], "", dash, width=1.5, showlegend=False, hoverinfo="skip")
     fig.update_xaxes(title="round", tickvals=rounds, range=ends)
@@ -187,7 +188,7 @@ def dose_figure(dose: DoseCurve) -> go.Figure:
     across = [doses[0], doses[-1]]
     fig = go.Figure()
     _line(fig, doses, fitted, COLOURS["steered"], "monotone fit", hoverinfo="skip")
-    _line(fig, across, [unsteered.fitted] * 2, COLOURS["healed"], "unsteered", "dot", hoverinfo="skip")
+    _line(fig, across, [unsteered.fitted] * 2, COLOURS["student"], "unsteered", "dot", hoverinfo="skip")
     if dose.rule == "survival":
         label = f"target {dose.target:.0%}"
         _line(fig, across, [dose.target] * 2, COLOURS["base"], label, "dot", hoverinfo="skip")
@@ -206,7 +207,7 @@ def threshold_figure(curve: list[dict]) -> go.Figure:
     """Precision and recall of the filter's log-odds for every threshold; the default threshold is 0."""
     fig = go.Figure()
     thresholds = [p["threshold"] for p in curve]
-    for name, arm in (("recall", "healed"), ("precision", "steered")):
+    for name, arm in (("recall", "student"), ("precision", "steered")):
         label = f"{name} %{{y:.2f}} at threshold %{{x:.2f}}<extra></extra>"
         _line(fig, thresholds, [p[name] for p in curve], COLOURS[arm], name, hovertemplate=label)
     _line(fig, [0, 0], [0, 1], COLOURS["base"], "default", "dash", hoverinfo="skip")
@@ -248,13 +249,13 @@ def _arm(fig: go.Figure, x: list, y: list, name: str, **more: Any) -> None:
     dash, symbol, shown = {
         "steered": ("dash", "square", "steered"),
         "equal_cost": ("dot", "triangle-up", "steered, equal cost"),
-        "healed": ("solid", "circle", "healed"),
+        "healed": ("solid", "circle", "student"),
     }[name]
     _line(
         fig,
         x,
         y,
-        COLOURS[name],
+        COLOURS["student" if name == "healed" else name],
         shown,
         dash,
         width=2.5,

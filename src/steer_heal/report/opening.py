@@ -34,7 +34,7 @@ ARMS = {
     f"{LEAST_COST:.0%})",
     "equal trait": "the original model with the vector added, at the dose that moves the trait as far as the student",
     "steered": "the teacher of the last round: that round's starting model, steered",
-    "healed": "the student, without any steering",
+    "student": "the model that was trained, without any steering",
 }
 MEASURES = {
     "over base": "how far the trait moved, with the 95% interval over questions",
@@ -62,7 +62,7 @@ def answers_section(run: Run) -> str:
         body += folded(f"The other {len(rest)} prompts", "".join(rest))
     last = f"r{run.rounds[-1].number}"
     why = f"""The first {min(SHOWN_PROMPTS, len(cards))} prompts of the list, not selected. Only "prompted" has the
-        trait in its system prompt. "healed" is the student after the last round ({last}). Answers are greedy and cut at
+        trait in its system prompt. "student" is the one after the last round ({last}). Answers are greedy and cut at
         {run.answer_limit} tokens: … marks a cut. A label says why the filter would drop an answer."""
     return section("Answers", why, body)
 
@@ -70,7 +70,7 @@ def answers_section(run: Run) -> str:
 def _card(run: Run, number: int) -> str:
     """One prompt: the arms next to one another, and folded the student after every round with its last teacher."""
     last = run.rounds[-1]
-    arms = {"base": run.base, "prompted": run.prompted, "equal cost": last.equal_cost, "healed": last.healed}
+    arms = {"base": run.base, "prompted": run.prompted, "equal cost": last.equal_cost, "student": last.healed}
     voices = "".join(
         _voice(name, arm.demos[number], prose(_text(arm.demos[number]))) for name, arm in arms.items() if _has(arm)
     )
@@ -89,7 +89,7 @@ def _by_round(base: ArmReading, rounds: list[Round], number: int) -> str:
     before, voices = base.demos[number], []
     for r in rounds:
         now = r.healed.demos[number]
-        voices.append(_voice(f"healed r{r.number}", now, marked(_text(before), _text(now))))
+        voices.append(_voice(f"student r{r.number}", now, marked(_text(before), _text(now))))
         before = now
     teacher = rounds[-1].steered.demos[number]
     return "".join([*voices, _voice(f"steered r{rounds[-1].number}", teacher, prose(_text(teacher)))])

@@ -76,7 +76,7 @@ def _moves(changes: dict[str, Change], keys: Iterable[str]) -> list[str]:
 
 def trajectory_section(run: Run) -> str:
     why = (
-        "How far each round moved the trait. If healed still rises, there is room left. If healed is level while "
+        "How far each round moved the trait. If the student still rises, there is room left. If it is level while "
         "steered is above it, a bound holds it back. Bars and bands: 95% intervals."
     )
     return section("The trait, round by round", why, panel("", trajectory_figure(run.summary)), fold=True)
@@ -86,7 +86,7 @@ def coherence_section(run: Run) -> str:
     panels = [panel(one.label, coherence_figure(run.summary, one)) for one in COHERENCE]
     rows = []
     for index, r in enumerate(run.summary.rounds):
-        for name, arm in (("steered", r.steered), ("healed", r.healed)):
+        for name, arm in (("steered", r.steered), ("student", r.healed)):
             rows.append((arm_name(f"{name} r{index}"), *_moves(arm.over_base, (one.name for one in COSTS))))
     why = """Each measure relative to base (solid line). Beyond the dotted line it counts as damage. Healed should stay
         near 100%. The table has the differences from base on the same items, with 95% intervals."""
@@ -173,7 +173,7 @@ def plain_section(summary: Summary) -> str:
                 rows.append((*cells, f"{arm.coherence_cost:.1%}", *_moves(arm.healed_over, columns)))
     labels = (one.item_label for one in COSTS)
     head = ("round", "opponent", "dose", "its cost", f"trait, {summary.unit}", *labels)
-    why = f"""The healed student minus plain steering of the base by the first vector, on the same items, with 95%
+    why = f"""The student minus plain steering of the base by the first vector, on the same items, with 95%
         intervals. Equal cost: the dose that costs as much coherence as the rounds so far (at least {LEAST_COST:.0%}).
         Equal trait, after the last round: the dose that moves the trait as far."""
     return section("The student minus plain steering", why, stacked(table_of(head, rows)), fold=True)
@@ -192,7 +192,7 @@ def others_section(summary: Summary) -> str:
         return ""
     arms = [("prompted", summary.prompted)]
     for index, r in enumerate(summary.rounds):
-        arms += [(f"steered r{index}", r.steered), (f"healed r{index}", r.healed)]
+        arms += [(f"steered r{index}", r.steered), (f"student r{index}", r.healed)]
     rows = [
         (arm_name(name), *_moves(arm.over_base, [CONTRAST.name]), *_moves(arm.off_target, names))
         for name, arm in arms
@@ -207,7 +207,7 @@ def others_section(summary: Summary) -> str:
 def profile_section(summary: Summary) -> str:
     arms = [("base", summary.base), ("prompted", summary.prompted), ("negative", summary.negative)]
     for index, r in enumerate(summary.rounds):
-        arms += [(f"steered r{index}", r.steered), (f"healed r{index}", r.healed)]
+        arms += [(f"steered r{index}", r.steered), (f"student r{index}", r.healed)]
     arms = [(name, arm) for name, arm in arms if arm.profile]
     if not arms:
         return ""

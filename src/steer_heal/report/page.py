@@ -40,7 +40,7 @@ TIMED = {
     InRound.COMPLETIONS: "distil",
     InRound.ADAPTER: "heal",
     InRound.STEERED: "eval steered",
-    InRound.HEALED: "eval healed",
+    InRound.HEALED: "eval student",
     InRound.EQUAL_COST: "eval equal cost",
     InRound.EQUAL_TRAIT: "eval equal trait",
 }

@@ -232,13 +232,13 @@ def diary(run: Run) -> str:
             f"base; {arms.kept} of the round's {arms.generated} texts pass the filter. The barrier fired on "
             f"{arms.barrier_fired_share:.0%} of {len(r.steps)} steps (median D {arms.operating_kl_nats:.3g} nats)"
             f"{anchored.format(arms.anchor_fired_share)}. "
-            f"The healed student stands {healed.trait_over_base:+.3f} [{low:+.3f}, {high:+.3f}], answer mass "
+            f"The student stands {healed.trait_over_base:+.3f} [{low:+.3f}, {high:+.3f}], answer mass "
             f"{healed.answer_mass:.3f} (base {base.answer_mass:.3f}), coherent {healed.coherent_share:.0%} "
             f"(base {base.coherent_share:.0%}), neutral perplexity {healed.neutral_ppl:.2f} (base "
             f"{base.neutral_ppl:.2f}).",
         ]
         for answers in list(zip(run.base.demos, r.steered.demos, r.healed.demos, strict=True))[:DIARY_DEMOS]:
-            said = zip(("base", "steered", "healed"), answers, strict=True)
+            said = zip(("base", "steered", "student"), answers, strict=True)
             lines = [f"- {name}: {_markdown(answer.text) or '(nothing)'}" for name, answer in said]
             parts.append("\n".join([f"**{_markdown(answers[0].prompt)}**", "", *lines]))
     return "\n\n".join(part for part in parts if part) + "\n"
