@@ -164,7 +164,7 @@ preset := if SCALE == "tiny" { "tiny-random" } else { SCALE }
 alone := "--heal.anchor.prompts 0 --heal.barrier.reference prev --heal.barrier.tau auto --heal.barrier.tau-share " + share + " --heal.training.lr-round-pow 0"
 
 # the demo's method, whatever the preset: a control needs an arm that it differs from in one thing
-whole := "--heal.text own --heal.objective kl_rev --heal.target.kind mirrored"
+whole := "--heal.text own --heal.objective kl_rev --heal.target.kind focused"
 
 # the eight rounds of docs/results.md with the settings of today: two traits, three seeds (many hours on 2 CPU cores)
 [group('compare')]
@@ -189,7 +189,7 @@ sweep-other-trait: (_sweep "other" "--grid trait=" + OTHER whole + " --rounds 1"
 
 # H: the steered teacher moves the trait further than the persona as teacher (context distillation, no vector)
 [group('compare')]
-sweep-persona: (_sweep "persona" "--grid heal.target.kind=mirrored,persona" whole)
+sweep-persona: (_sweep "persona" "--grid heal.target.kind=focused,persona" whole)
 
 # H: training on one's own text without a teacher moves nothing
 [group('compare')]
@@ -223,9 +223,9 @@ sweep-text: (_sweep "text" "--grid heal.text=own,mixed,teacher" whole)
 [group('compare')]
 sweep-objective: (_sweep "objective" "--grid heal.objective=kl_rev,kl_fwd,nll" whole)
 
-# H: a mirrored teacher moves the trait further at equal coherence than the steered teacher itself
+# H: a teacher that is mirrored, and one that also keeps to the prompt, move the trait further at equal coherence
 [group('compare')]
-sweep-target: (_sweep "target" "--grid heal.target.kind=mirrored,steered" whole)
+sweep-target: (_sweep "target" "--grid heal.target.kind=focused,mirrored,steered" whole)
 
 # H: without the log-odds of the filter the student learns the incoherence; the barrier alone does not keep it out
 [group('compare')]

@@ -140,11 +140,12 @@ class FilterConfig:
 class TargetConfig:
     """The teacher's next-token distribution, which a KL objective compares the student with."""
 
-    kind: Annotated[Literal["steered", "mirrored", "persona"], COMMON] = "steered"
+    kind: Annotated[Literal["steered", "mirrored", "focused", "persona"], COMMON] = "steered"
     """steered: the teacher's own logits; mirrored: the unsteered logits plus gain x (steered at +dose minus steered at
-    -dose) / 2; persona, as a rival without a vector: the unsteered logits under the positive persona"""
+    -dose) / 2; focused: mirrored, and 0.3 further from what follows a prompt that asks nothing; persona, as a rival
+    without a vector: the unsteered logits under the positive persona"""
     gain: Annotated[float, POSITIVE] = 2.0
-    """mirrored: the gain in that formula; 1: as far as the dose itself"""
+    """mirrored, focused: the gain in that formula; 1: as far as the dose itself"""
 
 
 @dataclass(frozen=True)

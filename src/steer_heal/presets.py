@@ -36,7 +36,7 @@ AUTO = RunConfig(
     heal=HealConfig(
         text="own",
         objective="kl_rev",
-        target=TargetConfig(kind="mirrored"),
+        target=TargetConfig(kind="focused"),
         barrier=replace(BUDGET, tau="auto", tau_share=0.3),
         anchor=AnchorConfig(prompts=96, tau="auto"),
         training=TrainingConfig(lr="auto", lr_round_pow=-1.0, epochs="auto", pass_rows=9),

@@ -91,6 +91,9 @@ def naive_loss(student, rows, steering, config):
         else:
             ahead, plain, behind = (log_probs(row, steered=side, now=0.0).detach() for side in (1, 0, -1))
             tilted = plain.exp() * (ahead.exp() / behind.exp()) ** (config.target.gain / 2)
+            if config.target.kind == "focused":
+                anywhere = log_probs(Row(student.lm.prompt("Please go on."), row.completion), now=0.0).detach()
+                tilted = tilted * (plain.exp() / anywhere.exp()) ** 0.3
             teacher = ahead if config.target.kind == "steered" else (tilted / tilted.sum(-1, keepdim=True)).log()
             first, second = (teacher, p) if config.objective == "kl_fwd" else (p, teacher)
             objective += list((first.exp() * (first - second)).sum(-1))
@@ -107,7 +110,14 @@ def naive_loss(student, rows, steering, config):
 @pytest.mark.device
 @pytest.mark.parametrize(
     ("objective", "kind"),
-    [("nll", "steered"), ("kl_fwd", "steered"), ("kl_fwd", "mirrored"), ("kl_rev", "steered"), ("kl_rev", "mirrored")],
+    [
+        ("nll", "steered"),
+        ("kl_fwd", "steered"),
+        ("kl_fwd", "mirrored"),
+        ("kl_rev", "steered"),
+        ("kl_rev", "mirrored"),
+        ("kl_rev", "focused"),
+    ],
 )
 @pytest.mark.parametrize("anchors", [0, 2])
 @pytest.mark.parametrize("pass_rows", [6, 2, 1])
@@ -283,7 +293,7 @@ def test_tau_auto_to_the_base_is_the_budget_of_round_0(lm, vector):
     assert with_tau(lm, later, near, before).barrier.tau == anew != first
 
 
-@pytest.mark.parametrize("kind", ["steered", "mirrored"])
+@pytest.mark.parametrize("kind", ["steered", "mirrored", "focused"])
 def test_the_anchors_tau_is_a_share_of_what_the_teacher_moves_on_its_texts_and_stays(lm, vector, kind):
     config = turned(BASE, {"target.kind": kind, "anchor.prompts": 4, "anchor.tau": "auto", "barrier.agg": "mean"})
     student, rows, _, _ = student_with_update(lm, vector, config, scale=0.0)
@@ -293,7 +303,7 @@ def test_the_anchors_tau_is_a_share_of_what_the_teacher_moves_on_its_texts_and_s
     for row in rows:
         read = {way: full_logits(lm, row, vector, way) for way in (0.0, dose, -dose)}
         mixed = read[0.0] + config.target.gain / 2 * (read[dose] - read[-dose])
-        taught = (mixed if kind == "mirrored" else read[dose]).log_softmax(-1)
+        taught = (read[dose] if kind == "steered" else mixed).log_softmax(-1)
         kl += (taught.exp() * (taught - read[0.0].log_softmax(-1))).sum(-1).tolist()
     found = with_anchor_tau(student, anchors, at_dose, config).anchor.tau
     assert found == pytest.approx(ANCHOR_TAU_SHARE * sum(kl) / len(kl), rel=1e-3)

@@ -341,7 +341,7 @@ SANE = {  # values that a user may choose, extremes included
     "filter.loops": st.sampled_from(["strict", "lax", "off"]),
     "heal.text": st.sampled_from(["teacher", "own", "mixed"]),
     "heal.objective": st.sampled_from(["nll", "kl_fwd", "kl_rev"]),
-    "heal.target.kind": st.sampled_from(["steered", "mirrored", "persona"]),
+    "heal.target.kind": st.sampled_from(["steered", "mirrored", "focused", "persona"]),
     "heal.barrier.kind": st.sampled_from(["fixed", "dual"]),
     "heal.barrier.reg": st.sampled_from(["nll", "kl_fwd", "kl_rev"]),
     "heal.barrier.agg": st.sampled_from(["mean", "rmse", "p95", "max"]),

@@ -15,6 +15,7 @@ from loguru import logger
 from torch import Tensor
 
 from steer_heal.bake.student import Student
+from steer_heal.coherence import ASKS_NOTHING
 from steer_heal.config import HealConfig, TargetConfig, UserError
 from steer_heal.heal.barrier import aggregate, position_losses
 from steer_heal.heal.steps import ANCHOR_TAU_SHARE, HealStep
@@ -22,6 +23,7 @@ from steer_heal.model.forward import states
 from steer_heal.model.lm import LM, Row
 from steer_heal.model.steering import Steering
 
+FOCUS = 0.3  # focused: how far beyond the student the teacher keeps to the prompt
 LONGEST = 1024  # tokens of a prompt and its completion in training; distil.max_new_tokens limits completions before
 
 
@@ -73,6 +75,8 @@ def _teacher(
         match target.kind:
             case "mirrored":
                 return _mirrored(student.lm, rows, steering_, target.gain, unsteered)
+            case "focused":
+                return _focused(student.lm, rows, steering_, target.gain, unsteered)
             case "steered":
                 return states(student.lm, rows, steering_)
             case "persona":
@@ -93,6 +97,22 @@ def _mirrored(
     plain = states(lm, rows) if plain is None else plain
     ahead, behind = (states(lm, rows, way) for way in (steering_, back))
     return [h + gain / 2 * (a - b) for h, a, b in zip(plain, ahead, behind, strict=True)]
+
+
+def _focused(
+    lm: LM, rows: list[Row], steering_: Steering, gain: float, plain: list[Float[Tensor, "_ d"]] | None
+) -> list[Float[Tensor, "_ d"]]:
+    """States of the focused teacher: the mirrored one's, plus FOCUS x (unsteered after the prompt minus after another).
+
+    The other prompt asks nothing. A steered teacher says the same things whatever it is asked, and its student loses
+    the thread; so what depends on the prompt is raised. After context-aware decoding (Shi et al., arXiv:2305.14739) and
+    classifier-free guidance by the prompt (Sanchez et al., arXiv:2306.17806).
+    """
+    plain = states(lm, rows) if plain is None else plain
+    nothing = lm.prompt(ASKS_NOTHING)
+    anywhere = states(lm, [Row(nothing, row.completion) for row in rows])
+    aims = _mirrored(lm, rows, steering_, gain, plain)
+    return [aim + FOCUS * (own - other) for aim, own, other in zip(aims, plain, anywhere, strict=True)]
 
 
 def _cut(row: Row) -> Row:
@@ -134,8 +154,9 @@ def with_anchor_tau(
 ) -> HealConfig:
     """Return the config with a number for `anchor.tau`: for `auto` a share of the teacher's divergence on the anchors.
 
-    The anchor holds the whole loop, so its tau of round 0 is kept. A target `persona` gets the budget that the steered
-    teacher would have. `steering_` has one dose per anchor, `before` is the training record of the previous round.
+    The anchor holds the whole loop, so its tau of round 0 is kept. It is taken of what the vector does: of the steered
+    teacher for a target `persona`, of the mirrored one for `focused`. `steering_` has one dose per anchor, `before` is
+    the training record of the previous round.
     """
     anchor, barrier = config.anchor, config.barrier
     if anchor.tau != "auto":
@@ -143,7 +164,8 @@ def with_anchor_tau(
     if not anchors or before:
         tau = before[-1].anchor_tau if before else None
         return replace(config, anchor=replace(anchor, tau=math.inf if tau is None else tau))
-    target = config.target if config.target.kind != "persona" else replace(config.target, kind="steered")
+    of_vector = {"persona": "steered", "focused": "mirrored"}
+    target = replace(config.target, kind=of_vector.get(config.target.kind, config.target.kind))
     teacher = _teacher(student, [e.row for e in anchors], steering_, target)
     tau = ANCHOR_TAU_SHARE * _divergence(student.lm, anchors, teacher, config)
     seen = f"{ANCHOR_TAU_SHARE:g} of the {barrier.agg} divergence of the {target.kind} teacher on the anchor's texts"
