@@ -23,7 +23,15 @@ DATA = ROOT / "docs" / "runs" / "demo.json"
 README = ROOT / "README.md"
 IMAGES = ROOT / "docs" / "images"
 PROMPTS = 3  # the first ones of the run, whatever their answers
-MEASURES = ("trait_over_base", "trait_over_base_ci", "coherence_cost", "answer_mass", "neutral_ppl", "canary_share")
+MEASURES = (
+    "trait_over_base",
+    "trait_over_base_ci",
+    "coherence_cost",
+    "answer_mass",
+    "neutral_ppl",
+    "relevance_nats",
+    "canary_share",
+)
 
 
 def collected(run: Path) -> dict:
@@ -42,17 +50,23 @@ def collected(run: Path) -> dict:
         "tokens": SIZES[config["eval"]["size"]].demo_tokens,
         "answers": [{arm: json.loads(line)[arm] for arm in ("prompt", "base", "healed")} for line in lines],
         "base": _arm(summary["base"]),
-        "prompted": _arm(summary["prompted"]),
+        "prompted": _framed(summary["prompted"], summary["base"]),
         "best_prompt": {"tried": best["tried"], "is_persona": best["system"] == persona, **_arm(best)},
-        "equal_trait": _arm(last["equal_trait"]),
-        "equal_cost": _arm(last["equal_cost"]),
-        "students": [_arm(r["healed"]) for r in summary["rounds"]],
+        "equal_trait": _framed(last["equal_trait"], summary["base"]),
+        "equal_cost": _framed(last["equal_cost"], summary["base"]),
+        "students": [_framed(r["healed"], summary["base"]) for r in summary["rounds"]],
         "steered": [by_dose[dose] for dose in sorted(by_dose)],
     }
 
 
 def _arm(arm: dict) -> dict:
     return {key: arm[key] for key in (*MEASURES, "dose") if key in arm}
+
+
+def _framed(arm: dict, base: dict) -> dict:
+    """An arm with the largest rise of perplexity: in the usual frame, or in a held-out one where those were read."""
+    rises = [one["value"] / one["base"] for one in arm["framed"] or () if one["measure"] == "neutral_nll"]
+    return _arm(arm) | {"worst_ppl": max([arm["neutral_ppl"] / base["neutral_ppl"], *rises])}
 
 
 # ---- README
@@ -73,7 +87,7 @@ def _cut(answer: str) -> str:
 
 
 def table(data: dict) -> str:
-    """Four arms against base: how far the trait moved, and two costs."""
+    """Four arms against base: how far the trait moved, and two costs, each where it is largest."""
     best = data["best_prompt"]
     which = (
         f"best of {best['tried']}" if best["is_persona"] else f"best of {best['tried']}: {best['trait_over_base']:+.3f}"
@@ -84,16 +98,15 @@ def table(data: dict) -> str:
         "vector at run time, equal cost": data["equal_cost"],
         "**student**": data["students"][-1],
     }
-    head = ("", "trait over base, nats per token", "yes/no probability, of base's", "perplexity of unrelated text")
+    head = ("", "trait over base, nats per token", "answers fit prompts, of base's", "perplexity of unrelated text")
     lines = [head, ("---",) * len(head), *((name, *_cells(arm, data["base"])) for name, arm in rows.items())]
     return "\n".join(f"| {' | '.join(line)} |".replace("|  |", "| |") for line in lines)
 
 
 def _cells(arm: dict, base: dict) -> tuple[str, str, str]:
     low, high = arm["trait_over_base_ci"]
-    ppl = arm["neutral_ppl"] / base["neutral_ppl"] - 1
-    mass = arm["answer_mass"] / base["answer_mass"]
-    return f"{arm['trait_over_base']:+.3f} [{low:+.3f}, {high:+.3f}]", f"{mass:.0%}", f"{ppl:+.1%}"
+    fit = arm["relevance_nats"] / base["relevance_nats"]
+    return f"{arm['trait_over_base']:+.3f} [{low:+.3f}, {high:+.3f}]", f"{fit:.0%}", f"{arm['worst_ppl'] - 1:+.1%}"
 
 
 def filled(readme: str, data: dict) -> str:

@@ -191,7 +191,7 @@ class TrainingConfig:
     lr_round_pow: Annotated[float, ANY] = 0.0
     """lr_r = lr * (1 + round) ** lr_round_pow"""
     epochs: Annotated[int | Literal["auto"], COUNT, COMMON] = 2
-    """passes over the training completions per round; auto: until the objective has fallen or a barrier binds"""
+    """passes over the training completions per round; auto: until the objective has fallen and no barrier binds"""
     batch: Annotated[int, COUNT] = 6
     """training completions per optimiser step"""
     pass_rows: Annotated[int, COUNT] = 3

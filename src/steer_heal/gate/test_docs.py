@@ -220,7 +220,7 @@ def test_the_readme_and_the_figures_say_what_the_data_holds():
     row = next(line for line in text.splitlines() if line.startswith("| **student** |"))
     low, high = student["trait_over_base_ci"]
     assert f"| {student['trait_over_base']:+.3f} [{low:+.3f}, {high:+.3f}] |" in row
-    assert f"| {100 * student['answer_mass'] / data['base']['answer_mass']:.0f}% |" in row
+    assert f"| {100 * student['relevance_nats'] / data['base']['relevance_nats']:.0f}% |" in row
 
 
 # ---- the reference, which is made when the site is built

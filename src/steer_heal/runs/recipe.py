@@ -88,5 +88,5 @@ def _epochs(steps: list[HealStep]) -> Choice:
         "heal.training.epochs",
         measured,
         chosen,
-        "until three quarters are gone, it falls no further, or a barrier binds",
+        "until three quarters are gone or it falls no further, and no barrier binds",
     )
