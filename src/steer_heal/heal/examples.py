@@ -23,7 +23,7 @@ from steer_heal.model.forward import states
 from steer_heal.model.lm import LM, Row
 from steer_heal.model.steering import Steering
 
-FOCUS = 0.3  # focused: how far beyond the student the teacher keeps to the prompt
+FOCUS = 0.2  # focused: how far beyond the student the teacher keeps to the prompt
 LONGEST = 1024  # tokens of a prompt and its completion in training; distil.max_new_tokens limits completions before
 
 
