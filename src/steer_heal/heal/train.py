@@ -63,7 +63,8 @@ def heal(
     """Train the current round's adapter in place; `config.barrier.tau` must be a number (`with_tau`).
 
     `text` gives the examples of an epoch, the same number in each. Returns one `HealStep` per optimiser step. With lr
-    `auto`, a first epoch in which a divergence overshoots its bound is undone and begun again at half the rate.
+    `auto`, a first epoch of round 0 in which a divergence overshoots its bound is undone and begun again at half the
+    rate. A later round begins near the bound, and is above it at any rate.
 
     Raises NonFinite with the step, the batch and the term that is not finite.
     """
@@ -77,7 +78,7 @@ def heal(
         while not schedule.done:
             descent.epoch(text(schedule.epoch), anchors, shuffle, on_rows)
             over = max(step.excess for step in descent.steps)
-            if knobs.lr == "auto" and schedule.epoch == 1 and left and over > OVERSHOT:
+            if knobs.lr == "auto" and not turn.before and schedule.epoch == 1 and left and over > OVERSHOT:
                 break
         else:
             break
