@@ -50,11 +50,11 @@ def collected(run: Path) -> dict:
         "tokens": SIZES[config["eval"]["size"]].demo_tokens,
         "answers": [{arm: json.loads(line)[arm] for arm in ("prompt", "base", "healed")} for line in lines],
         "base": _arm(summary["base"]),
-        "prompted": _framed(summary["prompted"], summary["base"]),
+        "prompted": _with_worst(summary["prompted"], summary["base"]),
         "best_prompt": {"tried": best["tried"], "is_persona": best["system"] == persona, **_arm(best)},
-        "equal_trait": _framed(last["equal_trait"], summary["base"]),
-        "equal_cost": _framed(last["equal_cost"], summary["base"]),
-        "students": [_framed(r["healed"], summary["base"]) for r in summary["rounds"]],
+        "equal_trait": _with_worst(last["equal_trait"], summary["base"]),
+        "equal_cost": _with_worst(last["equal_cost"], summary["base"]),
+        "students": [_with_worst(r["healed"], summary["base"]) for r in summary["rounds"]],
         "steered": [by_dose[dose] for dose in sorted(by_dose)],
     }
 
@@ -63,7 +63,7 @@ def _arm(arm: dict) -> dict:
     return {key: arm[key] for key in (*MEASURES, "dose") if key in arm}
 
 
-def _framed(arm: dict, base: dict) -> dict:
+def _with_worst(arm: dict, base: dict) -> dict:
     """An arm with the largest rise of perplexity: in the usual frame, or in a held-out one where those were read."""
     rises = [one["value"] / one["base"] for one in arm["framed"] or () if one["measure"] == "neutral_nll"]
     return _arm(arm) | {"worst_ppl": max([arm["neutral_ppl"] / base["neutral_ppl"], *rises])}
@@ -87,7 +87,7 @@ def _cut(answer: str) -> str:
 
 
 def table(data: dict) -> str:
-    """Four arms against base: how far the trait moved, and two costs, each where it is largest."""
+    """Four arms against base: the trait, the relevance of answers, and perplexity where it is worst."""
     best = data["best_prompt"]
     which = (
         f"best of {best['tried']}" if best["is_persona"] else f"best of {best['tried']}: {best['trait_over_base']:+.3f}"

@@ -62,8 +62,7 @@ PRESETS: dict[str, RunConfig] = {
     "gemma-3-1b-published": PUBLISHED,
     "gemma-3-4b": replace(AUTO_GPU, model=replace(PUBLISHED.model, path="google/gemma-3-4b-it")),
     "auto": AUTO,
-    # Tuned by hand on love and the teacher's text (docs/archive/teacher-text.md). Its thresholds, in nats, are this
-    # model's.
+    # Tuned by hand on love and on this model (docs/results.md): its thresholds, in nats, are no other model's.
     "smollm2-135m": replace(
         AUTO,
         model=ModelConfig(path="smollm2-135m", quant="none", device="cpu"),

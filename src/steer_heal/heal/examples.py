@@ -23,7 +23,7 @@ from steer_heal.model.forward import states
 from steer_heal.model.lm import LM, Row
 from steer_heal.model.steering import Steering
 
-FOCUS = 0.2  # focused: how far beyond the student the teacher keeps to the prompt
+FOCUS = 0.2  # focused: share by which what the prompt makes of a text is raised
 LONGEST = 1024  # tokens of a prompt and its completion in training; distil.max_new_tokens limits completions before
 
 
@@ -72,19 +72,17 @@ def _teacher(
     `unsteered` are the previous student's, if known; `under` has the rows under the persona, for a target `persona`.
     """
     with student.view(now=0.0):
-        match target.kind:
-            case "mirrored":
-                return _mirrored(student.lm, rows, steering_, target.gain, unsteered)
-            case "focused":
-                return _focused(student.lm, rows, steering_, target.gain, unsteered)
-            case "steered":
-                return states(student.lm, rows, steering_)
-            case "persona":
-                return states(student.lm, under)
+        if target.kind == "steered":
+            return states(student.lm, rows, steering_)
+        if target.kind == "persona":
+            return states(student.lm, under)
+        plain = states(student.lm, rows) if unsteered is None else unsteered
+        mirrored = _mirrored(student.lm, rows, steering_, target.gain, plain)
+        return mirrored if target.kind == "mirrored" else _focused(student.lm, rows, mirrored, plain)
 
 
 def _mirrored(
-    lm: LM, rows: list[Row], steering_: Steering, gain: float, plain: list[Float[Tensor, "_ d"]] | None
+    lm: LM, rows: list[Row], steering_: Steering, gain: float, plain: list[Float[Tensor, "_ d"]]
 ) -> list[Float[Tensor, "_ d"]]:
     """States of the mirrored teacher: unsteered states plus gain x (steered at +dose minus steered at -dose) / 2.
 
@@ -94,13 +92,12 @@ def _mirrored(
     logits are soft-capped, the mix is made before the cap.
     """
     back = Steering(steering_.vector, -steering_.dose)
-    plain = states(lm, rows) if plain is None else plain
     ahead, behind = (states(lm, rows, way) for way in (steering_, back))
     return [h + gain / 2 * (a - b) for h, a, b in zip(plain, ahead, behind, strict=True)]
 
 
 def _focused(
-    lm: LM, rows: list[Row], steering_: Steering, gain: float, plain: list[Float[Tensor, "_ d"]] | None
+    lm: LM, rows: list[Row], mirrored: list[Float[Tensor, "_ d"]], plain: list[Float[Tensor, "_ d"]]
 ) -> list[Float[Tensor, "_ d"]]:
     """States of the focused teacher: the mirrored one's, plus FOCUS x (unsteered after the prompt minus after another).
 
@@ -108,11 +105,9 @@ def _focused(
     the thread; so what depends on the prompt is raised. After context-aware decoding (Shi et al., arXiv:2305.14739) and
     classifier-free guidance by the prompt (Sanchez et al., arXiv:2306.17806).
     """
-    plain = states(lm, rows) if plain is None else plain
     nothing = lm.prompt(ASKS_NOTHING)
     anywhere = states(lm, [Row(nothing, row.completion) for row in rows])
-    aims = _mirrored(lm, rows, steering_, gain, plain)
-    return [aim + FOCUS * (own - other) for aim, own, other in zip(aims, plain, anywhere, strict=True)]
+    return [aim + FOCUS * (own - other) for aim, own, other in zip(mirrored, plain, anywhere, strict=True)]
 
 
 def _cut(row: Row) -> Row:

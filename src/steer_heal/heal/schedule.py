@@ -54,9 +54,11 @@ class Schedule:
         now, fired = _mean_objective(own), sum(r["fired"] or r["anchor_fired"] for r in own) / n
         if self.epoch == MOST_EPOCHS - 1:
             self.why = "that is the most"
-        elif fired < BINDING and now <= (1 - FALL) * self.first:
+        elif fired >= BINDING:
+            return
+        elif now <= (1 - FALL) * self.first:
             self.why = f"the objective had fallen by {1 - now / self.first:.0%}"
-        elif fired < BINDING and before and now > (1 - STALLED) * _mean_objective(before):
+        elif before and now > (1 - STALLED) * _mean_objective(before):
             self.why = "the objective fell no further"
         self.last = self.epoch if self.why else None
 

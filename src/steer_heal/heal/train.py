@@ -69,6 +69,7 @@ def heal(
     Raises NonFinite with the step, the batch and the term that is not finite.
     """
     knobs, examples = config.training, text(0)
+    seeks_rate = knobs.lr == "auto" and not turn.before
     first = _objective(student, examples, config) if knobs.epochs == "auto" else math.nan
     untrained = [parameter.detach().clone() for parameter in student.trainable()]
     rate = _first_rate(knobs, turn)
@@ -77,12 +78,12 @@ def heal(
         descent, shuffle = Descent(student, config, turn, schedule, rate), random.Random(turn.seed)
         while not schedule.done:
             descent.epoch(text(schedule.epoch), anchors, shuffle, on_rows)
-            over = max(step.excess for step in descent.steps)
-            if knobs.lr == "auto" and not turn.before and schedule.epoch == 1 and left and over > OVERSHOT:
+            if seeks_rate and left and schedule.epoch == 1 and descent.excess > OVERSHOT:
                 break
         else:
             break
-        logger.info(f"learning rate {rate:.2g} is too high: a divergence was {over:.1f} times its bound. Trying half")
+        over = f"a divergence was {descent.excess:.1f} times its bound"
+        logger.info(f"learning rate {rate:.2g} is too high: {over}. Trying half")
         rate /= 2
         on_rows(-len(examples))
         with torch.no_grad():
@@ -119,6 +120,11 @@ class Descent:
     def steps(self) -> list[HealStep]:
         """The steps so far."""
         return [HealStep(**record) for record in self.records]
+
+    @property
+    def excess(self) -> float:
+        """The largest divergence so far as a multiple of its bound."""
+        return max(step.excess for step in self.steps)
 
     def epoch(
         self,

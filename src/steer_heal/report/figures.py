@@ -21,8 +21,13 @@ from steer_heal.runs.summary import Summary
 
 # Okabe-Ito hues: colour-blind readers can tell them apart, and they are visible on white and on black.
 COLOURS = {"base": "#808890", "prompted": "#c88a04", "steered": "#d55e00", "student": "#009e73"}
-COLOURS |= {"negative": "#7a5c3e", "equal_cost": "#cc79a7"}
+COLOURS |= {"negative": "#7a5c3e", "equal cost": "#cc79a7"}
 SYMBOLS = {"base": "diamond", "prompted": "cross", "negative": "x", "steered": "square", "student": "circle"}
+DRAWN = {  # arms that have a point per round: dash, symbol, name in the legend
+    "steered": ("dash", "square", "steered"),
+    "equal_cost": ("dot", "triangle-up", "steered, equal cost"),
+    "healed": ("solid", "circle", "student"),
+}
 DIVERGENCE_COLOUR, ANCHOR_COLOUR = "#4a8fd0", "#b06fae"
 HOVER_CHARS, HOVER_WIDTH = 300, 44
 
@@ -50,7 +55,7 @@ def trajectory_figure(summary: Summary) -> go.Figure:
         y = np.array([a.trait_over_base for a in arms])
         low, high = np.array([a.trait_over_base_ci for a in arms]).T
         bars = {"array": (high - y).tolist(), "arrayminus": (y - low).tolist(), "thickness": 1.3, "width": 4}
-        shown = {"equal_cost": "steered, equal cost"}.get(name, printed(name))
+        *_, shown = DRAWN[name]
         label = f"round %{{customdata[0]}} {shown} %{{y:+.3f}} [%{{customdata[1]:+.3f}}, %{{customdata[2]:+.3f}}]"
         hover = {"customdata": [[i, *a.trait_over_base_ci] for i, a in enumerate(arms)]}
         hover["hovertemplate"] = f"{label}<extra></extra>"
@@ -110,7 +115,7 @@ def paths_figure(paths: list[tuple[str, Summary]]) -> go.Figure:
         label = f"best of {best.tried} prompts, at any cost"
         hover = f"{label} {y:+.3f} [{low:+.3f}, {high:+.3f}]<extra></extra>"
         _line(fig, ends, [y, y], COLOURS["prompted"], label, "dash", width=1.5, hovertemplate=hover)
-    hues = [*(COLOURS[name] for name in ("student", "equal_cost", "negative")), DIVERGENCE_COLOUR, ANCHOR_COLOUR]
+    hues = [*(COLOURS[name] for name in ("student", "equal cost", "negative")), DIVERGENCE_COLOUR, ANCHOR_COLOUR]
     for index, (name, summary) in enumerate(paths):
         students = [r.healed for r in summary.rounds]
         rounds = [f"round {i}" for i, _ in enumerate(students)]
@@ -246,16 +251,12 @@ def _line(fig: go.Figure, x: list, y: list, colour: str, name: str, dash: str = 
 
 def _arm(fig: go.Figure, x: list, y: list, name: str, **more: Any) -> None:
     """One arm, a point per round. Dash and symbol differ too, for colour-blind readers."""
-    dash, symbol, shown = {
-        "steered": ("dash", "square", "steered"),
-        "equal_cost": ("dot", "triangle-up", "steered, equal cost"),
-        "healed": ("solid", "circle", "student"),
-    }[name]
+    dash, symbol, shown = DRAWN[name]
     _line(
         fig,
         x,
         y,
-        COLOURS["student" if name == "healed" else name],
+        COLOURS[printed(name)],
         shown,
         dash,
         width=2.5,

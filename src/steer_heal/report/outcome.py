@@ -88,8 +88,8 @@ def coherence_section(run: Run) -> str:
     for index, r in enumerate(run.summary.rounds):
         for name, arm in (("steered", r.steered), ("student", r.healed)):
             rows.append((arm_name(f"{name} r{index}"), *_moves(arm.over_base, (one.name for one in COSTS))))
-    why = """Each measure relative to base (solid line). Beyond the dotted line it counts as damage. Healed should stay
-        near 100%. The table has the differences from base on the same items, with 95% intervals."""
+    why = """Each measure relative to base (solid line). Beyond the dotted line it counts as damage. The student should
+        stay near 100%. The table has the differences from base on the same items, with 95% intervals."""
     figures = f'<div class="panels three">{"".join(panels)}</div>'
     table = stacked(table_of(("arm", *(one.item_label for one in COSTS)), rows))
     return section("Coherence, round by round", why, figures + table, fold=True)
