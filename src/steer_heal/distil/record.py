@@ -85,7 +85,7 @@ class DoseCurve:
             return f"the 95th percentile of the KL divergence is {self.kl:.3g} nats"
         met = [f"{self.target:.0%} of the texts pass the filter"]
         if self.least_relevance is not None:
-            met.append(f"they fit their prompts by {self.least_relevance:.2f} nats per token")
+            met.append(f"they fit their prompts by about {self.least_relevance:.2f} nats per token")
         if self.most_cost is not None:
             met.append(f"steering costs at most {self.most_cost:.0%} of coherence")
         return (
