@@ -173,6 +173,12 @@ reproduce: setup
     {{bin}}/steer-heal results --out outputs/headline
     {{bin}}/steer-heal results --out outputs/headline --rounds --html outputs/headline/headline.html
 
+# eight traits of two sentences each, a round on the demo's model: which it can express, how far they move, at what cost
+[group('compare')]
+traits: setup
+    {{bin}}/steer-heal sweep traits --grid "trait=formal,less-sycophantic,docs/traits/curious.toml,docs/traits/hopeful.toml,docs/traits/modest.toml,docs/traits/patient.toml,docs/traits/pirate.toml,docs/traits/thrifty.toml" --seeds {{SEEDS}} --engine {{ENGINE}} --out outputs/traits --hypothesis "two sentences are enough: a trait that the model can express moves, over plain steering at equal cost, and coherence holds" -- smollm2-135m --rounds 1 {{FLAGS}}
+    {{bin}}/steer-heal results --out outputs/traits
+
 # control runs: a random vector, another trait's, the persona as teacher, no teacher, no barrier, plain distillation
 [group('compare')]
 controls: sweep-random sweep-other-trait sweep-persona sweep-no-teacher sweep-no-barrier sweep-no-heal

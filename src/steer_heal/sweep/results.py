@@ -10,12 +10,13 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 
-from steer_heal.eval.catalogue import COHERENCE, OF_TRAIT, RIGHT, RIGHT_LOG_ODDS
+from steer_heal.eval.catalogue import COHERENCE, NEUTRAL, OF_TRAIT, RIGHT, RIGHT_LOG_ODDS
+from steer_heal.eval.framed import worst
 from steer_heal.eval.intervals import across_seeds
 from steer_heal.eval.reading import paired, printed
 from steer_heal.sweep.disk import RECORD, Found, grouped, scan
 
-ARMS = ("prompted", "steered", "equal_cost", "healed")
+ARMS = ("prompted", "equal_cost")
 TRAIT_UNITS = ", ".join(f"{one.label}: {one.unit}" for one in OF_TRAIT.values())
 
 
@@ -94,6 +95,12 @@ def _ratios(group: list[Found], index: int = -1) -> dict[str, str]:
     return {f"{one.short}/base": f"{np.mean([one.over(*pair) for pair in pairs]):.3f}" for one in COHERENCE}
 
 
+def _in_worst_frame(group: list[Found]) -> dict[str, str]:
+    """Perplexity over base's in each student's worst held-out frame, mean over the runs; empty where none was read."""
+    found = [worst(run.summary.rounds[-1].healed.framed, NEUTRAL) for run in group]
+    return {"worst frame": f"{np.mean([one.over_base for one in found]):.3f}"} if all(found) else {}
+
+
 def _measures(group: list[Found]) -> dict:
     """The columns of a row for runs that differ only in their seed."""
     row = {"model": group[0].config["model"]["path"].split("/")[-1], "trait": group[0].trait["name"]}
@@ -105,9 +112,12 @@ def _measures(group: list[Found]) -> dict:
         best = [run.summary.best_prompt for run in group]
         if arm == "prompted" and all(best):
             row["best prompt"] = f"{np.mean([one.trait_over_base for one in best]):+.3f}"
-    low, high = across_seeds(np.array(changes)).ci  # changes of the last arm, healed
-    row["95% interval"] = f"[{low:+.3f}, {high:+.3f}]"
-    row |= _ratios(group)
+    for name, over in ((printed("healed"), "base"), ("over equal cost", "equal_cost")):
+        changes = [run.changes("healed", over=over) for run in group]
+        if changes[0] is not None:
+            found = across_seeds(np.array(changes))
+            row[name] = f"{found.mean:+.3f} ±{(found.ci[1] - found.ci[0]) / 2:.3f}"
+    row |= _ratios(group) | _in_worst_frame(group)
     row["verdict"] = ", ".join(dict.fromkeys(run.summary.rounds[-1].verdict.word for run in group))
     row["minutes"] = f"{np.mean([run.summary.seconds for run in group]) / 60:.1f}"
     return row
@@ -143,7 +153,7 @@ def show(out: Path, by: tuple[str, ...], rounds: bool, files: Files) -> None:
     else:
         tables = {"": arm_table(runs, list(by))} if by else _under_hypotheses(runs, out)
         print(f"trait over base after the last round ({TRAIT_UNITS});")
-        print("95% interval of healed, over seeds and probes")
+        print("±: 95% interval over seeds and probes. /base: the student's over base's; worst frame: its perplexity so")
     tables = {title: frame for title, frame in tables.items() if len(frame)}
     for title, frame in tables.items():
         print(f"\n{title}\n{_printed(frame)}" if title else _printed(frame))
@@ -194,7 +204,7 @@ def _differences(sweep: dict, own: list[Found], every_round: bool = False) -> di
     return {title: difference_table(own, sweep["flags"], sweep["arms"], every_round)}
 
 
-def _printed(frame: pl.DataFrame, width: int = 200, cell: int = 80) -> str:
+def _printed(frame: pl.DataFrame, width: int = 240, cell: int = 80) -> str:
     with pl.Config(
         tbl_hide_dataframe_shape=True,
         tbl_hide_column_data_types=True,
