@@ -190,8 +190,8 @@ sweep-random: (_sweep "random" "--grid steer.method=mean_diff,random" whole)
 
 # H: the vector of another trait moves this trait less than its own does; what it moves is what the two share
 [group('compare')]
-sweep-other-trait: (_sweep "other" "--grid trait=" + OTHER whole + " --rounds 1 --steer.without none")
-    {{bin}}/steer-heal sweep other-trait --grid "steer.method=mean_diff,file:$(ls outputs/sweeps-{{SCALE}}/other/*/r00/vector/vector.safetensors | tail -1)" --seeds {{SEEDS}} --engine {{ENGINE}} --out outputs/sweeps-{{SCALE}} --hypothesis "the vector of {{OTHER}} moves this trait less than its own does" -- {{preset}} --rounds {{ROUNDS}} {{FLAGS}} {{whole}} --steer.without none
+sweep-other-trait: (_sweep "other" "--grid trait=" + OTHER whole + " --rounds 1")
+    {{bin}}/steer-heal sweep other-trait --grid "steer.method=mean_diff,file:$(ls outputs/sweeps-{{SCALE}}/other/*/r00/vector/vector.safetensors | tail -1)" --seeds {{SEEDS}} --engine {{ENGINE}} --out outputs/sweeps-{{SCALE}} --hypothesis "the vector of {{OTHER}} moves this trait less than its own does" -- {{preset}} --rounds {{ROUNDS}} {{FLAGS}} {{whole}}
 
 # H: the steered teacher moves the trait further than the persona as teacher (context distillation, no vector)
 [group('compare')]

@@ -176,8 +176,7 @@ class AnchorConfig:
     """A second barrier of the same kind: divergence from the pristine base, on texts without the trait."""
 
     prompts: Annotated[int, Within("[0, 96]"), COMMON] = 0
-    """texts of the anchor: base completions of mundane prompts in six frames, plain text, replies that decline; 0: none
-    """
+    """texts of the anchor: base completions of mundane prompts in six frames, plain text alone and as reply; 0: none"""
     tau: Annotated[float | Literal["auto"], POSITIVE] = 0.02
     """limit of the divergence on these texts, nats (fixed: no penalty below it); auto: a share of the first teacher's
     divergence on them"""

@@ -41,5 +41,5 @@ def require_left(layers: tuple[int, ...], left: list[float], named: str) -> None
     if not least >= LEAST_LEFT:
         raise Exhausted(
             f"steer.without {named}: of the vector of block {layer} only {least:.1%} of the norm is left, and "
-            f"{LEAST_LEFT:.0%} is the least: name fewer traits, or none, or traits that are less alike"
+            f"{LEAST_LEFT:.0%} is the least: name fewer traits, or traits that are less alike"
         )
