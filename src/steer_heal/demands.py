@@ -77,8 +77,8 @@ def _of_vectors(steer: SteerConfig) -> list[tuple[bool, str]]:
             f"{method}, or give two shares of depth",
         ),
         (
-            not steer.without or method in ("mean_diff", "pca", "random"),
-            f"steer.without has no meaning with steer.method {method}: add --steer.without none, or choose mean_diff",
+            not steer.without or method in ("mean_diff", "pca"),
+            f"steer.without has no meaning with steer.method {method}: choose mean_diff or pca, or leave it out",
         ),
         (
             steer.read == "assistant_tag" or method in STEER_METHODS,

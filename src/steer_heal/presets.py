@@ -30,7 +30,7 @@ AUTO = RunConfig(
     model=ModelConfig(quant="none"),
     trait="love",
     rounds=4,
-    steer=SteerConfig(n_contexts=32, band="auto", without=("declines",)),  # what a refusal is made of stays in place
+    steer=SteerConfig(n_contexts=32, band="auto"),
     dose=DoseConfig(range="auto", prompts=24),
     distil=DistilConfig(n_keep=32, max_new_tokens=32),
     heal=HealConfig(
@@ -47,7 +47,7 @@ AUTO = RunConfig(
 # The same with the sizes of the published recipe; never run.
 AUTO_GPU = replace(
     PUBLISHED,
-    steer=replace(AUTO.steer, n_contexts=PUBLISHED.steer.n_contexts),
+    steer=replace(PUBLISHED.steer, band="auto"),
     dose=AUTO.dose,
     heal=replace(
         AUTO.heal,

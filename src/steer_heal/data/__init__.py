@@ -19,7 +19,7 @@ from typing import Any, NamedTuple, TypeVar
 from steer_heal.config import UserError, nearest
 
 HERE = files(__name__)
-BUILT_IN = ("love", "care-over-authority", "calm", "formal", "less-sycophantic", "declines")
+BUILT_IN = ("love", "care-over-authority", "calm", "formal", "less-sycophantic")
 RENAMED = {"authority": "care-over-authority"}  # names that older commands and folders have
 PERSONAS = ("positive", "negative")
 INSTRUMENTS = ("contrast", "yes_no", "whole")

@@ -14,7 +14,7 @@ def words(text):
     return re.findall(r"[a-z']+", text.lower())
 
 
-SMALL = ("formal", "less-sycophantic", "declines")  # built-in traits that are a name and two personas
+SMALL = ("formal", "less-sycophantic")  # built-in traits that are a name and two personas
 
 
 @pytest.mark.parametrize("name", SMALL)

@@ -49,7 +49,7 @@ FLAGS = [  # out of range, contradictory or misspelt
     ("--steer.method pac", "steer.method 'pac' is not known (did you mean 'pca'?): choose mean_diff, pca"),
     ("--steer.without luv", "trait 'luv' is not built in and no such .toml file exists"),
     ("--trait love --steer.without calm love", "steer.without 'love' is the trait that is steered"),
-    ("--steer.without calm --steer.method ablation", "steer.without has no meaning with steer.method ablation: add"),
+    ("--steer.without calm --steer.method random", "steer.without has no meaning with steer.method random: choose"),
     ("--steer.read answer --steer.method file:v", "steer.read answer has no meaning with steer.method file:v: choose"),
     ("--steer.read end", "invalid choice 'end'"),
     ("--steer.n-contexts 257", "steer.n_contexts is 257: it must lie in [2, 256]"),

@@ -25,7 +25,7 @@ def neighbours(named: tuple[str, ...], trait: Trait) -> list[Neighbour]:
         if other.name == trait.name or (other.positive, other.negative) == (trait.positive, trait.negative):
             raise UserError(
                 f"steer.without {word!r} is the trait that is steered, and nothing would be left of its vector: name "
-                "other traits, or none"
+                "other traits"
             )
         found.append(Neighbour(other.name, other.positive, other.negative))
     return found
