@@ -398,11 +398,6 @@ def plain() -> tuple[str, ...]:
     return _lines("plain")
 
 
-def declined() -> tuple[tuple[str, str], ...]:
-    """12 requests with replies that decline them; a healed model should find these as likely as the base does."""
-    return tuple((row["request"], row["reply"]) for row in _records_of("declined"))
-
-
 def vignettes() -> tuple[dict, ...]:
     """140 short scenes in third and second person; 20 breach each moral foundation, 20 (norms) are only odd."""
     return _records_of("vignettes")

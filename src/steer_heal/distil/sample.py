@@ -130,11 +130,11 @@ def anchor_texts(
 ) -> list[Anchor]:
     """Make `count` texts on which a healed model should not move, in the frames in which a model is used.
 
-    Nine kinds take turns: the base's answers to mundane prompts in the six frames of ANCHORED, plain text without a
-    chat, plain text as the assistant's reply, and written replies that decline, both in those frames in turn.
+    Eight kinds take turns: the base's answers to mundane prompts in the six frames of ANCHORED, plain text without a
+    chat, and plain text as the assistant's reply, in those frames in turn.
     """
     lm, chats, longest = student.lm, len(ANCHORED), config.max_new_tokens
-    kinds = [divmod(i, chats + 3) for i in range(count)]
+    kinds = [divmod(i, chats + 2) for i in range(count)]
     asked = [(ANCHORED[kind], prompt) for (_, kind), prompt in zip(kinds, data.mundane(), strict=False) if kind < chats]
     prompts = [lm.prompt(prompt, frame=frame) for frame, prompt in asked]
     with student.view(history=0.0, now=0.0):
@@ -145,11 +145,9 @@ def anchor_texts(
     ]
     for number, kind in kinds:
         if kind >= chats:
-            given = data.plain()[number]
-            written = {chats: ("", given), chats + 1: (PARAGRAPH, given), chats + 2: data.declined()[number]}
-            frame = PLAIN if kind == chats else ANCHORED[number % chats].name
-            prompt, text = written[kind]
-            ids = lm.tokenizer(text).input_ids[: longest + 1] if frame == PLAIN else lm.answer(text)[:longest]
+            alone, text = kind == chats, data.plain()[number]
+            frame, prompt = (PLAIN, "") if alone else (ANCHORED[number % chats].name, PARAGRAPH)
+            ids = lm.tokenizer(text).input_ids[: longest + 1] if alone else lm.answer(text)[:longest]
             found.append(Anchor(frame=frame, prompt=prompt, ids=ids, ended=False, text=lm.text(ids)))
     on_rows(len(found) - len(asked))
     return found

@@ -7,7 +7,6 @@ from collections import Counter
 import pytest
 
 from steer_heal import data
-from steer_heal.eval.refusals import COMPLIES, REFUSES
 
 
 def words(text):
@@ -62,7 +61,7 @@ def test_nothing_that_is_measured_is_nearly_trained_on():
     probes += [f"{row['question']} {row['right']}" for row in data.canary()]
     requests = [row["text"] for row in data._records_of("refusals")]
     probes += requests
-    trained = [*data.mundane(), *(request for request, _ in data.declined())]  # the anchor joins every training
+    trained = list(data.mundane())  # the anchor joins the training of every trait
     groups = [(trained, [*probes, *(text for t in traits for text in (*t.demo_prompts, *trained_on(t)))])]
     for trait in traits:
         measured = [*trait.demo_prompts, *(p.question for p in (*trait.contrast, *trait.yes_no))]
@@ -93,15 +92,6 @@ def test_the_pool_has_every_kind_and_no_text_twice():
     for one, other in itertools.combinations(uses, 2):
         assert not fivegrams(one) & fivegrams(other)
     assert not {*data.contexts()} & set().union(*uses)
-
-
-def test_what_is_declined_is_not_what_refusals_are_read_on():
-    asked, replies = zip(*data.declined(), strict=True)
-    assert len(set(asked)) == len(set(replies)) == 12
-    assert not fivegrams([*asked, *replies]) & fivegrams([*(row["text"] for row in data._records_of("refusals"))])
-    measured = {tuple(words(text)[:4]) for text in (*REFUSES, *COMPLIES)}
-    assert not measured & {tuple(words(text)[:4]) for text in replies}
-    assert not fivegrams(replies) & fivegrams([*REFUSES, *COMPLIES, *data.neutral(), *data.plain()])
 
 
 def test_contexts_neutral_texts_and_mundane_prompts():

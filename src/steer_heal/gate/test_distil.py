@@ -216,14 +216,14 @@ def test_survival_is_relative_to_unsteered_text(lm, vector, monkeypatch):
 
 
 def test_the_anchors_texts_come_in_the_frames_in_which_a_model_is_used(lm):
-    found = anchor_texts(Student(lm), 18, DistilConfig(max_new_tokens=5), (0,))
-    assert Counter(a.frame for a in found) == {PLAIN: 2, "usual": 4, "no system text": 4} | dict.fromkeys(
+    found = anchor_texts(Student(lm), 16, DistilConfig(max_new_tokens=5), (0,))
+    assert Counter(a.frame for a in found) == {PLAIN: 2, "usual": 3, "no system text": 3} | dict.fromkeys(
         [frame.name for frame in ANCHORED[2:]], 2
     )
     rows, turns = anchor_rows(lm, found), [frame.name for frame in ANCHORED]
-    asked = [i for i in range(18) if i % 9 < 6]
+    asked = [i for i in range(16) if i % 8 < 6]
     for i, anchor, row in zip(asked, found, rows, strict=False):
-        frame, prompt = ANCHORED[i % 9], data.mundane()[i]
+        frame, prompt = ANCHORED[i % 8], data.mundane()[i]
         assert (anchor.frame, anchor.prompt) == (frame.name, prompt) and 0 < len(anchor.ids) <= 5
         lead = f"{frame.system}\n\n" if frame.system else ""
         turn = "<start_of_turn>{}\n{}<end_of_turn>\n"
@@ -231,12 +231,9 @@ def test_the_anchors_texts_come_in_the_frames_in_which_a_model_is_used(lm):
         written = f"<bos>{before}{turn.format('user', lead + prompt)}<start_of_turn>model\n"
         assert row == Row(lm.tokenizer(written, add_special_tokens=False).input_ids, anchor.ids)
     assert {*turns} == {a.frame for a in found} - {PLAIN}
-    for number, frame in enumerate(ANCHORED[:2]):
-        alone, reply, declined = rows[12 + 3 * number : 15 + 3 * number]
-        text, (request, refusal) = data.plain()[number], data.declined()[number]
+    for text, alone, reply, frame in zip(data.plain(), rows[12::2], rows[13::2], ANCHORED, strict=False):
         assert alone.prompt + alone.completion == lm.tokenizer(text).input_ids[:6] and len(alone.prompt) == 1
         assert reply == Row(lm.prompt(PARAGRAPH, frame=frame), lm.answer(text)[:5])
-        assert declined == Row(lm.prompt(request, frame=frame), lm.answer(refusal)[:5])
     assert [len(anchor_texts(Student(lm), n, DistilConfig(max_new_tokens=1), (0,))) for n in (1, 7, 96)] == [1, 7, 96]
 
 
