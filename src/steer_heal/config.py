@@ -286,8 +286,6 @@ class EvalConfig:
     size: Literal["full", "demo", "tiny"] = "full"
     """how many items of every instrument are read; demo: fewer, for a run on a CPU; tiny: enough to test the code on
     random weights, whose text passes as coherent"""
-    ends_only: tuple[Extra, ...] = ("profile", "frames", "refusals", "relevance")
-    """instruments read on base, on prompted and on the last student only (the profile also on negative)"""
     leave_out: tuple[Extra | Literal["plain", "prompts"], ...] = ()
     """never read: off-target traits, plain questions (canary), profile, held-out frames, refusals, relevance, plain
     steering, the best of five prompts"""
@@ -296,10 +294,17 @@ class EvalConfig:
     plain_range: Annotated[tuple[float, float] | Literal["auto"], POSITIVE] = (0.125, 12.0)
     """smallest and largest dose at which the base is plainly steered, in multiples of the first round's vector; auto:
     around the dose at which steering begins to cost coherence"""
+    harness: tuple[str, ...] = ()
+    """benchmarks of lm-evaluation-harness that are read at the run's end, as `eval RUN --harness` does"""
 
     @property
     def counts(self) -> Counts:
         return SIZES[self.size]
+
+    @property
+    def ends_only(self) -> tuple[str, ...]:
+        """Instruments read on base, on prompted and on the last student only (the profile also on negative)."""
+        return EXTRA if self.size == "demo" else ("profile", "frames", "refusals", "relevance")
 
     @property
     def judge(self) -> FilterConfig:
@@ -417,13 +422,15 @@ def of_record(table: dict, default: Any = None) -> Any:
     return replace(default, **values)
 
 
-# Knobs of `steer` that came after the first 0.5, which older records lack, and what was done before.
-LATER = {"read": "assistant_tag", "without": []}
+# Knobs that came after the first 0.5, which older records lack, and what was done before; and one that is no more.
+LATER = {"steer": {"read": "assistant_tag", "without": []}, "eval": {"harness": []}}
+GONE = "ends_only"  # of `eval`
 
 
 def of_today(table: dict) -> dict:
     """The JSON record of a config with the knobs of this version."""
-    return table | {"steer": LATER | table["steer"]}
+    known = {name: later | table[name] for name, later in LATER.items()}
+    return table | known | {"eval": {key: value for key, value in known["eval"].items() if key != GONE}}
 
 
 def flat(table: dict, joint: str = ".", before: str = "") -> Iterator[tuple[str, Any]]:

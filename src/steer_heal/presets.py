@@ -7,7 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 
 from steer_heal.config import (
-    EXTRA,
     JUDGES,
     AdapterConfig,
     AnchorConfig,
@@ -42,7 +41,7 @@ AUTO = RunConfig(
         training=TrainingConfig(lr="auto", lr_round_pow=-1.0, epochs="auto", pass_rows=9),
         lora=AdapterConfig(r=16),
     ),
-    eval=EvalConfig(size="demo", ends_only=EXTRA, plain_range="auto"),
+    eval=EvalConfig(size="demo", plain_range="auto"),
 )
 # The same with the sizes of the published recipe; never run.
 AUTO_GPU = replace(

@@ -13,11 +13,12 @@ from steer_heal import data, loop
 from steer_heal.config import FILE, ModelConfig, RunConfig, UserError, settled
 from steer_heal.demands import check
 from steer_heal.eval.foundations import check_profile
+from steer_heal.eval.harness.tasks import load_tasks
 from steer_heal.heal.train import check_optimiser
 from steer_heal.model.lm import LM
 from steer_heal.model.loading import load
 from steer_heal.runs.environment import block_network, environment
-from steer_heal.runs.folder import Damaged, RunDir
+from steer_heal.runs.folder import HARNESS, Damaged, RunDir
 from steer_heal.runs.resume import as_recorded, check_place, create, described, reopened, require_surroundings, trait_of
 from steer_heal.runs.summary import Summary
 from steer_heal.runs.tracking import check_tracker, follower
@@ -40,6 +41,17 @@ def run(config: RunConfig, preset: str, argv: list[str], trait: data.Trait | Non
 
     Raises UserError for what the user can fix, and KeyboardInterrupt, with the command to resume, when stopped.
     """
+    folder, summary = _looped(config, preset, argv, trait)
+    wanted = folder.read("config.json")["eval"].get("harness")
+    if wanted and folder.find(HARNESS) is None:
+        from steer_heal.commands.benchmark import Asked, Wanted, benchmark  # with it come the report's libraries
+
+        student = Asked(str(folder.path), round=None, gate=1.0, trait=None, model=config.model)
+        benchmark(student, Wanted(",".join(wanted), folder=None, items=None))
+    return folder, summary
+
+
+def _looped(config: RunConfig, preset: str, argv: list[str], trait: data.Trait | None) -> tuple[RunDir, Summary]:
     check(config)
     given, config = config.model.path, settled(config)
     as_words = (given, f"--model.path={given}")
@@ -47,6 +59,8 @@ def run(config: RunConfig, preset: str, argv: list[str], trait: data.Trait | Non
     if config.steer.method.startswith(lite.PREFIX):
         lite.check_method(config.steer.method)
     check_profile(config.eval)
+    if config.eval.harness:  # before hours of work
+        load_tasks([*config.eval.harness], None)
     check_tracker(config.track)
     if not config.resume:
         if config.steer.method.startswith(FILE):

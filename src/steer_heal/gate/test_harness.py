@@ -29,6 +29,8 @@ from steer_heal.model.lm import Row
 from steer_heal.records import structured
 from steer_heal.runs.folder import RunDir
 from steer_heal.runs.reading import load as read_run
+from steer_heal.sweep import results
+from steer_heal.sweep.disk import scan
 
 MISSING = importlib.util.find_spec("lm_eval") is None
 needs_harness = pytest.mark.skipif(MISSING, reason="lm-eval is not here: pip install -e '.[harness]'")
@@ -330,6 +332,28 @@ def test_a_finished_run_keeps_its_benchmarks_and_shows_them(whole, tmp_path, cap
     assert (run / "harness.json").read_bytes() == before, "the folder keeps the benchmarks of its result alone"
     (run / "harness.json").write_bytes(before.replace(b"6", b"7", 1))
     assert "--harness TASKS" in refused_run(capsys, ["report", str(run)])
+
+
+@needs_harness
+@pytest.mark.run
+def test_a_run_reads_its_benchmarks_at_its_end(whole, tmp_path, capsys):
+    """A finished run is asked for them: nothing is trained again. A second resuming reads nothing."""
+    run = tmp_path / "run"
+    shutil.copytree(whole, run)
+    words = ["run", "--resume", str(run), "--eval.harness", "plain_questions", "--allow-change", "eval.harness"]
+    assert "'plain_question': there is no such task" in refused_run(capsys, [*words[:4], "plain_question", *words[5:]])
+    cli.main(words)
+    kept = read_run(run).benchmarks
+    assert [arm.arm for arm in kept.arms] == ["base", "prompted", "student", "equal_cost"]
+    assert kept.tasks[0].items == len(canary()) and kept.round == 1
+    (row,) = results.run_table(scan(tmp_path), tmp_path).to_dicts()
+    (change,) = (kept.of(kept.arms[2], one).over_base.mean for one in kept.shown if one.metric == "acc")
+    assert row["plain_questions acc"] == f"{change:+.3f}"
+    before = (run / "events.jsonl").read_text("utf-8")
+    cli.main(words[:3])
+    assert [
+        e["event"] for e in map(json.loads, (run / "events.jsonl").read_text("utf-8")[len(before) :].splitlines())
+    ] == ["resume"]
 
 
 def refused_run(capsys, words: list[str]) -> str:

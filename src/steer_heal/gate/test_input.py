@@ -77,7 +77,7 @@ FLAGS = [  # out of range, contradictory or misspelt
     ("--heal.training.optimiser paged_adamw_8bit", "heal.training.optimiser paged_adamw_8bit needs a CUDA GPU"),
     ("--eval.size huge", "invalid choice 'huge'"),
     ("--eval.plain-range 3 3", "eval.plain_range is 3.0 3.0: the first number must be below the second"),
-    ("--eval.ends-only profil", "profil"),
+    ("--eval.leave-out profil", "profil"),
     ("--model.device cuda", "model.device is 'cuda' but this machine has no CUDA GPU"),
     ("--model.quant int4", "invalid choice 'int4'"),
     ("--model.path random:huge", "no random architecture 'huge': choose tiny"),

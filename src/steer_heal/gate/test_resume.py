@@ -307,14 +307,15 @@ def test_a_folder_of_before_a_knob_came_is_read_as_what_was_done(tmp_path):
     env = {"packages": {"steer_heal": steer_heal.VERSION}}
     folder = create(config, "tiny-random", data.load_trait("love"), env, []).path
     now, then = recorded(folder), json.loads((folder / "config.json").read_text())
-    del then["steer"]["read"], then["steer"]["without"]
+    del then["steer"]["read"], then["steer"]["without"], then["eval"]["harness"]
+    then["eval"]["ends_only"] = ["profile", "frames", "refusals", "relevance"]
     (folder / "config.json").write_text(json.dumps(then), "utf-8")
     seal(folder)
     assert recorded(folder) == now and settings(opened(folder)) == ("tiny-random", replace(config, out="outputs"))
     (found,) = scan(tmp_path)
     assert found.config == {"preset": "tiny-random"} | now
     turned_on = turned(config, {"steer.without": ("calm",)})
-    old, own, other = (identity(c, found.trait) for c in (then, described(config), described(turned_on)))
+    old, own, other = (identity(c, found.trait) for c in (now, described(config), described(turned_on)))
     assert found.identity == old == own != other
     said = json.dumps([then | {"preset": None}, found.trait], sort_keys=True)
     assert old == hashlib.blake2b(said.encode(), digest_size=12).hexdigest()  # as in the record of its sweep

@@ -268,7 +268,7 @@ CHANGES = {
     "heal.training.checkpointing": True,
     "heal.training.epochs": "auto",
     "anyway": False,
-    "eval.ends_only": (),
+    "eval.harness": ("plain_questions",),
     "eval.leave_out": ("plain", "frames"),
     "model.date": "2026-03-02",
     "filter.incoherence": 1e9,

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from steer_heal.config import LATER, UserError, of_today
+from steer_heal.config import GONE, LATER, EvalConfig, UserError, of_today
 from steer_heal.eval.reading import ArmReading, paired
 from steer_heal.runs.folder import EVENTS, Damaged, RunDir
 from steer_heal.runs.resume import OtherVersion, opened
@@ -158,6 +158,10 @@ def identity(config: dict, trait: dict | None) -> str:
 
     Knobs that came later count where they are turned, so that older runs and the records of sweeps keep theirs.
     """
-    turned = {key: value for key, value in config["steer"].items() if key not in LATER or value not in ((), LATER[key])}
-    described = json.dumps([config | {"preset": None, "steer": turned}, trait], sort_keys=True)
+    turned = {
+        part: {key: value for key, value in config[part].items() if key not in later or value not in ((), later[key])}
+        for part, later in LATER.items()
+    }
+    turned["eval"][GONE] = EvalConfig(size=config["eval"]["size"]).ends_only
+    described = json.dumps([config | {"preset": None} | turned, trait], sort_keys=True)
     return hashlib.blake2b(described.encode(), digest_size=12).hexdigest()

@@ -12,8 +12,10 @@ import polars as pl
 
 from steer_heal.eval.catalogue import COHERENCE, NEUTRAL, OF_TRAIT, RIGHT, RIGHT_LOG_ODDS
 from steer_heal.eval.framed import worst
+from steer_heal.eval.harness.record import Benchmarks
 from steer_heal.eval.intervals import across_seeds
 from steer_heal.eval.reading import paired, printed
+from steer_heal.runs.folder import HARNESS
 from steer_heal.sweep.disk import RECORD, Found, grouped, scan
 
 ARMS = ("prompted", "equal_cost")
@@ -101,6 +103,17 @@ def _in_worst_frame(group: list[Found]) -> dict[str, str]:
     return {"worst frame": f"{np.mean([one.over_base for one in found]):.3f}"} if all(found) else {}
 
 
+def _benchmarked(group: list[Found]) -> dict[str, str]:
+    """The student's benchmark scores over base's, mean over the runs; of benchmarks that all of them have read."""
+    row, read = {}, [run.run.load(Benchmarks, HARNESS) for run in group]
+    for shown in read[0].shown if all(read) else []:
+        students = [(one, arm) for one in read for arm in one.arms if arm.arm == "student"]
+        changes = [one.of(arm, shown).over_base for one, arm in students]
+        if all(changes):
+            row[f"{shown.task} {shown.name}"] = f"{np.mean([change.mean for change in changes]):+.3f}"
+    return row
+
+
 def _measures(group: list[Found]) -> dict:
     """The columns of a row for runs that differ only in their seed."""
     row = {"model": group[0].config["model"]["path"].split("/")[-1], "trait": group[0].trait["name"]}
@@ -117,7 +130,7 @@ def _measures(group: list[Found]) -> dict:
         if changes[0] is not None:
             found = across_seeds(np.array(changes))
             row[name] = f"{found.mean:+.3f} ±{(found.ci[1] - found.ci[0]) / 2:.3f}"
-    row |= _ratios(group) | _in_worst_frame(group)
+    row |= _ratios(group) | _in_worst_frame(group) | _benchmarked(group)
     row["verdict"] = ", ".join(dict.fromkeys(run.summary.rounds[-1].verdict.word for run in group))
     row["minutes"] = f"{np.mean([run.summary.seconds for run in group]) / 60:.1f}"
     return row
