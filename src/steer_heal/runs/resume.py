@@ -21,12 +21,13 @@ from steer_heal.records import unstructured
 from steer_heal.runs.folder import EVENTS, GIVEN, PROBES, RunDir
 
 LONGEST_NAME = 40  # characters of a model's or a trait's name in a folder's name
-# A change of these changes a round's result by rounding at most.
+# A change of these changes a round's result by rounding at most, of the last not at all.
 ROUNDING = (
     "model.decode_rows",
     "model.read_rows",
     "heal.training.pass_rows",
     "heal.training.checkpointing",
+    "eval.harness",
 )
 # Of env.json. A resumed run takes the threads, the type of the weights and the date of prompts from there; what is not
 # compared changes no result.
