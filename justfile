@@ -61,8 +61,8 @@ check *flags: setup
 # before a commit: everything that CI checks
 [group('check')]
 test *flags: setup
-    # Ray, the vanilla harness, trl and llama.cpp, which ours is compared with
-    {{bin}}/python -c "import ray, lm_eval, trl, xllamacpp" 2>/dev/null || {{bin}}/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[cluster,dpo,harness]' xllamacpp
+    # Ray, the vanilla harness, trl and llama.cpp, which ours is compared with, and gradio for the chat's page
+    {{bin}}/python -c "import ray, lm_eval, trl, xllamacpp, gradio" 2>/dev/null || {{bin}}/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[cluster,dpo,harness,web]' xllamacpp
     {{bin}}/ruff check
     {{bin}}/ruff format --check
     OMP_NUM_THREADS=1 {{bin}}/python -m pytest -q -n 2 --dist worksteal --durations 30 {{flags}}

@@ -298,12 +298,25 @@ def reproduce(asked: Reproduce) -> None:
 
 
 def chat(asked: Chat) -> None:
-    from steer_heal.commands.chat import chat as talk
+    from steer_heal.commands.chat import terminal, web
+    from steer_heal.commands.chat.session import Session
+    from steer_heal.commands.chat.subject import opened
 
     _check_gate(asked.gate)
     if asked.max_new_tokens < 1:
         raise UserError(f"--max-new-tokens is {asked.max_new_tokens}: it must be 1 or more")
-    talk(Path(asked.run), asked.gate, asked.max_new_tokens, asked.round)
+    if not (math.isfinite(asked.temperature) and asked.temperature >= 0):
+        raise UserError(f"--temperature is {asked.temperature}: it must be 0 or more; 0 takes the likeliest token")
+    if asked.web:
+        web.require_gradio()
+    subject = opened(asked.what, asked.round, ModelConfig(asked.base, asked.quant, asked.dtype, asked.device))
+    if asked.gate != 1.0:
+        subject.require_gate(asked.gate, "--gate")
+    session = Session(subject, asked.max_new_tokens, asked.temperature, asked.gate)
+    if asked.web:
+        web.serve(session)
+    else:
+        terminal.chat(session)
 
 
 def compare(asked: Compare) -> None:

@@ -203,19 +203,33 @@ class Reproduce:
 
 @dataclass(frozen=True)
 class Chat:
-    """Talk to a run's result: base and student answer side by side, streamed; /help lists the commands.
+    """Talk to a run's student, an adapter or a model, turn by turn: base answers beside it; /help lists the commands.
 
     Example: steer-heal chat outputs/RUN --gate 0.5
+
+    Example: steer-heal chat my-adapter --base Qwen/Qwen2.5-0.5B-Instruct
     """
 
-    run: Positional[str]
-    """the run folder"""
+    what: Positional[str]
+    """a run folder, a PEFT adapter's folder, or a model (hub id, folder, .gguf, smollm2-135m)"""
     round: int | None = None
-    """the student after this round (from 0); default: the last finished round"""
+    """for a run: the student after this round (from 0); default: the last finished round"""
     gate: float = 1.0
-    """scale of the student's adapter: 0 is the base, 1 the student"""
+    """scale of the adapter: 0 is the base, 1 the student"""
     max_new_tokens: int = 128
     """length limit of an answer, tokens"""
+    temperature: float = 0.7
+    """how freely the arms write; 0: always the likeliest token"""
+    web: bool = False
+    """show a page in place of the terminal, on this machine alone (install it: pip install 'steer_heal[web]')"""
+    base: str = ""
+    """for an adapter: the base model to load instead of the one that the adapter names"""
+    quant: Literal["none", "nf4"] = "none"
+    """for a model or an adapter: nf4 holds the weights in 4 bits. A run is loaded as it was made"""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """for a model or an adapter: type of the weights that are not quantised"""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """for a model or an adapter"""
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,8 @@ from pathlib import Path
 
 from loguru import logger
 
-from steer_heal.commands.evaluate import equal_cost, opened
+from steer_heal.commands.evaluate import equal_cost
+from steer_heal.commands.target import opened
 from steer_heal.config import ModelConfig, UserError, model_name
 from steer_heal.eval.arms import Arm, unsteered
 from steer_heal.eval.harness.reading import benchmark_arm, benchmark_tasks, read_benchmarks

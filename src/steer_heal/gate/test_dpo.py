@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from steer_heal.commands.evaluate import opened
+from steer_heal.commands.target import opened
 from steer_heal.config import UserError
 from steer_heal.data import load_trait
 from steer_heal.gate.conftest import turned

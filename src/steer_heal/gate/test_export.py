@@ -18,7 +18,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from steer_heal import data
 from steer_heal.bake.student import Student
 from steer_heal.bench import demo
-from steer_heal.commands import chat
 from steer_heal.commands import export as exporting
 from steer_heal.commands.evaluate import evaluate_alone
 from steer_heal.commands.export import export, require_mergeable
@@ -241,33 +240,6 @@ def test_the_demo_benchmark_reads_a_runs_seconds(whole):
     unnamed = [name for name in ("decode_rows.json", "adapter") if name in run.stage_seconds()]
     assert found["stages"]["other"] == pytest.approx(sum(run.stage_seconds()[name] for name in unnamed), rel=1e-3)
     assert len(found["tokens_per_s"]) == 2 and all(v > 0 for row in found["tokens_per_s"] for v in row.values())
-
-
-def test_chat_dials_the_gate_the_round_and_the_dose(finished, tmp_path, capsys):
-    session = chat.opened(finished, 1.0, 48, None)
-    assert session.round == 1
-    shown = []
-
-    def ask(session):
-        chat.answer(session, "Name a tree.", shown.append)
-        return session.said.pop()["answers"]  # popped, so that the next one draws the same numbers
-
-    both = ask(session)
-    assert list(both) == ["base", "student after round 1 at gate 1"] and len(set(both.values())) == 2
-    assert "".join(shown).count("[base]") == 1 and both["base"] in "".join(shown)
-    dialled = ask(chat.obey(session, "/gate 0"))
-    assert dialled["base"] == dialled["student after round 1 at gate 0"] == both["base"]
-    earlier = ask(chat.obey(session, "/round 0"))
-    assert earlier["student after round 0 at gate 1"] != both["student after round 1 at gate 1"]
-    steered = ask(chat.obey(session, "/steer 200"))
-    assert list(steered)[1] == "base steered at 200" and steered["base steered at 200"] != both["base"]
-    assert list(ask(chat.obey(session, "/base"))) == ["student after round 1 at gate 1"]
-    assert chat.obey(session, "/gate high") is session and chat.obey(session, "/round 9") is session
-    said = capsys.readouterr().out
-    assert "/gate needs a number" in said and "rounds 0 to 1 are finished" in said
-    chat.answer(session, "Why?", shown.append)
-    chat.obey(session, f"/save {tmp_path}/talk.md")
-    assert "## Why?" in (tmp_path / "talk.md").read_text() and "**base**: " in (tmp_path / "talk.md").read_text()
 
 
 def test_what_a_model_writes_cannot_steer_the_terminal():

@@ -19,7 +19,7 @@ from peft import (
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from steer_heal.commands.evaluate import opened
+from steer_heal.commands.target import opened
 from steer_heal.config import UserError
 from steer_heal.model.likelihood import row_nll
 from steer_heal.model.lm import Row

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from steer_heal.bake.student import Student
-from steer_heal.commands.evaluate import opened
 from steer_heal.commands.export import export
+from steer_heal.commands.target import opened
 from steer_heal.config import EXTRA, ModelConfig
 from steer_heal.data import _records_of, load_trait, requests
 from steer_heal.eval.arms import Arm

@@ -14,7 +14,7 @@ from transformers.utils import chat_template_utils
 
 from steer_heal import data
 from steer_heal.cli import main
-from steer_heal.commands import evaluate
+from steer_heal.commands.target import opened
 from steer_heal.config import ModelConfig, UserError
 from steer_heal.data.frames import Frame
 from steer_heal.eval.arms import Arm
@@ -358,5 +358,5 @@ def test_an_adapter_that_brings_a_template_is_asked_with_it(tmp_path, speaking, 
     if files == "template":
         for file in adapter.glob("*token*"):
             file.unlink()
-    found = evaluate.opened(str(adapter), None, None, replace(CONFIG, path=str(base)))
+    found = opened(str(adapter), None, None, replace(CONFIG, path=str(base)))
     assert found.student.lm.template.text("Hello") == rendered(tokenizer, ("user", "Hello"))
