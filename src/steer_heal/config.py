@@ -142,7 +142,7 @@ class TargetConfig:
 
     kind: Annotated[Literal["steered", "mirrored", "focused", "persona"], COMMON] = "steered"
     """steered: the teacher's own logits; mirrored: the unsteered logits plus gain x (steered at +dose minus steered at
-    -dose) / 2; focused: mirrored, further from what follows a prompt that asks nothing, and as sure as the student; persona, a rival
+    -dose) / 2; focused: mirrored, and further from what follows a prompt that asks nothing; persona, as a rival
     without a vector: the unsteered logits under the positive persona"""
     gain: Annotated[float, POSITIVE] = 2.0
     """mirrored, focused: the gain in that formula; 1: as far as the dose itself"""
