@@ -24,8 +24,6 @@ from steer_heal.model.lm import LM, Row
 from steer_heal.model.steering import Steering
 
 FOCUS = 0.2  # focused: share by which what the prompt makes of a text is raised
-ENTROPY_POSITIONS = 128  # at most: those whose mean entropy is made the unsteered student's
-LARGEST_SCALE, BISECTIONS = 2.0, 10  # of the search for it; the scale is found to 0.14%
 LONGEST = 1024  # tokens of a prompt and its completion in training; distil.max_new_tokens limits completions before
 
 
@@ -101,8 +99,7 @@ def _mirrored(
 def _focused(
     lm: LM, rows: list[Row], mirrored: list[Float[Tensor, "_ d"]], plain: list[Float[Tensor, "_ d"]]
 ) -> list[Float[Tensor, "_ d"]]:
-    """States of the focused teacher: the mirrored one's, plus FOCUS x (unsteered after the prompt minus after another),
-    as sure of the next token as the unsteered student.
+    """States of the focused teacher: the mirrored one's, plus FOCUS x (unsteered after the prompt minus after another).
 
     The other prompt asks nothing. A steered teacher says the same things whatever it is asked, and its student loses
     the thread; so what depends on the prompt is raised. After context-aware decoding (Shi et al., arXiv:2305.14739) and
@@ -110,30 +107,7 @@ def _focused(
     """
     nothing = lm.prompt(ASKS_NOTHING)
     anywhere = states(lm, [Row(nothing, row.completion) for row in rows])
-    focused = [aim + FOCUS * (own - other) for aim, own, other in zip(mirrored, plain, anywhere, strict=True)]
-    scale = as_sure(lm, torch.cat(focused), torch.cat(plain))
-    return [scale * h for h in focused]
-
-
-def as_sure(lm: LM, aim: Float[Tensor, "n d"], like: Float[Tensor, "n d"]) -> float:
-    """The scale of the states `aim`, an inverse temperature, at which their mean entropy is that of `like`.
-
-    Extrapolation makes some teachers surer than the model is, and a student that learns this finds all other text less
-    likely. The entropy falls with the scale, so bisection finds it, on evenly spaced positions.
-    """
-    some = slice(None, None, math.ceil(len(aim) / ENTROPY_POSITIONS))
-    with torch.no_grad():
-        wanted, low, high = _entropy(lm, like[some]), 1 / LARGEST_SCALE, LARGEST_SCALE
-        for _ in range(BISECTIONS):
-            scale = math.sqrt(low * high)
-            low, high = (low, scale) if _entropy(lm, scale * aim[some]) < wanted else (scale, high)
-    return math.sqrt(low * high)
-
-
-def _entropy(lm: LM, states_: Float[Tensor, "n d"]) -> float:
-    """Mean entropy of the next token, nats."""
-    log_p = lm.head(states_).float().log_softmax(-1)
-    return -torch.linalg.vecdot(log_p.exp(), log_p).mean().item()
+    return [aim + FOCUS * (own - other) for aim, own, other in zip(mirrored, plain, anywhere, strict=True)]
 
 
 def _cut(row: Row) -> Row:
