@@ -32,12 +32,14 @@ PLAIN_DOSES = (0.2, 0.4, 0.8, 1.2)
 
 
 def main(folders: list[Path]) -> None:
-    found = {}
+    pooled = []
     for folder in folders:
-        found[folder.name] = read_run(folder)
-        show(folder.name, *found[folder.name])
-    if len(found) > 1:
-        show("all", *(np.concatenate([moves(run[kind])[1:] for run in found.values()]) for kind in (0, 1)), names=None)
+        written, own, names = read_run(folder)
+        agreement(folder.name, moves(written), moves(own))
+        show(written, own, names)
+        pooled.append((moves(written)[1:], moves(own)[1:]))
+    if len(pooled) > 1:
+        agreement("all", *(np.concatenate(kind) for kind in zip(*pooled, strict=True)))
 
 
 def read_run(folder: Path) -> tuple[np.ndarray, np.ndarray, list[str]]:
@@ -75,16 +77,18 @@ def arms(student: Student, trait: Trait, folder: Path, config: dict) -> Iterator
 
 
 def moves(scores: np.ndarray) -> np.ndarray:
-    """Each arm's mean over base, the first arm."""
-    return scores.mean(1) - scores.mean(1)[0] if scores.ndim == 2 else scores
+    """Each arm's mean over that of base, the first arm."""
+    return scores.mean(1) - scores.mean(1)[0]
 
 
-def show(name: str, written: np.ndarray, own: np.ndarray, names: list[str] | None) -> None:
-    ours, theirs = moves(own), moves(written)
-    print(f"{name}: correlation over {len(ours)} arms {correlation(ours, theirs):.3f}")
-    print(f"  own over written, by least squares: {float(ours @ theirs / (theirs @ theirs)):.2f}")
-    if names is None:
-        return
+def agreement(name: str, written: np.ndarray, own: np.ndarray) -> None:
+    """How far the arms' moves agree, and how large the own ones are beside the written ones."""
+    print(f"{name}: correlation over {len(own)} arms {correlation(own, written):.3f}")
+    print(f"  own over written, by least squares: {float(own @ written / (written @ written)):.2f}")
+
+
+def show(written: np.ndarray, own: np.ndarray, names: list[str]) -> None:
+    """The reliability of both kinds, and each arm over base with its intervals."""
     print(f"  reliability: own {reliability(own):.3f}, written {reliability(written):.3f}")
     for arm, a, b in zip(names[1:], own[1:] - own[0], written[1:] - written[0], strict=True):
         (low, high), (least, most) = interval(a), interval(b)

@@ -13,6 +13,7 @@ from steer_heal import data, loop
 from steer_heal.config import FILE, ModelConfig, RunConfig, UserError, settled
 from steer_heal.demands import check
 from steer_heal.eval.foundations import check_profile
+from steer_heal.eval.harness.record import Benchmarks
 from steer_heal.eval.harness.tasks import load_tasks
 from steer_heal.heal.train import check_optimiser
 from steer_heal.model.lm import LM
@@ -42,8 +43,8 @@ def run(config: RunConfig, preset: str, argv: list[str], trait: data.Trait | Non
     Raises UserError for what the user can fix, and KeyboardInterrupt, with the command to resume, when stopped.
     """
     folder, summary = _looped(config, preset, argv, trait)
-    wanted = folder.read("config.json")["eval"].get("harness")
-    if wanted and folder.find(HARNESS) is None:
+    wanted, kept = config.eval.harness, folder.load(Benchmarks, HARNESS)
+    if wanted and not (kept and kept.holds(wanted)):
         from steer_heal.commands.benchmark import Asked, Wanted, benchmark  # with it come the report's libraries
 
         student = Asked(str(folder.path), round=None, gate=1.0, trait=None, model=config.model)

@@ -19,7 +19,7 @@ from steer_heal.runs.student import finished_rounds, student_after
 
 @dataclass(frozen=True)
 class Target:
-    """The object of the measurement: a base model, with or without a student on it."""
+    """What is measured or talked to: a base model, with or without a student on it."""
 
     student: Student
     trait: Trait
@@ -28,6 +28,7 @@ class Target:
 
 
 def opened(target: str, round_: int | None, trait: str | None, model: ModelConfig, gate: float = 1.0) -> Target:
+    """Load it. Raises UserError where it is none of the three, or has no such round or gate."""
     folder = Path(target).expanduser()
     if (folder / EVENTS).is_file():
         run = opened_run(folder)

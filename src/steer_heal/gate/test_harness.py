@@ -5,6 +5,7 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -349,6 +350,8 @@ def test_a_run_reads_its_benchmarks_at_its_end(whole, tmp_path, capsys):
     (row,) = results.run_table(scan(tmp_path), tmp_path).to_dicts()
     (change,) = (kept.of(kept.arms[2], one).over_base.mean for one in kept.shown if one.metric == "acc")
     assert row["plain_questions acc"] == f"{change:+.3f}"
+    assert kept.holds(("plain_questions",)) and not kept.holds(("plain_questions", "gsm8k"))
+    assert not replace(kept, first_items=6).holds(("plain_questions",))
     before = len(RunDir(run).events())
     cli.main(words[:3])
     assert "harness.json" not in {event.get("artefact") for event in RunDir(run).events()[before:]}

@@ -21,8 +21,8 @@ from steer_heal.records import unstructured
 from steer_heal.runs.folder import EVENTS, GIVEN, PROBES, RunDir
 
 LONGEST_NAME = 40  # characters of a model's or a trait's name in a folder's name
-# A change of these changes a round's result by rounding at most, of the last not at all.
-ROUNDING = (
+# A change of these changes a round's result by rounding at most.
+MAY_CHANGE = (
     "model.decode_rows",
     "model.read_rows",
     "heal.training.pass_rows",
@@ -259,7 +259,7 @@ def _require(run: RunDir, changes: list[Difference], config: RunConfig) -> None:
         if not _may_differ(key):
             raise UserError(
                 f"--allow-change {key!r}: a run with that changed is a different run. These may be allowed: "
-                f"{', '.join(ROUNDING)}, {', '.join(SURROUNDINGS)}NAME"
+                f"{', '.join(MAY_CHANGE)}, {', '.join(SURROUNDINGS)}NAME"
             )
     refused = [change for change in changes if change.key not in config.allow_change]
     if refused:
@@ -275,7 +275,7 @@ def _require(run: RunDir, changes: list[Difference], config: RunConfig) -> None:
 
 
 def _may_differ(key: str) -> bool:
-    return key in ROUNDING or key in SURROUNDINGS or key.startswith("packages.")
+    return key in MAY_CHANGE or key in SURROUNDINGS or key.startswith("packages.")
 
 
 def _differences(old: dict, new: dict, prefix: str = "") -> list[Difference]:

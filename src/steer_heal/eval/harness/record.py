@@ -93,6 +93,10 @@ class Benchmarks:
         inside = {name for group in scored for name in self.groups[group]}
         return [one for one in base if one.task not in inside]
 
+    def holds(self, names: tuple[str, ...]) -> bool:
+        """Whether tasks or groups of these names were read, with all of their items."""
+        return self.first_items is None and {*names} <= {one.name for one in self.tasks} | self.groups.keys()
+
     def of(self, arm: BenchmarkArm, shown: Scores) -> Scores:
         """The arm's scores on the same task, by the same metric."""
         return next(one for one in arm.scores if one.key == shown.key)
