@@ -176,7 +176,8 @@ class AnchorConfig:
     """A second barrier of the same kind: divergence from the pristine base, on texts without the trait."""
 
     prompts: Annotated[int, Within("[0, 96]"), COMMON] = 0
-    """texts of the anchor: base completions of mundane prompts in six frames, plain text alone and as reply; 0: none"""
+    """mundane prompts in six frames, whose answers by the base the student keeps; as many human texts, of which there
+    are 54, keep their likelihood; 0: no anchor"""
     tau: Annotated[float | Literal["auto"], POSITIVE] = 0.02
     """limit of the divergence on these texts, nats (fixed: no penalty below it); auto: a share of the first teacher's
     divergence on them"""
@@ -187,7 +188,7 @@ class TrainingConfig:
     """The optimiser and its batches."""
 
     lr: Annotated[float | Literal["auto"], POSITIVE, COMMON] = 2e-4
-    """peak learning rate in round 0; auto: halved until no barrier is far exceeded in the first epoch"""
+    """peak learning rate in round 0; auto: halved until the barrier is not far exceeded in the first epoch"""
     lr_round_pow: Annotated[float, ANY] = 0.0
     """lr_r = lr * (1 + round) ** lr_round_pow"""
     epochs: Annotated[int | Literal["auto"], COUNT, COMMON] = 2

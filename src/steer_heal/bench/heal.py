@@ -175,7 +175,7 @@ def _ours(student: Student, ids: torch.Tensor, start: int) -> Callable[[], None]
     with student.view(now=0.0):
         reference = states(replace(student.lm, read_rows=len(rows)), rows)
     examples = [Example(row, states, None) for row, states in zip(rows, reference, strict=True)]
-    return lambda: accumulate(student.lm, examples, CONFIG, Multipliers(1.0, 1.0))
+    return lambda: accumulate(student.lm, examples, CONFIG, Multipliers(1.0, 1.0, 1.0))
 
 
 def _folded() -> dict:

@@ -394,7 +394,7 @@ def mundane() -> tuple[str, ...]:
 
 
 def plain() -> tuple[str, ...]:
-    """14 short plain texts of many kinds, on which the anchor holds a healed model."""
+    """54 short human texts of many kinds, on which the anchor holds a healed model."""
     return _lines("plain")
 
 

@@ -33,6 +33,8 @@ class Anchor:
     ids: list[int]
     ended: bool
     text: str
+    human: bool = False
+    """written by a person and not by the base"""
 
 
 @dataclass(frozen=True, kw_only=True)

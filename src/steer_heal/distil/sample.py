@@ -128,14 +128,14 @@ def rows_of(lm: LM, completions: list[Completion]) -> list[Row]:
 def anchor_texts(
     student: Student, count: int, config: DistilConfig, key: tuple, on_rows: Progress = lambda rows: None
 ) -> list[Anchor]:
-    """Make `count` texts on which a healed model should not move, in the frames in which a model is used.
+    """Make the texts on which a healed model should not move, in the frames in which a model is used.
 
-    Eight kinds take turns: the base's answers to mundane prompts in the six frames of ANCHORED, plain text without a
-    chat, and plain text as the assistant's reply, in those frames in turn.
+    The base's answers to `count` mundane prompts in the six frames of ANCHORED, and as many human texts (or all there
+    are): every other one without a chat, the rest as the assistant's reply in those frames.
     """
     lm, chats, longest = student.lm, len(ANCHORED), config.max_new_tokens
-    kinds = [divmod(i, chats + 2) for i in range(count)]
-    asked = [(ANCHORED[kind], prompt) for (_, kind), prompt in zip(kinds, data.mundane(), strict=False) if kind < chats]
+    # Every third prompt asks for a word or a figure: each turn of the frames begins one later, so that all get some.
+    asked = [(ANCHORED[(i + i // chats) % chats], prompt) for i, prompt in enumerate(data.mundane()[:count])]
     prompts = [lm.prompt(prompt, frame=frame) for frame, prompt in asked]
     with student.view(history=0.0, now=0.0):
         written = decode(lm, prompts, longest, None, Sampling(key), on_rows)
@@ -143,13 +143,11 @@ def anchor_texts(
         Anchor(frame=frame.name, prompt=prompt, ids=c.ids, ended=c.ended, text=lm.text(c.ids))
         for (frame, prompt), c in zip(asked, written, strict=True)
     ]
-    for number, kind in kinds:
-        if kind >= chats:
-            alone, text = kind == chats, data.plain()[number]
-            frame, prompt = (PLAIN, "") if alone else (ANCHORED[number % chats].name, PARAGRAPH)
-            ids = lm.tokenizer(text).input_ids[: longest + 1] if alone else lm.answer(text)[:longest]
-            found.append(Anchor(frame=frame, prompt=prompt, ids=ids, ended=False, text=lm.text(ids)))
-    on_rows(len(found) - len(asked))
+    for number, text in enumerate(data.plain()[:count]):
+        turn, reply = divmod(number, 2)
+        frame, prompt = (ANCHORED[turn % chats].name, PARAGRAPH) if reply else (PLAIN, "")
+        ids = lm.answer(text)[:longest] if reply else lm.tokenizer(text).input_ids[: longest + 1]
+        found.append(Anchor(frame=frame, prompt=prompt, ids=ids, ended=False, text=lm.text(ids), human=True))
     return found
 
 

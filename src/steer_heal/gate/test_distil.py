@@ -12,7 +12,7 @@ from steer_heal import data
 from steer_heal.bake.student import Student
 from steer_heal.coherence import ASKS_NOTHING, Surprise, persona_narration, score, surprises, verdict
 from steer_heal.config import JUDGES, DistilConfig, DoseConfig, FilterConfig, UserError
-from steer_heal.data.frames import ANCHORED, PLAIN
+from steer_heal.data.frames import ANCHORED
 from steer_heal.distil import dose as dose_module
 from steer_heal.distil import sample as sample_module
 from steer_heal.distil.dose import dose_curve, largest_dose, require_dose
@@ -216,25 +216,26 @@ def test_survival_is_relative_to_unsteered_text(lm, vector, monkeypatch):
 
 
 def test_the_anchors_texts_come_in_the_frames_in_which_a_model_is_used(lm):
-    found = anchor_texts(Student(lm), 16, DistilConfig(max_new_tokens=5), (0,))
-    assert Counter(a.frame for a in found) == {PLAIN: 2, "usual": 3, "no system text": 3} | dict.fromkeys(
-        [frame.name for frame in ANCHORED[2:]], 2
-    )
+    found = anchor_texts(Student(lm), 12, DistilConfig(max_new_tokens=5), (0,))
+    assert [a.human for a in found] == [False] * 12 + [True] * 12
     rows, turns = anchor_rows(lm, found), [frame.name for frame in ANCHORED]
-    asked = [i for i in range(16) if i % 8 < 6]
-    for i, anchor, row in zip(asked, found, rows, strict=False):
-        frame, prompt = ANCHORED[i % 8], data.mundane()[i]
+    for i, anchor, row in zip(range(12), found, rows, strict=False):
+        frame, prompt = ANCHORED[i if i < 6 else (i - 5) % 6], data.mundane()[i]
         assert (anchor.frame, anchor.prompt) == (frame.name, prompt) and 0 < len(anchor.ids) <= 5
         lead = f"{frame.system}\n\n" if frame.system else ""
         turn = "<start_of_turn>{}\n{}<end_of_turn>\n"
         before = turn.format("user", frame.before[0]) + turn.format("model", frame.before[1]) if frame.before else ""
         written = f"<bos>{before}{turn.format('user', lead + prompt)}<start_of_turn>model\n"
         assert row == Row(lm.tokenizer(written, add_special_tokens=False).input_ids, anchor.ids)
-    assert {*turns} == {a.frame for a in found} - {PLAIN}
-    for text, alone, reply, frame in zip(data.plain(), rows[12::2], rows[13::2], ANCHORED, strict=False):
-        assert alone.prompt + alone.completion == lm.tokenizer(text).input_ids[:6] and len(alone.prompt) == 1
-        assert reply == Row(lm.prompt(PARAGRAPH, frame=frame), lm.answer(text)[:5])
-    assert [len(anchor_texts(Student(lm), n, DistilConfig(max_new_tokens=1), (0,))) for n in (1, 7, 96)] == [1, 7, 96]
+    alone, replies = data.plain()[:12:2], data.plain()[1:12:2]
+    for text, row in zip(alone, rows[12::2], strict=True):
+        assert row.prompt + row.completion == lm.tokenizer(text).input_ids[:6] and len(row.prompt) == 1
+    for text, frame, row in zip(replies, ANCHORED, rows[13::2], strict=True):
+        assert row == Row(lm.prompt(PARAGRAPH, frame=frame), lm.answer(text)[:5])
+    most = anchor_texts(Student(lm), 96, DistilConfig(max_new_tokens=1), (0,))
+    assert Counter(a.human for a in most) == {False: 96, True: 54}
+    one_word = {a.frame for i, a in enumerate(most[:96]) if i % 3 == 2}
+    assert one_word == {*turns} == {a.frame for i, a in enumerate(most[:96]) if i % 3 != 2}
 
 
 def test_a_search_doubles_the_dose_until_completions_fall_apart(lm, vector, monkeypatch):

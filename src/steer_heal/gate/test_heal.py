@@ -16,10 +16,10 @@ from steer_heal.gate.conftest import DEVICE, turned
 from steer_heal.heal import examples as examples_module
 from steer_heal.heal import step as step_module
 from steer_heal.heal import train as heal_module
-from steer_heal.heal.examples import prepare, prepare_anchors, with_anchor_tau, with_tau
+from steer_heal.heal.examples import Kind, prepare, prepare_anchors, with_anchor_tau, with_tau
 from steer_heal.heal.schedule import Schedule, most_epochs
 from steer_heal.heal.step import Multipliers, accumulate, loss_terms
-from steer_heal.heal.steps import ANCHOR_TAU_SHARE
+from steer_heal.heal.steps import ANCHOR_TAU_SHARE, TEXT_LOSS
 from steer_heal.heal.train import NonFinite, Turn, _epoch_batches, check_optimiser, heal, recomputation
 from steer_heal.model.lm import Row
 from steer_heal.model.steering import Steering, steering
@@ -44,9 +44,22 @@ def student_with_update(lm, vector, config, scale=0.2):
     generator = torch.Generator().manual_seed(0)
     for parameter in student.trainable():
         parameter.data = scale * torch.randn(parameter.shape, generator=generator).to(parameter.device)
+    rows[4] = Row(rows[4].prompt, lost_text(student, rows[4].prompt, 5))
     steering = Steering(vector, torch.full((3,), 0.1))
-    anchors = prepare_anchors(student, rows[3:]) if config.anchor.prompts else []
+    anchors = prepare_anchors(student, rows[3:], [False, True]) if config.anchor.prompts else []
     return student, rows, prepare(student, rows[:3], steering, config), anchors
+
+
+def lost_text(student, prompt, length):
+    """The tokens whose likelihood the student's update lowers most, one after the other."""
+    text = []
+    for _ in range(length):
+        ids, log_p = torch.tensor([prompt + text], device=student.lm.device), []
+        for gate in (0.0, 1.0):
+            with torch.no_grad(), student.view(now=gate):
+                log_p.append(student.lm.model(ids).logits[0, -1].log_softmax(-1))
+        text.append((log_p[0] - log_p[1]).argmax().item())
+    return text
 
 
 def always(examples):
@@ -77,13 +90,15 @@ def naive_loss(student, rows, steering, config):
             hook.remove()
         return logits.log_softmax(-1)
 
-    objective, kl, anchor_kl = [], [], []
+    objective, kl, anchor_kl, text_loss = [], [], [], []
     for index, row in enumerate(rows):
         p = log_probs(row, train=True)
         reference = log_probs(row, now=0.0).detach()
         position_kl = list((p.exp() * (p - reference)).sum(-1))
         if index >= 3:
             anchor_kl += position_kl
+            if index == 4:
+                text_loss += [reference[i, token] - p[i, token] for i, token in enumerate(row.completion)]
             continue
         kl += position_kl
         if config.objective == "nll":
@@ -104,6 +119,7 @@ def naive_loss(student, rows, steering, config):
     barrier = config.barrier.lam * root_mean_square(kl)
     if config.anchor.prompts:
         barrier = barrier + config.barrier.lam * root_mean_square(anchor_kl)
+        barrier = barrier + config.barrier.lam * torch.relu(torch.stack(text_loss).mean() - TEXT_LOSS)
     return torch.stack(objective).mean(), barrier
 
 
@@ -125,13 +141,13 @@ def test_every_split_of_a_batch_gives_the_gradient_of_the_whole(lm, vector, obje
     of = {"objective": objective, "target.kind": kind}
     config = turned(BASE, of | {"anchor.prompts": anchors, "training.pass_rows": pass_rows})
     student, rows, examples, anchors = student_with_update(lm, vector, config)
-    weights = Multipliers(config.barrier.lam, config.barrier.lam)
+    weights = Multipliers(*[config.barrier.lam] * 3)
     with student.view(train=True):
         record = accumulate(student.lm, examples + anchors, config, weights)
         gradients = [p.grad.clone() for p in student.trainable()]
         objective, barrier = naive_loss(student, rows, Steering(vector, torch.full((3,), 0.1)), config)
         expected = torch.autograd.grad(objective + barrier, student.trainable())
-    assert record["fired"]
+    assert record["fired"] and record.get("text_loss", 1.0) > TEXT_LOSS
     assert record["loss"] == pytest.approx((objective + barrier).item(), rel=1e-4)
     largest = max(g.abs().max() for g in expected)
     for gradient, wanted in zip(gradients, expected, strict=True):
@@ -144,7 +160,7 @@ def test_checkpointing_changes_no_gradient(lm, vector):
     gradients = []
     for checkpointing in (False, True):
         with student.view(train=True), recomputation(lm, checkpointing):
-            accumulate(lm, examples, BASE, Multipliers(1.0, 1.0))
+            accumulate(lm, examples, BASE, Multipliers(1.0, 1.0, 1.0))
         gradients.append([p.grad.clone() for p in student.trainable()])
         for parameter in student.trainable():
             parameter.grad = None
@@ -194,7 +210,7 @@ def test_without_a_barrier_the_gradient_is_the_objectives(lm, vector):
     config = turned(BASE, {"barrier.reg": "nll"})
     student, rows, examples, _ = student_with_update(lm, vector, config)
     with student.view(train=True):
-        record = accumulate(lm, examples, config, Multipliers(1.0, 1.0))
+        record = accumulate(lm, examples, config, Multipliers(1.0, 1.0, 1.0))
         gradients = [p.grad.clone() for p in student.trainable()]
         objective, _ = naive_loss(student, rows[:3], Steering(vector, torch.full((3,), 0.1)), BASE)
         expected = torch.autograd.grad(objective, student.trainable())
@@ -247,8 +263,8 @@ def test_the_dual_weight_acts_at_once_and_pulls_no_further_than_the_bound(multip
     """The penalty has the gradient of the augmented Lagrangian tau max(0, lam + c g)^2 / 2c with g = D / tau - 1."""
     config = turned(BASE, {"barrier.kind": "dual", "barrier.agg": "mean", "barrier.tau": tau})
     kl = torch.tensor([0.5, 1.5], requires_grad=True)
-    terms = loss_terms(torch.zeros(2), kl, torch.tensor([False, False]), config, Multipliers(multiplier, 0.0))
-    (gradient,) = torch.autograd.grad(terms["penalty"], kl)
+    terms = loss_terms(torch.zeros(2), kl, torch.tensor([Kind.OWN] * 2), config, Multipliers(multiplier, 0.0, 0.0))
+    (gradient,) = torch.autograd.grad(terms["loss"], kl)
     pull, step = 2.0, 1e-3
 
     def lagrangian(mean):
@@ -258,22 +274,47 @@ def test_the_dual_weight_acts_at_once_and_pulls_no_further_than_the_bound(multip
     assert gradient.tolist() == pytest.approx([slope / 2] * 2, abs=2e-3)
 
 
+def test_a_text_that_gains_does_not_make_up_for_one_that_loses():
+    """Each step holds one human text; where that gains likelihood nothing pulls at it."""
+    config = turned(BASE, {"barrier.kind": "dual", "barrier.tau": 1.0, "anchor.tau": 1.0})
+    kinds, kl = torch.tensor([Kind.OWN, Kind.TEXT, Kind.TEXT]), torch.zeros(3)
+    for lost, found, slope in ((-0.5, 0.0, 0.0), (0.2, 0.2, 3.0 + step_module.DUAL_PULL * (0.2 / TEXT_LOSS - 1))):
+        objective = torch.tensor([0.7, lost - 0.1, lost + 0.1], requires_grad=True)
+        terms = loss_terms(objective, kl, kinds, config, Multipliers(0.0, 0.0, 3.0))
+        assert terms["objective"].item() == pytest.approx(0.7) and terms["text_loss"].item() == pytest.approx(found)
+        (gradient,) = torch.autograd.grad(terms["loss"], objective)
+        assert gradient.tolist() == pytest.approx([1.0, slope / 2, slope / 2])
+
+
+def test_a_step_holds_one_human_text_and_two_answers(lm, vector, monkeypatch):
+    student, rows, examples, _ = student_with_update(lm, vector, BASE)
+    anchors, seen = prepare_anchors(student, rows * 4, [True, False, False, False, False] * 4), []
+    monkeypatch.setattr(heal_module.Descent, "step", lambda self, batch, kept: seen.append(batch[len(kept) :]))
+    monkeypatch.setattr(Schedule, "next_epoch", lambda self, records: setattr(self, "epoch", self.epoch + 1))
+    heal(student, always(examples * 8), anchors, BASE, Turn(0, 0))
+    assert len(seen) > 4
+    assert {tuple(sorted(e.kind for e in held)) for held in seen} == {(Kind.ANSWER, Kind.ANSWER, Kind.TEXT)}
+    assert len({id(e) for held in seen for e in held if e.kind == Kind.TEXT}) > 1
+
+
 def test_multipliers_of_a_distance_from_base_go_on_and_others_start_anew(lm, vector):
     """They continue from their values after the last step of the round before: lam + rate * (D / tau - 1), by hand."""
     dual = turned(BASE, {"barrier.kind": "dual", "barrier.tau": 0.1, "anchor.tau": 0.1, "barrier.lam_round_pow": -1.0})
     student, _, examples, _ = student_with_update(lm, vector, dual, scale=0.0)
-    anchors = [replace(examples[0], teacher=None, anchor=True)]
+    (text,) = prepare_anchors(student, [examples[1].row], [True])
+    anchors = [replace(examples[0], teacher=None, kind=Kind.ANSWER), text]
     budget = turned(dual, {"barrier.reference": "base"})
     fixed = turned(budget, {"barrier.kind": "fixed"})
     before = heal(student, always(examples), anchors, budget, Turn(0, 0))
-    own, anchor = (
-        max(0.0, getattr(before[-1], lam) + step_module.DUAL_RATE * (getattr(before[-1], divergence) / 0.1 - 1))
-        for lam, divergence in (("lam", "divergence"), ("anchor_lam", "anchor_divergence"))
+    held = (("lam", "divergence", 0.1), ("anchor_lam", "anchor_divergence", 0.1), ("text_lam", "text_loss", TEXT_LOSS))
+    own, anchor, loss = (
+        max(0.0, getattr(before[-1], lam) + step_module.DUAL_RATE * (getattr(before[-1], name) / bound - 1))
+        for lam, name, bound in held
     )
-    assert own != before[-1].lam and anchor != before[-1].anchor_lam
-    for config, *expected in ((dual, 1.0, anchor), (budget, own, anchor), (fixed, 1.0, 1.0)):
+    assert own != before[-1].lam and anchor != before[-1].anchor_lam and loss != before[-1].text_lam
+    for config, *expected in ((dual, 1.0, anchor, loss), (budget, own, anchor, loss), (fixed, 1.0, 1.0, 1.0)):
         first = heal(fresh(student, config), always(examples), anchors, config, Turn(1, 0, before))[0]
-        assert [first.lam, first.anchor_lam] == pytest.approx(expected)
+        assert [first.lam, first.anchor_lam, first.text_lam] == pytest.approx(expected)
 
 
 def test_tau_auto_to_the_base_is_the_budget_of_round_0(lm, vector):
@@ -297,7 +338,7 @@ def test_tau_auto_to_the_base_is_the_budget_of_round_0(lm, vector):
 def test_the_anchors_tau_is_a_share_of_what_the_teacher_moves_on_its_texts_and_stays(lm, vector, kind):
     config = turned(BASE, {"target.kind": kind, "anchor.prompts": 4, "anchor.tau": "auto", "barrier.agg": "mean"})
     student, rows, _, _ = student_with_update(lm, vector, config, scale=0.0)
-    anchors, dose = prepare_anchors(student, rows), 0.1
+    anchors, dose = prepare_anchors(student, rows, [i % 2 == 0 for i in range(len(rows))]), 0.1
     at_dose = Steering(vector, torch.full((len(rows),), dose))
     kl = []
     for row in rows:
@@ -388,7 +429,7 @@ def test_a_learning_rate_that_overshoots_a_bound_is_halved_and_the_round_begun_a
 
     def overshoot(steps):
         first = [step for step in steps if step.epoch == 0]
-        return max(max(step.divergence / 0.05, step.anchor_divergence / 0.05) for step in first)
+        return max(step.divergence / 0.05 for step in first)
 
     steps, weights = trained("auto", Turn(0, 0))
     kept = [weight.detach().clone() for weight in weights]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from enum import IntEnum
 
 import torch
 from jaxtyping import Float
@@ -27,6 +28,14 @@ FOCUS = 0.2  # focused: share by which what the prompt makes of a text is raised
 LONGEST = 1024  # tokens of a prompt and its completion in training; distil.max_new_tokens limits completions before
 
 
+class Kind(IntEnum):
+    """What an example is for: the objective, or an anchor, which is the base's own answer or human text."""
+
+    OWN = 0
+    ANSWER = 1
+    TEXT = 2
+
+
 @dataclass(frozen=True)
 class Example:
     """A completion with the cached hidden states at its positions. Anchor rows have no objective."""
@@ -34,7 +43,9 @@ class Example:
     row: Row
     reference: Float[Tensor, "n d"] | None
     teacher: Float[Tensor, "n d"] | None
-    anchor: bool = False
+    kind: Kind = Kind.OWN
+    nll: Float[Tensor, " n"] | None = None
+    """of human text: NLL of its tokens under the base"""
 
 
 def prepare(
@@ -176,10 +187,20 @@ def _divergence(lm: LM, examples: list[Example], teacher: list[Tensor], config: 
     return aggregate(kl, config.barrier.agg).item()
 
 
-def prepare_anchors(student: Student, rows: list[Row]) -> list[Example]:
-    """Make anchor examples: mundane completions with the pristine base's states. They are the same in every round."""
-    with student.view(history=0.0, now=0.0):
-        return [Example(row, h, None, anchor=True) for row, h in zip(rows, states(student.lm, rows), strict=True)]
+def prepare_anchors(student: Student, rows: list[Row], human: list[bool]) -> list[Example]:
+    """Make anchor examples, with the pristine base's states, which are the same in every round.
+
+    A row is an answer of the base to a mundane prompt or, where `human` says so, text that somebody wrote.
+    """
+    lm, made = student.lm, []
+    with torch.no_grad(), student.view(history=0.0, now=0.0):
+        for row, h, written in zip(rows, states(lm, rows), human, strict=True):
+            if written:
+                tokens = torch.tensor(row.completion, device=lm.device)
+                made.append(Example(row, h, None, Kind.TEXT, position_losses(lm.head, h, tokens, None, "nll")[0]))
+            else:
+                made.append(Example(row, h, None, Kind.ANSWER))
+    return made
 
 
 def length(example: Example) -> int:

@@ -10,6 +10,7 @@ from loguru import logger
 
 from steer_heal.config import FIRED_FLOOR, HealConfig
 
+TEXT_LOSS = 0.01  # limit of what human text may lose in log-likelihood per token, nats; a fifth of the verdict's
 ANCHOR_TAU_SHARE = 0.05  # anchor.tau auto: share of the teacher's divergence on the anchor's texts
 
 
@@ -23,17 +24,21 @@ class HealStep:
     divergence: float
     """D on the step's training completions"""
     anchor_divergence: float | None = None
+    text_loss: float | None = None
+    """log-likelihood per token that the anchor's human text has lost, nats; 0 where it has gained"""
     barrier: float
-    """sum of the divergences' excesses over their bounds"""
+    """sum of what is above its limit"""
     loss: float
     fired: bool
     """whether D was above tau"""
     anchor_fired: bool
+    """whether the anchor's D was above its tau or its human text had lost more than TEXT_LOSS"""
     tau: float
     anchor_tau: float | None = None
     lam: float
     """weight of the barrier"""
     anchor_lam: float
+    text_lam: float | None = None
     tokens: int
     grad_norm: float
     """norm of the whole gradient, before clipping"""
@@ -44,16 +49,16 @@ class HealStep:
     next_lam: float | None = None
     """dual: the barrier's multiplier in the next step"""
     next_anchor_lam: float | None = None
+    next_text_lam: float | None = None
 
     @property
     def excess(self) -> float:
-        """The larger of the two divergences as a multiple of its bound; 0 where neither has one."""
-        pairs = ((self.divergence, self.tau), (self.anchor_divergence, self.anchor_tau))
-        return max((found / bound for found, bound in pairs if found is not None and bound), default=0.0)
+        """D as a multiple of tau; 0 without a tau. The anchor's is of three texts, too few to tell a rate by."""
+        return self.divergence / self.tau if self.tau else 0.0
 
 
 class FiredShares(NamedTuple):
-    """Shares of the steps on which D was above tau, and on which the anchor's D was above the anchor's tau."""
+    """Shares of the steps on which D was above tau, and on which the anchor was above one of its limits."""
 
     barrier: float
     anchor: float

@@ -21,7 +21,7 @@ from loguru import logger
 from steer_heal.bake.lowrank import OperatorNorm
 from steer_heal.bake.student import Student
 from steer_heal.config import BarrierConfig, HealConfig, TrainingConfig, UserError
-from steer_heal.heal.examples import Example, length
+from steer_heal.heal.examples import Example, Kind, length
 from steer_heal.heal.schedule import Schedule, most_epochs
 from steer_heal.heal.step import Multipliers, accumulate, losses, micro_batches
 from steer_heal.heal.steps import HealStep
@@ -29,12 +29,13 @@ from steer_heal.model.lm import LM
 
 BETAS = (0.9, 0.95)  # a round is a few hundred steps at most; 0.999 would never warm up
 CLIP = 1.0
+TEXTS_A_STEP = 1  # of human text among them
 ANCHORS_A_STEP = 3  # anchor completions per step; 6 changed nothing (docs/archive/teacher-text.md)
 DUAL_START = 1.0  # a multiplier before the first step; the constraint soon moves it
 BUCKET = 8  # batches whose examples are sorted by length together
 FIRST_RATE = 4e-4  # lr auto: tried first
 HALVINGS = 5  # lr auto: most times that the rate is halved
-OVERSHOT = 3.0  # lr auto: a divergence above this times its bound, in the first epoch, is a step too far
+OVERSHOT = 3.0  # lr auto: a D above this times tau, in the first epoch, is a step too far
 
 
 class NonFinite(UserError):
@@ -63,8 +64,8 @@ def heal(
     """Train the current round's adapter in place; `config.barrier.tau` must be a number (`with_tau`).
 
     `text` gives the examples of an epoch, the same number in each. Returns one `HealStep` per optimiser step. With lr
-    `auto`, a first epoch of round 0 in which a divergence overshoots its bound is undone and begun again at half the
-    rate. A later round begins near the bound, and is above it at any rate.
+    `auto`, a first epoch of round 0 in which D overshoots tau is undone and begun again at half the rate. A later round
+    begins near tau, and is above it at any rate.
 
     Raises NonFinite with the step, the batch and the term that is not finite.
     """
@@ -82,7 +83,7 @@ def heal(
                 break
         else:
             break
-        over = f"a divergence was {descent.excess:.1f} times its bound"
+        over = f"D was {descent.excess:.1f} times its limit"
         logger.info(f"learning rate {rate:.2g} is too high: {over}. Trying half")
         rate /= 2
         on_rows(-len(examples))
@@ -123,7 +124,7 @@ class Descent:
 
     @property
     def excess(self) -> float:
-        """The largest divergence so far as a multiple of its bound."""
+        """The largest D so far as a multiple of tau."""
         return max(step.excess for step in self.steps)
 
     def epoch(
@@ -137,8 +138,7 @@ class Descent:
         knobs, numbers = self.config.training, {id(e): i for i, e in enumerate(examples)}
         with self.student.view(train=True), recomputation(self.student.lm, knobs.checkpointing):
             for batch in _epoch_batches(examples, knobs.batch, shuffle):
-                joined = batch + shuffle.sample(anchors, min(len(anchors), ANCHORS_A_STEP))
-                self.step(joined, [numbers[id(e)] for e in batch])
+                self.step(batch + _held(anchors, shuffle), [numbers[id(e)] for e in batch])
                 on_rows(len(batch))
         self.schedule.next_epoch(self.records)
 
@@ -160,7 +160,7 @@ class Descent:
         self.optimiser.zero_grad(set_to_none=True)
         if self.config.barrier.kind == "dual":
             self.lam.ascend(record, self.config)
-            record |= {"next_lam": self.lam.own, "next_anchor_lam": self.lam.anchor}
+            record |= {"next_lam": self.lam.own, "next_anchor_lam": self.lam.anchor, "next_text_lam": self.lam.text}
         seconds = time.perf_counter() - began
         self.records.append(record | {"step_seconds": seconds, "tokens_per_s": record["tokens"] / seconds})
 
@@ -169,10 +169,10 @@ def _weights(barrier: BarrierConfig, turn: Turn) -> Multipliers:
     """The barrier's weights at a round's first step."""
     if barrier.kind == "fixed":
         weight = barrier.lam * (1 + turn.number) ** barrier.lam_round_pow
-        return Multipliers(weight, weight)
-    lam = Multipliers(DUAL_START, DUAL_START)
+        return Multipliers(weight, weight, weight)
+    lam = Multipliers(DUAL_START, DUAL_START, DUAL_START)
     if turn.before:
-        lam.anchor = turn.before[-1].next_anchor_lam
+        lam.anchor, lam.text = turn.before[-1].next_anchor_lam, turn.before[-1].next_text_lam
         lam.own = turn.before[-1].next_lam if barrier.reference == "base" else lam.own
     return lam
 
@@ -225,6 +225,13 @@ def _epoch_batches(examples: list[Example], size: int, shuffle: random.Random) -
         group = sorted(order[start : start + size * BUCKET], key=length)
         batches += [group[i : i + size] for i in range(0, len(group), size)]
     return shuffle.sample(batches, len(batches))
+
+
+def _held(anchors: list[Example], shuffle: random.Random) -> list[Example]:
+    """The anchors of a step: of human text and of the base's answers."""
+    text, answers = ([e for e in anchors if (e.kind == Kind.TEXT) == human] for human in (True, False))
+    texts = shuffle.sample(text, min(len(text), TEXTS_A_STEP))
+    return texts + shuffle.sample(answers, min(len(answers), ANCHORS_A_STEP - len(texts)))
 
 
 def _check_finite(record: dict, round_: int, batch: list[int]) -> None:

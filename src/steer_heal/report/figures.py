@@ -15,7 +15,7 @@ from steer_heal.distil.record import DoseCurve
 from steer_heal.eval.catalogue import Instrument
 from steer_heal.eval.reading import printed
 from steer_heal.eval.record import ArmSummary
-from steer_heal.heal.steps import HealStep
+from steer_heal.heal.steps import TEXT_LOSS, HealStep
 from steer_heal.report.html import shorten
 from steer_heal.runs.summary import Summary
 
@@ -28,7 +28,7 @@ DRAWN = {  # arms that have a point per round: dash, symbol, name in the legend
     "equal_cost": ("dot", "triangle-up", "steered, equal cost"),
     "healed": ("solid", "circle", "student"),
 }
-DIVERGENCE_COLOUR, ANCHOR_COLOUR = "#4a8fd0", "#b06fae"
+DIVERGENCE_COLOUR, ANCHOR_COLOUR, TEXT_COLOUR = "#4a8fd0", "#b06fae", "#7a9a2e"
 HOVER_CHARS, HOVER_WIDTH = 300, 44
 
 
@@ -222,15 +222,17 @@ def threshold_figure(curve: list[dict]) -> go.Figure:
 
 
 def heal_figure(steps: list[HealStep], heal: dict) -> go.Figure:
-    """Objective in the upper plot, divergence and its tau in the lower; a diamond where the barrier fired."""
+    """Objective in the upper plot, what is held and its limit in the lower; a diamond where the barrier fired."""
     fig = make_subplots(rows=2, shared_xaxes=True, vertical_spacing=0.08)
     at = [s.step for s in steps]
     below = {"row": 2, "col": 1}
     _line(fig, at, [s.objective for s in steps], COLOURS["base"], "objective", row=1, col=1)
-    bounds = {"tau": steps[0].tau, "anchor tau": steps[0].anchor_tau}
+    bounds = {"tau": steps[0].tau, "anchor tau": steps[0].anchor_tau, "limit of it": TEXT_LOSS}
     series = [("divergence", "tau", "D", DIVERGENCE_COLOUR)] * (heal["barrier"]["reg"] != "nll")
     if steps[0].anchor_divergence is not None:
         series.append(("anchor_divergence", "anchor tau", "D anchor", ANCHOR_COLOUR))
+    if steps[0].text_loss is not None:
+        series.append(("text_loss", "limit of it", "loss of human text", TEXT_COLOUR))
     for key, bound, name, colour in series:
         _line(fig, at, [getattr(s, key) for s in steps], colour, name, **below)
         _line(fig, [0, at[-1]], [bounds[bound]] * 2, colour, f"{bound} {bounds[bound]:.3g}", "dot", width=1.5, **below)

@@ -71,9 +71,9 @@ def _dose(curve: DoseCurve) -> Choice:
 
 def _rate(steps: list[HealStep]) -> Choice:
     most = max(step.excess for step in steps if step.epoch == 0)
-    measured = f"in the first epoch a divergence rose to {most:.1f} times its limit at most"
+    measured = f"in the first epoch D rose to {most:.1f} times tau at most"
     rate = max(step.lr for step in steps)
-    return Choice("heal.training.lr", measured, f"{rate:.2g}", "halved until no limit is far exceeded")
+    return Choice("heal.training.lr", measured, f"{rate:.2g}", "halved until tau is not far exceeded")
 
 
 def _epochs(steps: list[HealStep]) -> Choice:

@@ -216,8 +216,9 @@ class Work:
             with progress("anchor", count, "row") as done:
                 return anchor_texts(self.student, count, self.config.distil, self.key(-1, "anchor"), done)
 
-        rows = anchor_rows(self.student.lm, self.folder.artefacts(Anchor, "anchor.jsonl", compute))
-        return cache(lambda: prepare_anchors(self.student, rows))
+        found = self.folder.artefacts(Anchor, "anchor.jsonl", compute)
+        rows, human = anchor_rows(self.student.lm, found), [anchor.human for anchor in found]
+        return cache(lambda: prepare_anchors(self.student, rows, human))
 
     @property
     def personas(self) -> Personas:
