@@ -173,11 +173,11 @@ class BarrierConfig:
 
 @dataclass(frozen=True)
 class AnchorConfig:
-    """A second barrier of the same kind: divergence from the pristine base, on texts without the trait."""
+    """What texts without the trait keep: a second divergence, from the pristine base, and their likelihood."""
 
     prompts: Annotated[int, Within("[0, 96]"), COMMON] = 0
-    """mundane prompts in six frames, whose answers by the base the student keeps; as many human texts, of which there
-    are 54, keep their likelihood; 0: no anchor"""
+    """mundane prompts in six frames, to which the student answers as the base does; and as many written texts, 54 at
+    most, which stay as likely; 0: no anchor"""
     tau: Annotated[float | Literal["auto"], POSITIVE] = 0.02
     """limit of the divergence on these texts, nats (fixed: no penalty below it); auto: a share of the first teacher's
     divergence on them"""

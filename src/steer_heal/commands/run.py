@@ -46,7 +46,9 @@ def run(config: RunConfig, preset: str, argv: list[str], trait: data.Trait | Non
     wanted, kept = config.eval.harness, folder.load(Benchmarks, HARNESS)
     if wanted and not (kept and kept.holds(wanted)):
         from steer_heal.commands.benchmark import Asked, Wanted, benchmark  # with it come the report's libraries
+        from steer_heal.report.page import build
 
+        build(folder.path)  # first: a benchmark that fails leaves a report behind
         student = Asked(str(folder.path), round=None, gate=1.0, trait=None, model=config.model)
         benchmark(student, Wanted(",".join(wanted), folder=None, items=None))
     return folder, summary

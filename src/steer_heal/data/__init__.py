@@ -394,7 +394,7 @@ def mundane() -> tuple[str, ...]:
 
 
 def plain() -> tuple[str, ...]:
-    """54 short human texts of many kinds, on which the anchor holds a healed model."""
+    """54 short texts of many kinds, written for this project, whose likelihood a healed model keeps."""
     return _lines("plain")
 
 

@@ -24,17 +24,17 @@ class Completion(Judged):
 
 @dataclass(frozen=True, kw_only=True)
 class Anchor:
-    """A text on which a healed model should not move: the base's answer to a mundane prompt, or plain text."""
+    """A text on which a healed model should not move: the base's answer to a mundane prompt, or a written text."""
 
     frame: str
-    """name of the frame, see `data.frames`; plain text has no chat"""
+    """name of the frame, see `data.frames`; "plain text" has no chat"""
     prompt: str
-    """"" for plain text"""
+    """"" without a chat"""
     ids: list[int]
     ended: bool
     text: str
-    human: bool = False
-    """written by a person and not by the base"""
+    written: bool = False
+    """one of `data.plain`, not an answer of the base"""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -130,8 +130,9 @@ def anchor_texts(
 ) -> list[Anchor]:
     """Make the texts on which a healed model should not move, in the frames in which a model is used.
 
-    The base's answers to `count` mundane prompts in the six frames of ANCHORED, and as many human texts (or all there
-    are): every other one without a chat, the rest as the assistant's reply in those frames.
+    The base's answers to `count` mundane prompts in the six frames of ANCHORED, and as many written texts (or all there
+    are), cut to as many tokens as an answer may have. Every other text stands without a chat, the rest are the
+    assistant's replies in those frames.
     """
     lm, chats, longest = student.lm, len(ANCHORED), config.max_new_tokens
     # Every third prompt asks for a word or a figure: each turn of the frames begins one later, so that all get some.
@@ -147,7 +148,7 @@ def anchor_texts(
         turn, reply = divmod(number, 2)
         frame, prompt = (ANCHORED[turn % chats].name, PARAGRAPH) if reply else (PLAIN, "")
         ids = lm.answer(text)[:longest] if reply else lm.tokenizer(text).input_ids[: longest + 1]
-        found.append(Anchor(frame=frame, prompt=prompt, ids=ids, ended=False, text=lm.text(ids), human=True))
+        found.append(Anchor(frame=frame, prompt=prompt, ids=ids, ended=False, text=lm.text(ids), written=True))
     return found
 
 

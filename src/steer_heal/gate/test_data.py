@@ -70,7 +70,7 @@ def test_nothing_that_is_measured_is_nearly_trained_on():
     groups.append(
         ((*data.pool("generation"), *data.pool("everyday")), [*shown, *(row["question"] for row in data.canary())])
     )
-    groups.append((trained, shown))
+    groups += [(trained, shown), (data.plain(), data.neutral())]
     texts = {text for group in groups for some in group for text in some}
     used = Counter(word for text in texts for word in {*words(text)})
 

@@ -217,7 +217,7 @@ def test_survival_is_relative_to_unsteered_text(lm, vector, monkeypatch):
 
 def test_the_anchors_texts_come_in_the_frames_in_which_a_model_is_used(lm):
     found = anchor_texts(Student(lm), 12, DistilConfig(max_new_tokens=5), (0,))
-    assert [a.human for a in found] == [False] * 12 + [True] * 12
+    assert [a.written for a in found] == [False] * 12 + [True] * 12
     rows, turns = anchor_rows(lm, found), [frame.name for frame in ANCHORED]
     for i, anchor, row in zip(range(12), found, rows, strict=False):
         frame, prompt = ANCHORED[i if i < 6 else (i - 5) % 6], data.mundane()[i]
@@ -233,7 +233,7 @@ def test_the_anchors_texts_come_in_the_frames_in_which_a_model_is_used(lm):
     for text, frame, row in zip(replies, ANCHORED, rows[13::2], strict=True):
         assert row == Row(lm.prompt(PARAGRAPH, frame=frame), lm.answer(text)[:5])
     most = anchor_texts(Student(lm), 96, DistilConfig(max_new_tokens=1), (0,))
-    assert Counter(a.human for a in most) == {False: 96, True: 54}
+    assert Counter(a.written for a in most) == {False: 96, True: 54}
     one_word = {a.frame for i, a in enumerate(most[:96]) if i % 3 == 2}
     assert one_word == {*turns} == {a.frame for i, a in enumerate(most[:96]) if i % 3 != 2}
 

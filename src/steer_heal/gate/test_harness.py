@@ -337,12 +337,17 @@ def test_a_finished_run_keeps_its_benchmarks_and_shows_them(whole, tmp_path, cap
 
 @needs_harness
 @pytest.mark.run
-def test_a_run_reads_its_benchmarks_at_its_end(whole, tmp_path, capsys):
+def test_a_run_reads_its_benchmarks_at_its_end(whole, tmp_path, capsys, monkeypatch):
     """A finished run is asked for them: nothing is trained again. A second resuming reads nothing."""
     run = tmp_path / "run"
     shutil.copytree(whole, run)
     words = ["run", "--resume", str(run), "--eval.harness", "plain_questions", "--allow-change", "eval.harness"]
     assert "'plain_question': there is no such task" in refused_run(capsys, [*words[:4], "plain_question", *words[5:]])
+    (run / "report.html").unlink(missing_ok=True)
+    with monkeypatch.context() as patched, pytest.raises(ZeroDivisionError):
+        patched.setattr("steer_heal.commands.benchmark._read", lambda *_: 1 / 0)
+        cli.main(words)
+    assert not (run / "harness.json").exists() and (run / "report.html").exists()
     cli.main(words)
     kept = read_run(run).benchmarks
     assert [arm.arm for arm in kept.arms] == ["base", "prompted", "student", "equal_cost"]

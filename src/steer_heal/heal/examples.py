@@ -29,9 +29,9 @@ LONGEST = 1024  # tokens of a prompt and its completion in training; distil.max_
 
 
 class Kind(IntEnum):
-    """What an example is for: the objective, or an anchor, which is the base's own answer or human text."""
+    """What an example is: text to train on, or an anchor, which is an answer of the base or a written text."""
 
-    OWN = 0
+    TRAINED = 0
     ANSWER = 1
     TEXT = 2
 
@@ -43,9 +43,9 @@ class Example:
     row: Row
     reference: Float[Tensor, "n d"] | None
     teacher: Float[Tensor, "n d"] | None
-    kind: Kind = Kind.OWN
-    nll: Float[Tensor, " n"] | None = None
-    """of human text: NLL of its tokens under the base"""
+    kind: Kind = Kind.TRAINED
+    base_nll: Float[Tensor, " n"] | None = None
+    """of written text: NLL of its tokens under the base"""
 
 
 def prepare(
@@ -187,15 +187,15 @@ def _divergence(lm: LM, examples: list[Example], teacher: list[Tensor], config: 
     return aggregate(kl, config.barrier.agg).item()
 
 
-def prepare_anchors(student: Student, rows: list[Row], human: list[bool]) -> list[Example]:
+def prepare_anchors(student: Student, rows: list[Row], written: list[bool]) -> list[Example]:
     """Make anchor examples, with the pristine base's states, which are the same in every round.
 
-    A row is an answer of the base to a mundane prompt or, where `human` says so, text that somebody wrote.
+    A row is an answer of the base to a mundane prompt or, where `written` says so, a text of `data.plain`.
     """
     lm, made = student.lm, []
     with torch.no_grad(), student.view(history=0.0, now=0.0):
-        for row, h, written in zip(rows, states(lm, rows), human, strict=True):
-            if written:
+        for row, h, is_text in zip(rows, states(lm, rows), written, strict=True):
+            if is_text:
                 tokens = torch.tensor(row.completion, device=lm.device)
                 made.append(Example(row, h, None, Kind.TEXT, position_losses(lm.head, h, tokens, None, "nll")[0]))
             else:

@@ -18,7 +18,7 @@ from torch import Tensor
 from steer_heal.config import HealConfig
 from steer_heal.heal.barrier import aggregate, hinge, position_losses
 from steer_heal.heal.examples import Example, Kind, length
-from steer_heal.heal.steps import TEXT_LOSS
+from steer_heal.heal.steps import TEXT_LIMIT
 from steer_heal.model.batching import shared_prefix
 from steer_heal.model.forward import forward
 from steer_heal.model.lm import LM
@@ -29,20 +29,20 @@ DUAL_PULL = 2.0  # dual: weight added at once when D is twice its bound; the mul
 
 @dataclass
 class Multipliers:
-    """Weights of what is held: the divergences on the training completions and on the anchors, the loss of text."""
+    """Weights of the constraints: divergence of the training completions, and of the anchors; loss of written text."""
 
     own: float
     anchor: float
     text: float
 
     def ascend(self, record: dict, config: HealConfig) -> None:
-        """Do one step of dual ascent: raise the weight of a divergence above its bound, lower that of one below."""
+        """Do one step of dual ascent: raise the weight of what is above its limit, lower that of what is below."""
         self.own = max(0.0, self.own + DUAL_RATE * (record["divergence"] / config.barrier.tau - 1))
         if "anchor_divergence" in record:
             excess = record["anchor_divergence"] / config.anchor.tau - 1
             self.anchor = max(0.0, self.anchor + DUAL_RATE * excess)
         if "text_loss" in record:
-            self.text = max(0.0, self.text + DUAL_RATE * (record["text_loss"] / TEXT_LOSS - 1))
+            self.text = max(0.0, self.text + DUAL_RATE * (record["text_loss"] / TEXT_LIMIT - 1))
 
 
 def accumulate(lm: LM, batch: list[Example], config: HealConfig, lam: Multipliers) -> dict:
@@ -63,9 +63,7 @@ def accumulate(lm: LM, batch: list[Example], config: HealConfig, lam: Multiplier
         (on_objective[index] @ part_objective + on_kl[index] @ part_kl).backward()
     return {name: term.item() for name, term in terms.items()} | {
         "fired": barrier.reg != "nll" and terms["divergence"].item() > barrier.tau,
-        "anchor_fired": bool(
-            terms.get("anchor_divergence", 0.0) > anchor.tau or terms.get("text_loss", 0.0) > TEXT_LOSS
-        ),
+        "anchor_fired": bool(terms.get("anchor_divergence", 0.0) > anchor.tau),
         "tau": barrier.tau,
         "anchor_tau": anchor.tau if "anchor_divergence" in terms else None,
         "lam": lam.own,
@@ -82,7 +80,10 @@ def micro_batches(batch: list[Example], size: int) -> list[list[Example]]:
 
 
 def losses(lm: LM, part: list[Example], config: HealConfig) -> tuple[Float[Tensor, " n"], Float[Tensor, " n"]]:
-    """Return two losses of every position, by kind: the objective (of human text the loss of it), the divergence."""
+    """Return the objective and the divergence of every position, by kind.
+
+    The objective of written text is the log-likelihood that it has lost since the base; an answer of the base has none.
+    """
     rows = [e.row for e in part]
     # Activations that are recomputed in the backward pass cannot use a prefix cache.
     shared = 0 if lm.model.is_activation_checkpointing else shared_prefix([row.prompt for row in rows], multiple=1)
@@ -90,15 +91,15 @@ def losses(lm: LM, part: list[Example], config: HealConfig) -> tuple[Float[Tenso
     found = []
     for kind, pairs in groupby(zip(part, states, strict=True), key=lambda pair: pair[0].kind):
         group, h = zip(*pairs, strict=True)
-        objective = config.objective if kind == Kind.OWN else "nll"
+        form = config.objective if kind == Kind.TRAINED else "nll"
         aim = None
-        if kind == Kind.TEXT or (kind == Kind.OWN and objective == "nll"):
+        if kind == Kind.TEXT or (kind == Kind.TRAINED and form == "nll"):
             aim = torch.tensor([t for e in group for t in e.row.completion], device=lm.device)
-        elif kind == Kind.OWN:
+        elif kind == Kind.TRAINED:
             aim = torch.cat([e.teacher for e in group])
         reference = None if config.barrier.reg == "nll" else torch.cat([e.reference for e in group])
-        first, kl = position_losses(lm.head, torch.cat(h), aim, reference, config.barrier.reg, objective)
-        found.append((first - torch.cat([e.nll for e in group]) if kind == Kind.TEXT else first, kl))
+        first, kl = position_losses(lm.head, torch.cat(h), aim, reference, config.barrier.reg, form)
+        found.append((first - torch.cat([e.base_nll for e in group]) if kind == Kind.TEXT else first, kl))
     objective, kl = zip(*found, strict=True)
     return torch.cat(objective), torch.cat(kl)
 
@@ -110,11 +111,11 @@ def _kinds(part: list[Example]) -> Tensor:
 def loss_terms(
     objective: Float[Tensor, " n"], kl: Float[Tensor, " n"], kinds: Tensor, config: HealConfig, lam: Multipliers
 ) -> dict[str, Tensor]:
-    """Return the step's loss and its terms: objective, D, the anchor's D, the loss of human text, the barrier.
+    """Return the step's loss and its terms: objective, D, the anchor's D, the loss of written text, the barrier.
 
     The barrier is the sum of their hinges, in nats. `kinds` has each position's `Kind`.
     """
-    own, text, limits = kinds.to(kl.device) == Kind.OWN, kinds.to(kl.device) == Kind.TEXT, config.barrier
+    own, text, limits = kinds.to(kl.device) == Kind.TRAINED, kinds.to(kl.device) == Kind.TEXT, config.barrier
     mean = objective[own].mean()
     divergence = aggregate(kl[own], limits.agg)
     terms = {"objective": mean, "divergence": divergence}
@@ -124,7 +125,7 @@ def loss_terms(
         bounded.append((terms["anchor_divergence"], config.anchor.tau, lam.anchor))
     if text.any():
         terms["text_loss"] = torch.relu(objective[text].mean())  # gains of one text do not make up for others' losses
-        bounded.append((terms["text_loss"], TEXT_LOSS, lam.text))
+        bounded.append((terms["text_loss"], TEXT_LIMIT, lam.text))
     zero = 0.0 * kl.sum()
     barrier = sum((hinge(d, bound) for d, bound, _ in bounded), zero)
     if limits.kind == "fixed":

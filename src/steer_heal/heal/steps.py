@@ -10,7 +10,7 @@ from loguru import logger
 
 from steer_heal.config import FIRED_FLOOR, HealConfig
 
-TEXT_LOSS = 0.01  # limit of what human text may lose in log-likelihood per token, nats; a fifth of the verdict's
+TEXT_LIMIT = 0.01  # limit of what a written text loses in log-likelihood per token, a gain counting as 0; nats
 ANCHOR_TAU_SHARE = 0.05  # anchor.tau auto: share of the teacher's divergence on the anchor's texts
 
 
@@ -25,14 +25,14 @@ class HealStep:
     """D on the step's training completions"""
     anchor_divergence: float | None = None
     text_loss: float | None = None
-    """log-likelihood per token that the anchor's human text has lost, nats; 0 where it has gained"""
+    """log-likelihood per token that the anchor's written text has lost, nats; 0 where it has gained"""
     barrier: float
-    """sum of what is above its limit"""
+    """sum of the excesses over the limits, nats"""
     loss: float
     fired: bool
     """whether D was above tau"""
     anchor_fired: bool
-    """whether the anchor's D was above its tau or its human text had lost more than TEXT_LOSS"""
+    """whether the anchor's D was above its tau"""
     tau: float
     anchor_tau: float | None = None
     lam: float
@@ -53,12 +53,12 @@ class HealStep:
 
     @property
     def excess(self) -> float:
-        """D as a multiple of tau; 0 without a tau. The anchor's is of three texts, too few to tell a rate by."""
+        """D as a multiple of tau; 0 without a tau. The anchor's is of three texts, too few to judge a rate by."""
         return self.divergence / self.tau if self.tau else 0.0
 
 
 class FiredShares(NamedTuple):
-    """Shares of the steps on which D was above tau, and on which the anchor was above one of its limits."""
+    """Shares of the steps on which D was above tau, and on which the anchor's D was above its own."""
 
     barrier: float
     anchor: float

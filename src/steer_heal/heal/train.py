@@ -2,8 +2,9 @@
 
 One objective (NLL of the text's tokens, or KL divergence from the steered teacher) and one barrier,
 lam_r * relu(D - tau), or with `barrier.kind dual` one constraint, D <= tau, by the method of multipliers (Hestenes
-1969, Powell 1969). This module is the optimiser's loop. `examples` makes the training examples, `own_text` those of the
-student's own answers, `step` computes the gradient of a step.
+1969, Powell 1969). With an anchor the same holds for its divergence and for the likelihood of its written texts. This
+module is the optimiser's loop. `examples` makes the training examples, `own_text` those of the student's own answers,
+`step` computes the gradient of a step.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from steer_heal.model.lm import LM
 
 BETAS = (0.9, 0.95)  # a round is a few hundred steps at most; 0.999 would never warm up
 CLIP = 1.0
-TEXTS_A_STEP = 1  # of human text among them
+TEXTS_A_STEP = 1  # written texts among the anchors of a step: a text that gains must not make up for one that loses
 ANCHORS_A_STEP = 3  # anchor completions per step; 6 changed nothing (docs/archive/teacher-text.md)
 DUAL_START = 1.0  # a multiplier before the first step; the constraint soon moves it
 BUCKET = 8  # batches whose examples are sorted by length together
@@ -172,7 +173,9 @@ def _weights(barrier: BarrierConfig, turn: Turn) -> Multipliers:
         return Multipliers(weight, weight, weight)
     lam = Multipliers(DUAL_START, DUAL_START, DUAL_START)
     if turn.before:
-        lam.anchor, lam.text = turn.before[-1].next_anchor_lam, turn.before[-1].next_text_lam
+        last = turn.before[-1]
+        lam.anchor = last.next_anchor_lam
+        lam.text = DUAL_START if last.next_text_lam is None else last.next_text_lam  # of a run before there were texts
         lam.own = turn.before[-1].next_lam if barrier.reference == "base" else lam.own
     return lam
 
@@ -228,14 +231,14 @@ def _epoch_batches(examples: list[Example], size: int, shuffle: random.Random) -
 
 
 def _held(anchors: list[Example], shuffle: random.Random) -> list[Example]:
-    """The anchors of a step: of human text and of the base's answers."""
-    text, answers = ([e for e in anchors if (e.kind == Kind.TEXT) == human] for human in (True, False))
+    """The anchors of a step: written texts and answers of the base."""
+    text, answers = ([e for e in anchors if (e.kind == Kind.TEXT) == written] for written in (True, False))
     texts = shuffle.sample(text, min(len(text), TEXTS_A_STEP))
     return texts + shuffle.sample(answers, min(len(answers), ANCHORS_A_STEP - len(texts)))
 
 
 def _check_finite(record: dict, round_: int, batch: list[int]) -> None:
-    for name in ("objective", "divergence", "anchor_divergence", "squared_op_norm", "loss", "grad_norm"):
+    for name in ("objective", "divergence", "anchor_divergence", "text_loss", "squared_op_norm", "loss", "grad_norm"):
         if not math.isfinite(record.get(name, 0.0)):
             before = f"the student of round {round_ - 1} is kept" if round_ else "the base is untouched"
             raise NonFinite(

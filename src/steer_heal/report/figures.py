@@ -15,7 +15,7 @@ from steer_heal.distil.record import DoseCurve
 from steer_heal.eval.catalogue import Instrument
 from steer_heal.eval.reading import printed
 from steer_heal.eval.record import ArmSummary
-from steer_heal.heal.steps import TEXT_LOSS, HealStep
+from steer_heal.heal.steps import TEXT_LIMIT, HealStep
 from steer_heal.report.html import shorten
 from steer_heal.runs.summary import Summary
 
@@ -222,17 +222,17 @@ def threshold_figure(curve: list[dict]) -> go.Figure:
 
 
 def heal_figure(steps: list[HealStep], heal: dict) -> go.Figure:
-    """Objective in the upper plot, what is held and its limit in the lower; a diamond where the barrier fired."""
+    """Objective in the upper plot; what is limited, with its limit, in the lower. A diamond: the barrier fired."""
     fig = make_subplots(rows=2, shared_xaxes=True, vertical_spacing=0.08)
     at = [s.step for s in steps]
     below = {"row": 2, "col": 1}
     _line(fig, at, [s.objective for s in steps], COLOURS["base"], "objective", row=1, col=1)
-    bounds = {"tau": steps[0].tau, "anchor tau": steps[0].anchor_tau, "limit of it": TEXT_LOSS}
+    bounds = {"tau": steps[0].tau, "anchor tau": steps[0].anchor_tau, "text limit": TEXT_LIMIT}
     series = [("divergence", "tau", "D", DIVERGENCE_COLOUR)] * (heal["barrier"]["reg"] != "nll")
     if steps[0].anchor_divergence is not None:
         series.append(("anchor_divergence", "anchor tau", "D anchor", ANCHOR_COLOUR))
     if steps[0].text_loss is not None:
-        series.append(("text_loss", "limit of it", "loss of human text", TEXT_COLOUR))
+        series.append(("text_loss", "text limit", "loss of written text", TEXT_COLOUR))
     for key, bound, name, colour in series:
         _line(fig, at, [getattr(s, key) for s in steps], colour, name, **below)
         _line(fig, [0, at[-1]], [bounds[bound]] * 2, colour, f"{bound} {bounds[bound]:.3g}", "dot", width=1.5, **below)
@@ -242,7 +242,7 @@ def heal_figure(steps: list[HealStep], heal: dict) -> go.Figure:
     fig.add_scatter(x=x, y=y, mode="markers", marker=diamonds, name="barrier fired", hoverinfo="skip", **below)
     fig.update_xaxes(title="step", **below)
     fig.update_yaxes(title="objective", row=1, col=1)
-    fig.update_yaxes(title="D", rangemode="tozero", **below)
+    fig.update_yaxes(title="nats", rangemode="tozero", **below)
     return _styled(fig, 440)
 
 

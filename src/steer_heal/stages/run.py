@@ -217,8 +217,8 @@ class Work:
                 return anchor_texts(self.student, count, self.config.distil, self.key(-1, "anchor"), done)
 
         found = self.folder.artefacts(Anchor, "anchor.jsonl", compute)
-        rows, human = anchor_rows(self.student.lm, found), [anchor.human for anchor in found]
-        return cache(lambda: prepare_anchors(self.student, rows, human))
+        rows, written = anchor_rows(self.student.lm, found), [anchor.written for anchor in found]
+        return cache(lambda: prepare_anchors(self.student, rows, written))
 
     @property
     def personas(self) -> Personas:
