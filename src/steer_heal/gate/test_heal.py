@@ -109,7 +109,7 @@ def naive_loss(student, rows, steering, config):
             tilted = plain.exp() * (ahead.exp() / behind.exp()) ** (config.target.gain / 2)
             if config.target.kind == "focused":
                 anywhere = log_probs(Row(student.lm.prompt("Please go on."), row.completion), now=0.0).detach()
-                tilted = tilted * (plain.exp() / anywhere.exp()) ** 0.2
+                tilted = tilted * (plain.exp() / anywhere.exp()) ** 0.3
             teacher = ahead if config.target.kind == "steered" else (tilted / tilted.sum(-1, keepdim=True)).log()
             first, second = (teacher, p) if config.objective == "kl_fwd" else (p, teacher)
             objective += list((first.exp() * (first - second)).sum(-1))

@@ -24,7 +24,7 @@ from steer_heal.model.forward import states
 from steer_heal.model.lm import LM, Row
 from steer_heal.model.steering import Steering
 
-FOCUS = 0.2  # focused: share by which what the prompt makes of a text is raised
+FOCUS = 0.3  # focused: share by which what the prompt makes of a text is raised
 LONGEST = 1024  # tokens of a prompt and its completion in training; distil.max_new_tokens limits completions before
 
 
