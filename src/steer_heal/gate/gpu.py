@@ -40,7 +40,7 @@ SMALL_ROUND = (
 WHOLE_ROUND_OVER_SMALL = {"r00/dose.json": 256 / 128, "r00/completions.jsonl": 256 / 128, "r00/adapter": 128 / 48}
 KILL_AFTER = 5.0  # seconds after the artefact `kill_at`, at most
 # The demo on a CPU, round 2 (docs/results.md): change over base with its 95% interval, then shares of base.
-DEMO_TRAIT, DEMO_ANSWER_MASS, DEMO_PERPLEXITY = (0.305, 0.423), 1.179, 0.996
+DEMO_TRAIT, DEMO_ANSWER_MASS, DEMO_PERPLEXITY = (0.319, 0.446), 1.096, 0.964
 SHARE_TOLERANCE = 0.1
 LAYERS_4B_OVER_1B, WEIGHTS_4B_OVER_1B = 34 / 26, 3.9
 ROUNDS = 8
