@@ -33,9 +33,22 @@ def __getattr__(name: str) -> Any:
 
 def check_types() -> None:
     """From here on every steer_heal module that is imported checks its types and tensor shapes at run time."""
-    from jaxtyping import install_import_hook
+    from functools import partial
+    from importlib.machinery import SourceFileLoader
+    from unittest.mock import patch
 
-    install_import_hook("steer_heal", "beartype.beartype")
+    from jaxtyping import _import_hook as hook
+
+    hook.install_import_hook("steer_heal", "beartype.beartype")
+
+    # While a checked module runs, jaxtyping 0.3 looks for compiled code under a name of its own, also for that of all
+    # that the module imports: torch and transformers would be compiled anew. It need only while it reads the module.
+    def get_code(self: hook._JaxtypingLoader, name: str) -> Any:
+        named = partial(hook._optimized_cache_from_source, self._typechecker.get_hash())
+        with patch("importlib._bootstrap_external.cache_from_source", named):
+            return SourceFileLoader.get_code(self, name)
+
+    hook._JaxtypingLoader.get_code, hook._JaxtypingLoader.exec_module = get_code, SourceFileLoader.exec_module
 
 
 if os.environ.get("STEER_HEAL_CHECK_TYPES") == "1":

@@ -66,3 +66,13 @@ def test_types_are_checked_in_every_part_of_the_package():
     without = importlib.util.module_from_spec(plain)
     plain.loader.exec_module(without)
     assert "harmless" in unchecked(without)
+
+
+def test_checked_types_compile_no_module_but_ours_anew(tmp_path):
+    """A module is checked, and nothing that it imports is compiled under jaxtyping's name."""
+    code = "import steer_heal; steer_heal.check_types(); import steer_heal.terminal as t; print(t.program.__wrapped__)"
+    env = os.environ | {"PYTHONPYCACHEPREFIX": str(tmp_path), "PYTHONDONTWRITEBYTECODE": ""}
+    ran = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    assert ran.returncode == 0 and "function program" in ran.stdout, ran.stderr
+    anew = {path.parent.name for path in tmp_path.rglob("*.opt-jaxtyping*.pyc")}
+    assert anew == {"steer_heal"} and len(list(tmp_path.rglob("*.pyc"))) > 50
