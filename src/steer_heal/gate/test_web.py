@@ -57,8 +57,9 @@ def test_ctrl_c_ends_the_page_without_a_word(tmp_path):
     line = running.stdout.readline()
     running.send_signal(signal.SIGINT)
     rest, _ = running.communicate(timeout=60)
-    assert line.startswith("the chat is at http://127.0.0.1:") and rest == "\n" and running.returncode == 0
-    assert "Traceback" not in (tmp_path / "said").read_text()
+    said = (tmp_path / "said").read_text()
+    assert line.startswith("the chat is at http://127.0.0.1:") and rest == "\n" and "Traceback" not in said
+    assert running.returncode == 0, (running.returncode, said)
 
 
 @pytest.fixture(scope="module")

@@ -7,6 +7,7 @@ report nothing.
 from __future__ import annotations
 
 import os
+import signal
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -58,6 +59,9 @@ def serve(session: Session) -> None:
             while True:  # a wait without end may not hear of Ctrl-C: polars, for one, takes the signal over
                 time.sleep(0.5)
         except KeyboardInterrupt:
+            signal.signal(
+                signal.SIGINT, signal.SIG_IGN
+            )  # a second one, of the user or of a library, must not end it half-way
             print()
 
 
