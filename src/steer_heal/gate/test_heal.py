@@ -275,7 +275,7 @@ def test_the_dual_weight_acts_at_once_and_pulls_no_further_than_the_bound(multip
 
 
 def test_a_text_that_gains_does_not_make_up_for_one_that_loses():
-    """Each step holds one human text; where that gains likelihood nothing pulls at it."""
+    """Each step has one written text; where that gains likelihood nothing pulls at it."""
     config = turned(BASE, {"barrier.kind": "dual", "barrier.tau": 1.0, "anchor.tau": 1.0})
     kinds, kl = torch.tensor([Kind.TRAINED, Kind.TEXT, Kind.TEXT]), torch.zeros(3)
     for lost, found, slope in ((-0.5, 0.0, 0.0), (0.2, 0.2, 3.0 + step_module.DUAL_PULL * (0.2 / TEXT_LIMIT - 1))):
@@ -330,7 +330,7 @@ def test_multipliers_of_a_distance_from_base_go_on_and_others_start_anew(lm, vec
     older = [*before[:-1], replace(before[-1], next_text_lam=None)]  # of a run before texts were held
     first = heal(fresh(student, dual), always(examples), anchors, dual, Turn(1, 0, older))[0]
     assert [first.anchor_lam, first.text_lam] == pytest.approx([anchor, 1.0])
-    untold = [replace(e, kind=Kind.ANSWER, base_nll=None) for e in anchors]
+    untold = [replace(e, base_nll=None) for e in anchors]
     assert heal(fresh(student, dual), always(examples), untold, dual, Turn(1, 0, older))[0].text_loss is None
 
 

@@ -43,9 +43,15 @@ class Example:
     row: Row
     reference: Float[Tensor, "n d"] | None
     teacher: Float[Tensor, "n d"] | None
-    kind: Kind = Kind.TRAINED
+    anchor: bool = False
     base_nll: Float[Tensor, " n"] | None = None
     """of written text: NLL of its tokens under the base"""
+
+    @property
+    def kind(self) -> Kind:
+        if not self.anchor:
+            return Kind.TRAINED
+        return Kind.ANSWER if self.base_nll is None else Kind.TEXT
 
 
 def prepare(
@@ -192,15 +198,16 @@ def prepare_anchors(student: Student, rows: list[Row], written: list[bool]) -> l
 
     A row is an answer of the base to a mundane prompt or, where `written` says so, a text of `data.plain`.
     """
-    lm, made = student.lm, []
+    lm = student.lm
+
+    def base_nll(row: Row, h: Tensor) -> Tensor:
+        return position_losses(lm.head, h, torch.tensor(row.completion, device=lm.device), None, "nll")[0]
+
     with torch.no_grad(), student.view(history=0.0, now=0.0):
-        for row, h, is_text in zip(rows, states(lm, rows), written, strict=True):
-            if is_text:
-                tokens = torch.tensor(row.completion, device=lm.device)
-                made.append(Example(row, h, None, Kind.TEXT, position_losses(lm.head, h, tokens, None, "nll")[0]))
-            else:
-                made.append(Example(row, h, None, Kind.ANSWER))
-    return made
+        return [
+            Example(row, h, None, anchor=True, base_nll=base_nll(row, h) if is_text else None)
+            for row, h, is_text in zip(rows, states(lm, rows), written, strict=True)
+        ]
 
 
 def length(example: Example) -> int:

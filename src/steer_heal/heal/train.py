@@ -174,9 +174,9 @@ def _weights(barrier: BarrierConfig, turn: Turn) -> Multipliers:
     lam = Multipliers(DUAL_START, DUAL_START, DUAL_START)
     if turn.before:
         last = turn.before[-1]
+        lam.own = last.next_lam if barrier.reference == "base" else lam.own
         lam.anchor = last.next_anchor_lam
-        lam.text = DUAL_START if last.next_text_lam is None else last.next_text_lam  # of a run before there were texts
-        lam.own = turn.before[-1].next_lam if barrier.reference == "base" else lam.own
+        lam.text = lam.text if last.next_text_lam is None else last.next_text_lam  # None: by a version without texts
     return lam
 
 

@@ -80,8 +80,9 @@ def heal_section(run: Run) -> str:
     why = (
         f"Training of each round, in nats. D is the {barrier['agg']} of {barrier['reg']} over tokens. The barrier acts "
     )
-    why += "where D exceeds its tau (dotted); diamonds mark the steps on which it fired. The "
-    why += "loss of written text is the log-likelihood per token that the anchor's paragraph of that step has lost."
+    why += "where D exceeds its tau (dotted); diamonds mark the steps on which it fired."
+    if run.rounds[0].steps[0].text_loss is not None:
+        why += " Loss of written text: the log-likelihood per token that the anchor's paragraph of that step has lost."
     if silent:
         why += f" In round {', '.join(silent)} neither barrier nor anchor fired on 5% of the steps: that was {held}."
     panels = "".join(panel(f"Round {r.number}", heal_figure(r.steps, run.config["heal"])) for r in run.rounds)

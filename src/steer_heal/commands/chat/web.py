@@ -59,9 +59,8 @@ def serve(session: Session) -> None:
             while True:  # a wait without end may not hear of Ctrl-C: polars, for one, takes the signal over
                 time.sleep(0.5)
         except KeyboardInterrupt:
-            signal.signal(
-                signal.SIGINT, signal.SIG_IGN
-            )  # a second one, of the user or of a library, must not end it half-way
+            # A second signal, from the user or from a library that has taken it over, must not stop the closing.
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
             print()
 
 
